@@ -1,0 +1,74 @@
+"""The two types that every reader returns and everything else consumes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """One tensor of a checkpoint, not yet read.
+
+    `read()` touches only the tensor's own bytes and returns a tensor of exactly `shape` and `dtype`, zero-copy over a
+    private memory map where the layout allows. `storage` identifies the bytes: two refs with equal `storage` and equal
+    layout are one tensor stored once.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], torch.Tensor] = field(repr=False, compare=False)
+    storage: tuple[Any, ...] = field(default=(), repr=False)
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's values, laid out contiguously."""
+        return self.numel * self.dtype.itemsize
+
+    def read(self) -> torch.Tensor:
+        """The tensor, of `shape` and `dtype`. Raises CheckpointError when the file no longer holds it."""
+        return self.load()
+
+
+@dataclass(frozen=True)
+class Checkpoint(Mapping[str, TensorRef]):
+    """An opened checkpoint: tensors by dotted name, and the rest of the file as inert Python data.
+
+    A tensor nested in dictionaries has the names on its way joined with dots: `model` → `encoder.layer_norm.bias` is
+    `model.encoder.layer_norm.bias`. In `document` the tensors stand as TensorRef at their places.
+    """
+
+    path: Path
+    format: str
+    files: tuple[Path, ...]
+    tensors: Mapping[str, TensorRef]
+    document: Any = None
+
+    def __getitem__(self, name: str) -> TensorRef:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    @property
+    def folder(self) -> Path:
+        """Where companions (config.json, vocabularies) stand: the folder itself, or the file's own."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    def section(self, prefix: str) -> dict[str, TensorRef]:
+        """The tensors whose names begin with `prefix` + ".", by the rest of their names, in file order."""
+        start = prefix + "."
+        return {name.removeprefix(start): ref for name, ref in self.tensors.items() if name.startswith(start)}
