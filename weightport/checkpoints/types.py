@@ -16,8 +16,9 @@ class TensorRef:
     """One tensor of a checkpoint, not yet read.
 
     `read()` touches only the tensor's own bytes and returns a tensor of exactly `shape` and `dtype`, zero-copy over a
-    private memory map where the layout allows. `storage` identifies the bytes: two refs with equal `storage` and equal
-    layout are one tensor stored once.
+    private memory map where the layout allows. `storage` identifies the bytes: it is (file, storage in the file, first
+    byte in the storage, strides). Two refs of equal `storage`, `shape` and `dtype` are one tensor stored once; two
+    refs that agree in `storage[:2]` share a storage.
     """
 
     name: str
@@ -40,12 +41,15 @@ class TensorRef:
         return self.load()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Checkpoint(Mapping[str, TensorRef]):
     """An opened checkpoint: tensors by dotted name, and the rest of the file as inert Python data.
 
     A tensor nested in dictionaries has the names on its way joined with dots: `model` → `encoder.layer_norm.bias` is
     `model.encoder.layer_norm.bias`. In `document` the tensors stand as TensorRef at their places.
+
+    `format` is torch-zip, torch-legacy, torch-sharded, safetensors, safetensors-sharded or npz. `files` are the files
+    that were opened, the index of a sharded checkpoint first.
     """
 
     path: Path
@@ -53,6 +57,9 @@ class Checkpoint(Mapping[str, TensorRef]):
     files: tuple[Path, ...]
     tensors: Mapping[str, TensorRef]
     document: Any = None
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, {self.format}, {len(self.tensors)} tensors)"
 
     def __getitem__(self, name: str) -> TensorRef:
         return self.tensors[name]

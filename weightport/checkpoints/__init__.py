@@ -1,0 +1,23 @@
+"""Reading checkpoints: any format to names, shapes and bytes on demand, executing nothing."""
+
+from __future__ import annotations
+
+from weightport.checkpoints.display import Section, plain, sections
+from weightport.checkpoints.fairseq import FairseqOptions, fairseq_options, is_fairseq
+from weightport.checkpoints.opening import open_checkpoint
+from weightport.checkpoints.records import Record, Symbol
+from weightport.checkpoints.types import Checkpoint, TensorRef
+
+__all__ = [
+    "Checkpoint",
+    "FairseqOptions",
+    "Record",
+    "Section",
+    "Symbol",
+    "TensorRef",
+    "fairseq_options",
+    "is_fairseq",
+    "open_checkpoint",
+    "plain",
+    "sections",
+]
