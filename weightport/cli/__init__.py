@@ -1,0 +1,12 @@
+"""Command lines. Each parses, calls one function, shows progress and prints the result.
+
+Nothing heavy is imported here or at the top of any module below: `--help` answers without torch.
+"""
+
+from __future__ import annotations
+
+from .app import main
+from .conversion import port_ofa
+from .parity import port_parity
+
+__all__ = ["main", "port_ofa", "port_parity"]

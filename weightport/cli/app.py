@@ -1,0 +1,22 @@
+"""`weightport`: every command under one name."""
+
+from __future__ import annotations
+
+import click
+
+from .. import __version__
+from .conversion import convert_command
+from .exporting import export_command
+from .generation import generate_command
+from .inspection import inspect_command
+from .parity import parity_command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="weightport")
+def main() -> None:
+    """Bring a vision-language model's original checkpoint into today's transformers, provably unchanged."""
+
+
+for command in (convert_command, inspect_command, export_command, parity_command, generate_command):
+    main.add_command(command)

@@ -1,0 +1,97 @@
+"""What commands show: sizes in words, one line a step, and progress with rates and remaining time."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import click
+
+PLAIN_INTERVAL = 5.0
+"""Seconds between progress lines when standard output is not a terminal."""
+
+
+def size(count: float) -> str:
+    """1.3 GB, 640 MB, 12 kB, 300 bytes: decimal units."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            value = count / factor
+            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def count(number: int) -> str:
+    """159.9 M, 2.3 B, 12.0 k: parameters as papers print them."""
+    for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= factor:
+            return f"{number / factor:.1f} {unit}"
+    return str(number)
+
+
+class Lines:
+    """Prints `label   text` lines, or nothing when quiet."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+
+    def line(self, label: str, text: str) -> None:
+        """One line, the label in a column of its own."""
+        if not self._quiet:
+            click.echo(f"{label:<8} {text}")
+
+    def heading(self, text: str) -> None:
+        """A line without a label."""
+        if not self._quiet:
+            click.echo(text)
+
+    @contextmanager
+    def progress(self, label: str) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+        """(`start(total bytes)`, `advance(bytes)`): a bar on a terminal, a line now and then elsewhere."""
+        if self._quiet:
+            yield (lambda total: None), (lambda amount: None)
+        elif sys.stdout.isatty():
+            with _bar(label) as functions:
+                yield functions
+        else:
+            yield _plain(label)
+
+
+@contextmanager
+def _bar(label: str) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn(f"{label:<8}"),
+        BarColumn(bar_width=24),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as progress:
+        task = progress.add_task(label, total=None)
+        yield (lambda total: progress.update(task, total=total)), (lambda amount: progress.advance(task, amount))
+
+
+def _plain(label: str) -> tuple[Callable[[int], None], Callable[[int], None]]:
+    state = {"total": 0, "done": 0}
+    begun = time.monotonic()
+    last = begun
+
+    def start(total: int) -> None:
+        state["total"] = total
+
+    def advance(amount: int) -> None:
+        nonlocal last
+        state["done"] += amount
+        now = time.monotonic()
+        if now - last >= PLAIN_INTERVAL:
+            last = now
+            rate = state["done"] / (now - begun)
+            left = (state["total"] - state["done"]) / rate if rate else 0.0
+            click.echo(
+                f"{label:<8} {size(state['done'])} of {size(state['total'])} · {size(rate)}/s · {left:.0f} s left"
+            )
+
+    return start, advance

@@ -1,0 +1,39 @@
+"""`weightport generate`: try a converted model on an image."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from .running import command_body, json_option
+
+
+@click.command("generate")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("image", required=False, type=click.Path(path_type=Path))
+@click.option("--prompt", help="What to ask. By default the model's own captioning prompt.")
+@click.option("--task", default="caption", show_default=True, help="Prompt by task name, when --prompt is not given.")
+@click.option("--beams", type=click.IntRange(min=1), help="Beams; by default what the model's generation_config says.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Longest answer in tokens.")
+@click.option("--device", default="cpu", show_default=True, help="Where to run the model.")
+@json_option
+@command_body
+def generate_command(
+    directory: Path,
+    image: Path | None,
+    prompt: str | None,
+    task: str,
+    beams: int | None,
+    max_new_tokens: int | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Print what the converted model in DIRECTORY says about IMAGE (or about the prompt alone)."""
+    from ..generation import generate
+
+    answer = generate(
+        directory, image, prompt=prompt, task=task, beams=beams, max_new_tokens=max_new_tokens, device=device
+    )
+    click.echo(json.dumps(answer.__dict__, ensure_ascii=False) if as_json else answer.text)

@@ -1,0 +1,106 @@
+"""`weightport inspect`: what a checkpoint holds, without reading its weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .display import Lines, count, size
+from .running import command_body, json_option
+
+if TYPE_CHECKING:
+    from ..checkpoints import Checkpoint, TensorRef
+
+
+@click.command("inspect")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--tensors", is_flag=True, help="List every tensor with its shape and type.")
+@json_option
+@command_body
+def inspect_command(source: Path, tensors: bool, as_json: bool) -> None:
+    """Show what the checkpoint SOURCE holds: family, size, types, and what else is in it. No weight is read, and nothing
+    in the file is executed."""
+    from ..checkpoints import open_checkpoint
+    from ..converters import looks_like
+    from ..converters.families import FAMILIES
+
+    checkpoint = open_checkpoint(source)
+    family = next((f for f in FAMILIES.values() if f.recognises(checkpoint)), None)
+    found = describe(checkpoint, family.name if family else None, looks_like(checkpoint), tensors=tensors)
+    if as_json:
+        click.echo(json.dumps(found, ensure_ascii=False))
+        return
+    _show(found)
+
+
+def describe(checkpoint: Checkpoint, family: str | None, kind: str | None, *, tensors: bool) -> dict[str, Any]:
+    """The inspection as plain data."""
+    from ..checkpoints import plain
+
+    sections: dict[str, dict[str, Any]] = {}
+    for name, ref in checkpoint.items():
+        section = sections.setdefault(_section(name), {"tensors": 0, "parameters": 0, "bytes": 0, "dtypes": {}})
+        dtype = str(ref.dtype).removeprefix("torch.")
+        section["tensors"] += 1
+        section["parameters"] += ref.numel
+        section["bytes"] += ref.nbytes
+        section["dtypes"][dtype] = section["dtypes"].get(dtype, 0) + 1
+    found: dict[str, Any] = {
+        "path": str(checkpoint.path),
+        "format": checkpoint.format,
+        "family": family,
+        "looks_like": kind,
+        "file_bytes": sum(path.stat().st_size for path in checkpoint.files),
+        "sections": sections,
+        "document": plain(checkpoint.document),
+    }
+    if tensors:
+        found["tensors"] = {name: _tensor(ref) for name, ref in checkpoint.items()}
+    return found
+
+
+def _section(name: str) -> str:
+    """The part of a checkpoint a tensor belongs to: its first names, as far as they are containers of a trainer."""
+    parts = name.split(".")
+    if parts[0] in ("model", "state_dict", "module", "ema", "last_optimizer_state", "optimizer", "scaler"):
+        return parts[0]
+    return ".".join(parts[:2]) if parts[0] == "extra_state" else "(tensors)"
+
+
+def _tensor(ref: TensorRef) -> dict[str, Any]:
+    return {"shape": list(ref.shape), "dtype": str(ref.dtype).removeprefix("torch.")}
+
+
+def _show(found: Mapping[str, Any]) -> None:
+    lines = Lines(quiet=False)
+    lines.heading(f"{found['path']} · {found['format']} · {size(found['file_bytes'])}")
+    lines.line("family", found["looks_like"] or "not one that weightport knows")
+    for name, section in found["sections"].items():
+        dtypes = ", ".join(f"{dtype} × {number}" for dtype, number in section["dtypes"].items())
+        lines.line(
+            "holds",
+            f"{name}: {section['tensors']} tensors · {count(section['parameters'])} values · "
+            f"{size(section['bytes'])} · {dtypes}",
+        )
+    for text in _document_lines(found["document"]):
+        lines.line("document", text)
+    for name, tensor in found.get("tensors", {}).items():
+        click.echo(f"{name}  {tensor['shape']}  {tensor['dtype']}")
+
+
+def _document_lines(document: Any) -> list[str]:
+    """One short line a top-level entry of the rest of the file."""
+    if not isinstance(document, Mapping):
+        return []
+    shown = []
+    for key, value in document.items():
+        if isinstance(value, Mapping) and not value:
+            continue
+        text = re.sub(r"\s+", " ", json.dumps(value, ensure_ascii=False))
+        shown.append(f"{key}: {text if len(text) <= 100 else text[:97] + '…'}")
+    return shown

@@ -1,0 +1,8 @@
+"""The families weightport knows, by name."""
+
+from __future__ import annotations
+
+from ..family import Family
+from .ofa import OFA
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (OFA(),)}

@@ -1,0 +1,56 @@
+"""What stands beside the weights of a converted OFA: configuration, generation settings, tokenizer, processor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ....checkpoints import Checkpoint
+from ...family import Options, SourceModel
+from ...portable import write_portable_code
+from .family import missing_vocabulary
+from .generation import beam_of, generation_config
+
+VOCABULARY_FILES = ("dict.txt", "vocab.txt", "encoder.json")
+
+
+def write(model: SourceModel, checkpoint: Checkpoint, folder: Path, options: Options) -> None:
+    """Write every companion of `model` into `folder`. Raises VocabularyError when the vocabulary does not fit."""
+    from ....modeling.ofa.modeling_ofa import OFAForConditionalGeneration
+
+    config = model.config
+    config.architectures = [OFAForConditionalGeneration.__name__]
+    config.save_pretrained(folder)
+    settings = generation_config(beam_of(model.options["task"], model.options["language"]))
+    (folder / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    if options.vocabulary != "none":
+        _write_processor(model, checkpoint, folder, options)
+    if options.portable:
+        write_portable_code(folder, "ofa")
+
+
+def _write_processor(model: SourceModel, checkpoint: Checkpoint, folder: Path, options: Options) -> None:
+    from ....modeling.ofa.image_processing_ofa import OFAImageProcessor
+    from ....modeling.ofa.processing_ofa import OFAProcessor
+    from ....tokenizers import build_ofa_tokenizer
+
+    task = model.options["task"]
+    tokenizer = build_ofa_tokenizer(
+        options.vocabulary or _vocabulary_beside(checkpoint),
+        model.config.vocab_size,
+        bpe=task.get("bpe"),
+        num_bins=task.get("num_bins"),
+        code_dict_size=task.get("code_dict_size"),
+        parse_symbols=options.parse_symbols,
+        model_max_length=model.config.max_position_embeddings,
+    )
+    size = model.config.image_size
+    image_processor = OFAImageProcessor(size={"height": size, "width": size})
+    OFAProcessor(image_processor=image_processor, tokenizer=tokenizer).save_pretrained(folder)
+
+
+def _vocabulary_beside(checkpoint: Checkpoint) -> Path:
+    folder = checkpoint.folder
+    if not any((folder / name).is_file() for name in VOCABULARY_FILES):
+        raise missing_vocabulary(folder)
+    return folder

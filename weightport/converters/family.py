@@ -1,0 +1,86 @@
+"""What a family of models has to say about itself; everything else is shared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..checkpoints import Checkpoint, TensorRef
+from .rules import RuleTable
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig
+
+    from .native import NativeTensors
+    from .plan import Plan
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked of a conversion.
+
+    `dtype` is the floating-point dtype of the output (None: each tensor keeps its own). `vocabulary` is a folder or a
+    Hub id. `drop` are patterns of source tensors to leave out. `portable` writes the model's code beside the weights.
+    `ema` takes the averaged weights of a training checkpoint. `parse_symbols` lets the tokenizer read symbols such as
+    <bin_3> in plain text. `max_shard_bytes` bounds a weight file.
+    """
+
+    dtype: torch.dtype | None = None
+    vocabulary: str | None = None
+    drop: tuple[str, ...] = ()
+    portable: bool = False
+    ema: bool = False
+    parse_symbols: bool = False
+    allow_nonfinite: bool = False
+    overwrite: bool = False
+    max_shard_bytes: int = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class SourceModel:
+    """A checkpoint as a family reads it: which tensors are the model, what they mean, and its native configuration.
+
+    `tensors` have the names that `rules` speak of. `options` are the original's own settings, as far as the family
+    understands them (plain data, kept in conversion.json for the way back). `unread` are the bytes of the file's other
+    sections. `notes` are for the user.
+    """
+
+    family: str
+    layout: str
+    title: str
+    tensors: Mapping[str, TensorRef]
+    rules: RuleTable
+    config: PreTrainedConfig
+    options: Mapping[str, Any] = field(default_factory=dict)
+    unread: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+class Family(Protocol):
+    """One family's knowledge. Implementations hold no state."""
+
+    name: str
+    title: str
+
+    def recognises(self, names: Mapping[str, TensorRef]) -> bool:
+        """Whether tensors with these names (as the file has them) are a model of this family."""
+
+    def read(self, checkpoint: Checkpoint, options: Options) -> SourceModel:
+        """The model in the checkpoint. Raises WeightportError naming what does not fit."""
+
+    def targets(self, config: PreTrainedConfig) -> NativeTensors:
+        """What the native model of this configuration loads; no memory is used."""
+
+    def write_companions(
+        self, model: SourceModel, checkpoint: Checkpoint, plan: Plan, folder: Path, options: Options
+    ) -> None:
+        """Write config.json, generation_config.json, tokenizer and processor into `folder`."""
+
+    def rules_of(self, config: PreTrainedConfig, layout: str) -> RuleTable:
+        """The rule table of a converted model, for the way back."""
+
+    def original_document(self, config: PreTrainedConfig, options: Mapping[str, Any], model: Any) -> Any:
+        """What the original's file holds, with `model` in the place of its state dict."""

@@ -1,0 +1,29 @@
+"""What a native model expects to load, learned on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class NativeTensors:
+    """What a native model loads: shape by name (of tied tensors only the one that is written), and which are buffers."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    buffers: frozenset[str] = frozenset()
+
+
+def loadable_tensors(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> NativeTensors:
+    """Every parameter and persistent buffer of the model; built on the meta device, so no memory is used."""
+    with torch.device("meta"):
+        model = model_class(config)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    return NativeTensors(shapes, frozenset(name for name, _ in model.named_buffers()) & frozenset(shapes))

@@ -1,0 +1,78 @@
+"""Trying a converted model: one image, one prompt, one answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from .errors import CheckpointError, UsageError
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said: the prompt it was given, its text, and the generated ids."""
+
+    prompt: str
+    text: str
+    ids: list[int]
+
+
+def generate(
+    directory: str | Path,
+    image: str | Path | None = None,
+    *,
+    prompt: str | None = None,
+    task: str = "caption",
+    beams: int | None = None,
+    max_new_tokens: int | None = None,
+    device: str = "cpu",
+) -> Answer:
+    """Run the model directory on `image` (a file that Pillow reads) and `prompt`, by default the task's own.
+
+    Decoding follows the directory's generation_config.json unless `beams` or `max_new_tokens` say otherwise. Raises
+    UsageError when there is nothing to ask about, CheckpointError when the directory has no processor.
+    """
+    if image is None and prompt is None:
+        raise UsageError("Nothing to ask about: give an image, or a --prompt.")
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from . import modeling  # noqa: F401 - registers the families that transformers lacks
+
+    directory = Path(directory)
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(f"{directory} is not a model directory: it has no config.json.")
+    if not (directory / "processor_config.json").is_file():
+        raise CheckpointError(
+            f"{directory} has no processor (processor_config.json), so text cannot be read or written.\n"
+            "  Convert the checkpoint again with --vocab to write one."
+        )
+    picture = read_image(Path(image)) if image is not None else None
+    processor = AutoProcessor.from_pretrained(directory)
+    asked = prompt if prompt is not None else processor.prompt(task)
+    model = AutoModelForImageTextToText.from_pretrained(directory, dtype="auto").to(device).eval()
+    inputs = processor(text=asked, images=picture, return_tensors="pt").to(device)
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    settings: dict[str, Any] = {}
+    if beams is not None:
+        settings["num_beams"] = beams
+    if max_new_tokens is not None:
+        settings["max_new_tokens"] = max_new_tokens
+    with torch.no_grad():
+        ids = model.generate(**inputs, **settings)
+    return Answer(asked, processor.batch_decode(ids, skip_special_tokens=True)[0].strip(), ids[0].tolist())
+
+
+def read_image(path: Path) -> Image.Image:
+    """The picture in RGB. Raises UsageError when the file is missing or no picture."""
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} does not exist.") from error
+    except (UnidentifiedImageError, OSError) as error:
+        raise UsageError(f"{path} cannot be read as a picture: {error}.") from error
