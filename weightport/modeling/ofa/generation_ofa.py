@@ -1,0 +1,93 @@
+"""Generation with OFA: the original generator's own rules, and what decoding steps can take over from the first one."""
+
+from __future__ import annotations
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
+
+# <s>, <pad>, </s>, <unk>: a constraint of fairseq's leaves them allowed.
+NUM_SPECIAL_TOKENS = 4
+
+
+class EosAtMaxLengthLogitsProcessor(LogitsProcessor):
+    """Lets a sequence that reaches its maximum length end there, with the end token's own score.
+
+    fairseq ends every hypothesis with the end token and counts its real log-probability. `forced_eos_token_id` would
+    set that score to 0, which changes the order of beams; nothing at all would leave sequences without an end.
+
+    Args:
+        max_length: length of a sequence including the start and the end token.
+        eos_token_ids: int64 [number of end tokens].
+    """
+
+    def __init__(self, max_length: int, eos_token_ids: torch.Tensor):
+        self.max_length = max_length
+        self.eos_token_ids = eos_token_ids
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Scores [batch, vocabulary] of the token that follows `input_ids` [batch, length]."""
+        if input_ids.shape[-1] < self.max_length - 1:
+            return scores
+        end_tokens = self.eos_token_ids.to(scores.device)
+        # Another processor may have removed the end token (top-k, a trie): something has to be left to choose.
+        end_scores = scores[:, end_tokens].clamp(min=torch.finfo(scores.dtype).min)
+        return torch.full_like(scores, -float("inf")).index_copy(1, end_tokens, end_scores)
+
+
+class ConstraintRangeLogitsProcessor(LogitsProcessor):
+    """Allows the four special tokens and ids `start <= id < end` only, and gives them all the probability.
+
+    OFA's `constraint_range`: it masks logits before the softmax, so that scores are probabilities among what is
+    allowed. (`suppress_tokens` masks after it.)
+    """
+
+    def __init__(self, start: int, end: int):
+        self.start = start
+        self.end = end
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Log-probabilities [batch, vocabulary] of logits, or of log-probabilities."""
+        ids = torch.arange(scores.shape[-1], device=scores.device)
+        allowed = (ids < NUM_SPECIAL_TOKENS) | ((ids >= self.start) & (ids < self.end))
+        return scores.masked_fill(~allowed, -float("inf")).log_softmax(dim=-1)
+
+
+class OFAGenerationMixin(GenerationMixin):
+    """[`GenerationMixin`] with two settings of its own, which a `GenerationConfig` saves with all the others.
+
+    `ofa_eos_at_max_length` (default `True`) switches [`EosAtMaxLengthLogitsProcessor`]; `ofa_constraint_range` (default
+    `None`) is the `[start, end]` of a [`ConstraintRangeLogitsProcessor`], such as the range of the image codes.
+    """
+
+    def _set_generation_defaults(self) -> None:
+        """What the original's generator always does, for a model without a generation_config.json."""
+        self.generation_config.ofa_eos_at_max_length = True
+        self.generation_config.ofa_constraint_range = None
+        if self.config.pad_token_id is not None:
+            self.generation_config.suppress_tokens = [self.config.pad_token_id]
+
+    def _get_logits_processor(self, generation_config: GenerationConfig, *args, **kwargs) -> LogitsProcessorList:
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        if (constraint_range := getattr(generation_config, "ofa_constraint_range", None)) is not None:
+            # First: what other processors remove later does not make the rest more probable.
+            processors.insert(0, ConstraintRangeLogitsProcessor(*constraint_range))
+        end_tokens = generation_config._eos_token_tensor
+        if getattr(generation_config, "ofa_eos_at_max_length", True) and end_tokens is not None:
+            # Last: a processor that normalises scores again would make the only token left certain.
+            processors.append(EosAtMaxLengthLogitsProcessor(generation_config.max_length, end_tokens))
+        return processors
+
+    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, encoder_outputs=None, **kwargs):
+        if kwargs.get("is_first_iteration") and (input_ids[:, 0] == self.config.pad_token_id).any():
+            raise ValueError(
+                "decoder_input_ids are padded on the left, but OFA counts target positions from the first column: "
+                "generate prompts of different lengths in separate calls."
+            )
+        if encoder_outputs is not None and encoder_outputs.position_keys is None:
+            encoder_outputs.position_keys = self.get_decoder().source_position_keys(
+                encoder_outputs.position_embeddings
+            )
+        return super().prepare_inputs_for_generation(input_ids, encoder_outputs=encoder_outputs, **kwargs)
+
+
+__all__ = ["ConstraintRangeLogitsProcessor", "EosAtMaxLengthLogitsProcessor", "OFAGenerationMixin"]
