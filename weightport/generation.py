@@ -53,7 +53,8 @@ def generate(
     picture = read_image(Path(image)) if image is not None else None
     processor = AutoProcessor.from_pretrained(directory)
     asked = prompt if prompt is not None else processor.prompt(task)
-    model = AutoModelForImageTextToText.from_pretrained(directory, dtype="auto").to(device).eval()
+    model: Any = AutoModelForImageTextToText.from_pretrained(directory, dtype="auto")
+    model = model.to(device).eval()
     inputs = processor(text=asked, images=picture, return_tensors="pt").to(device)
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)

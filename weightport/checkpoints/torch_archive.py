@@ -73,7 +73,7 @@ def write_torch_archive(document: Any, path: Path, *, advance: Callable[[int], N
             record.file_size = tensor.nbytes
             with archive.open(record, "w", force_zip64=large) as out:
                 for part in tensor.parts():
-                    out.write(memoryview(part.detach().reshape(-1).view(torch.uint8).numpy()))
+                    out.write(memoryview(part.detach().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
                     advance(part.numel() * part.element_size())
         archive.writestr(_aligned(file, f"{ROOT}/version"), b"3\n")
 
@@ -100,6 +100,8 @@ class _Global:
 
 class _DocumentPickler(pickle._Pickler):
     """Protocol 2, as torch writes it. Named classes are emitted by name, so nothing needs to be importable here."""
+
+    write: Callable[[bytes], Any]
 
     def __init__(self, out: io.BytesIO, storages: dict[str, StreamedTensor]) -> None:
         super().__init__(out, protocol=2)

@@ -83,8 +83,8 @@ def vocabulary_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--vocab",
             metavar="DIR|HUB_ID|none",
-            help="The original's vocabulary: utils/BERT_CN_dict or utils/BPE of the OFA repository, or a Hub id such as "
-            "bert-base-chinese. By default what stands beside SOURCE.",
+            help="The original's vocabulary: utils/BERT_CN_dict or utils/BPE of the OFA repository, or a Hub id "
+            "such as bert-base-chinese. By default what stands beside SOURCE.",
         ),
         click.option("--ema", is_flag=True, help="Convert the averaged weights (EMA) of a training checkpoint."),
         click.option(

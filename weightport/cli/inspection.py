@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 @json_option
 @command_body
 def inspect_command(source: Path, tensors: bool, as_json: bool) -> None:
-    """Show what the checkpoint SOURCE holds: family, size, types, and what else is in it. No weight is read, and nothing
-    in the file is executed."""
+    """Show what the checkpoint SOURCE holds: family, size, types, and what else is in it.
+
+    No weight is read, and nothing in the file is executed.
+    """
     from ..checkpoints import open_checkpoint
     from ..converters import looks_like
     from ..converters.families import FAMILIES

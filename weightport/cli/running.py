@@ -1,4 +1,4 @@
-"""How every command runs: one error printed once, an exit status that scripts can rely on, and a clean end on signals."""
+"""How every command runs: one error printed once, an exit status for scripts, a clean end on signals."""
 
 from __future__ import annotations
 

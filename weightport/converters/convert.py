@@ -103,7 +103,7 @@ def check_derived(made: Plan, model: SourceModel) -> None:
             raise ConfigurationError(
                 f"{item.ref.name} {list(found.shape)} is not what the model's configuration gives "
                 f"({list(expected.shape)}, {item.because}).\n"
-                "  The checkpoint belongs to a variant that this family does not know; converting it would change its results."
+                "  The checkpoint is of a variant that this family does not know; converting would change its results."
             )
 
 

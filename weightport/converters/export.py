@@ -56,8 +56,8 @@ def export(
 ) -> Export:
     """Write the model in `directory` to `target` in its family's original format. Nothing is written on failure.
 
-    With a conversion.json the original's tensors come back under the same names in the same order, derived and tied ones
-    included; without one (a directory that a trainer saved) the layout's full set is written.
+    With a conversion.json the original's tensors come back under the same names in the same order, derived and tied
+    ones included; without one (a directory that a trainer saved) the layout's full set is written.
     """
     directory, target = Path(directory), Path(target)
     check_absent(target, overwrite=overwrite)

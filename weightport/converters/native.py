@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NativeTensors:
-    """What a native model loads: shape by name (of tied tensors only the one that is written), and which are buffers."""
+    """What a native model loads: shape by name (of tied tensors the one that is written), and which are buffers."""
 
     shapes: Mapping[str, tuple[int, ...]]
     buffers: frozenset[str] = frozenset()

@@ -1,8 +1,8 @@
 """What may happen to tensors between a source name and a target name: operations that know their own inverse.
 
-Each is a frozen value with `forward` (source tensors → target tensors) and `backward` (target tensors → source tensors).
-They work on meta tensors too, which is how a plan learns every shape and dtype before a byte is read. They return views
-where they can: the writer copies once, into the file.
+Each is a frozen value with `forward` (source tensors → target tensors) and `backward` (the other way). They work on
+meta tensors too, which is how a plan learns every shape and dtype before a byte is read. They return views where they
+can: the writer copies once, into the file.
 """
 
 from __future__ import annotations

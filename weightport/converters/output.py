@@ -1,8 +1,8 @@
 """Outputs that appear whole or not at all.
 
-Work goes into a hidden sibling of the target, is synced to disk, and takes the target's name in one rename. Whatever ends
-the process earlier, the target's name holds what it held before. A sibling left by a killed process is recognised by its
-released lock and removed by the next run.
+Work goes into a hidden sibling of the target, is synced to disk, and takes the target's name in one rename. Whatever
+ends the process earlier, the target's name holds what it held before. A sibling left by a killed process is recognised
+by its released lock and removed by the next run.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ def whole_directory(target: Path, *, overwrite: bool = False, needs: int = 0) ->
             (work / _LOCK).unlink()
             work.chmod(0o777 & ~_umask())
             _sync_tree(work)
+            # Again: another run may have finished first.
+            check_absent(target, overwrite=overwrite)
             _take_place(work, target)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
@@ -66,6 +68,7 @@ def whole_file(target: Path, *, overwrite: bool = False, needs: int = 0) -> Iter
             yield work
             work.chmod(0o666 & ~_umask())
             _sync(work)
+            check_absent(target, overwrite=overwrite)
             work.replace(target)
             _sync(target.parent)
     except BaseException:
@@ -112,6 +115,8 @@ def _disk_errors(target: Path) -> Iterator[None]:
             errno.EPERM: "the folder is not writable",
             errno.EROFS: "the file system is read-only",
             errno.ENOTDIR: "a part of the path is a file",
+            errno.EEXIST: "a part of the path is a file",
+            errno.EISDIR: "it is a folder",
             errno.ENAMETOOLONG: "the name is too long",
         }.get(error.errno or 0)
         if reason is None:

@@ -2,9 +2,9 @@
 
     encoder.layers.*.self_attn.{q,k,v,out}_proj.{weight,bias}
 
-`*` is a layer number, `**` the rest of a name (any characters), `{a,b}` one of the alternatives. Each of them is a *hole*.
-The holes of a rule's two sides correspond in order; alternatives correspond by their place in the braces, so that
-`layer{1,2,3}.*` on one side and `stages.{0,1,2}.layers.*` on the other rename and renumber at once, both ways.
+`*` is a layer number, `**` the rest of a name (any characters), `{a,b}` one of the alternatives. Each of them is a
+*hole*. The holes of a rule's two sides correspond in order; alternatives correspond by their place in the braces, so
+that `layer{1,2,3}.*` on one side and `stages.{0,1,2}.layers.*` on the other rename and renumber at once, both ways.
 """
 
 from __future__ import annotations

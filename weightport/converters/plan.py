@@ -96,7 +96,7 @@ def plan(
     """Resolve `rules` against a checkpoint's tensors and a model's own parameter list.
 
     `native` is every tensor the model loads. `dtype` is what floating-point
-    tensors are written in; by default each keeps its own. `drop` names source tensors the user gave up, with the reason.
+    tensors are written in; by default each keeps its own. `drop` names source tensors the user gave up, and why.
 
     Raises CoverageError, naming every tensor, unless each source is used or dropped and each target is produced once
     with its exact shape.
@@ -181,7 +181,7 @@ def _apply(
     for alias in aliases:
         if alias.shape != sources[0].shape:
             reshaped.append(
-                f"{alias.name} is {list(alias.shape)}, but {sources[0].name}, to which it is tied, {list(sources[0].shape)}"
+                f"{alias.name} is {list(alias.shape)}, but its tied copy {sources[0].name} {list(sources[0].shape)}"
             )
     try:
         outputs = rule.operation.forward([torch.empty(ref.shape, dtype=ref.dtype, device="meta") for ref in sources])

@@ -1,4 +1,4 @@
-"""A model's code beside its weights, for environments that have transformers but not weightport (`trust_remote_code`)."""
+"""A model's code beside its weights, for environments with transformers but without weightport."""
 
 from __future__ import annotations
 

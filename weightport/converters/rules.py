@@ -37,8 +37,8 @@ Derivation = Callable[[Any, str], torch.Tensor]
 class Rule:
     """Source patterns → target patterns through one operation.
 
-    `aliases` are further source names of the first source's tensor (tied weights): the original stores it under each of
-    them. Present ones must be equal to it bit for bit; they are written once, and all of them are exported.
+    `aliases` are further source names of the first source's tensor (tied weights): the original stores it under each
+    of them. Present ones must be equal to it bit for bit; they are written once, and all of them are exported.
     """
 
     sources: tuple[Pattern, ...]

@@ -157,7 +157,7 @@ def chunks(tensor: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor, without a copy."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def check_finite(tensor: torch.Tensor, name: str, source: str) -> None:
@@ -171,8 +171,8 @@ def check_finite(tensor: torch.Tensor, name: str, source: str) -> None:
         bad = int((~torch.isfinite(tensor)).sum())
         raise NonFiniteError(
             f"{source} holds NaN or infinity ({bad} of {tensor.numel()} values checked for {name}).\n"
-            "  A training run that diverged, or a dtype too narrow for the values, leaves such weights. Take an earlier "
-            "checkpoint, a wider --dtype, or pass --allow-nonfinite to keep them."
+            "  A training run that diverged, or a dtype too narrow for the values, leaves such weights. Take an "
+            "earlier checkpoint, a wider --dtype, or pass --allow-nonfinite to keep them."
         )
 
 
@@ -184,8 +184,8 @@ def _check_ties(step: Step) -> None:
             continue
         if not same_bits(first.read(), alias.read()):
             raise CoverageError(
-                f"{alias.name} and {first.name} are one matrix in the model, but the checkpoint holds different values "
-                f"for them. Converting would lose one of the two."
+                f"{alias.name} and {first.name} are one matrix in the model, but the checkpoint holds different "
+                "values for them. Converting would lose one of the two."
             )
 
 

@@ -23,8 +23,8 @@ def version(config: Any, name: str) -> torch.Tensor:
 def token_bucket(config: Any, name: str) -> torch.Tensor:
     """Bucket index of every (query, key) pair of text positions: int64 [1024, 1024].
 
-    Exact up to token_bucket_size // 2 positions apart, logarithmic beyond (facts of OFA's unify_transformer.py). Computed
-    in float32: the original's ceil of a float32 logarithm decides the boundaries.
+    Exact up to token_bucket_size // 2 positions apart, logarithmic beyond (OFA's unify_transformer.py).
+    Computed in float32: the original's ceil of a float32 logarithm decides the boundaries.
     """
     size = config.token_bucket_size
     position = torch.arange(MAX_DISTANCE, dtype=torch.long)

@@ -17,7 +17,7 @@ from ....errors import ConfigurationError
 
 Tensors = Mapping[str, TensorRef]
 
-# Depths of the first three stages (the original cuts the fourth). All are Bottleneck networks: resnet34 equals resnet50.
+# Depths of the first three stages (the original cuts the fourth). All are Bottleneck networks: resnet34 is resnet50.
 RESNET_DEPTHS = {
     "resnet18": (2, 2, 2),
     "resnet34": (3, 4, 6),
@@ -46,7 +46,7 @@ class ShapeFact:
     """A configuration field that the tensors determine, and the option of the training run that must agree with it."""
 
     field: str
-    option: str | None
+    option: str
     read: Callable[[Tensors], Any]
 
 
@@ -90,7 +90,8 @@ def _image_buckets(tensors: Tensors) -> int:
     side = math.isqrt(rows - 1)
     if side * side != rows - 1:
         raise ConfigurationError(
-            f"encoder.embed_image_positions.weight has {rows} rows; image_bucket_size² + 1 was expected, which is a square plus one."
+            f"encoder.embed_image_positions.weight has {rows} rows; expected a square plus one "
+            "(image_bucket_size² + 1)."
         )
     return side
 
@@ -184,7 +185,7 @@ REFUSED_OPTIONS = {
 
 
 def shape_values(tensors: Tensors) -> dict[str, Any]:
-    """Every field of SHAPE_FACTS, read from the tensors. Raises ConfigurationError when a deciding tensor is missing."""
+    """Every field of SHAPE_FACTS, read from the tensors. Raises ConfigurationError when one it needs is missing."""
     return {fact.field: fact.read(tensors) for fact in SHAPE_FACTS}
 
 
@@ -204,11 +205,11 @@ def _activation_dropout(options: Mapping[str, Any]) -> float:
 
 
 def check_options(values: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """Raise ConfigurationError, naming every one, where options contradict the shapes or ask for what cannot be held."""
+    """Raise ConfigurationError naming every option that contradicts the shapes or asks for what cannot be held."""
     wrong = [
         f"{fact.option} is {options[fact.option]!r} in the options, but the tensors show {values[fact.field]!r}"
         for fact in SHAPE_FACTS
-        if fact.option in options and options[fact.option] is not None and options[fact.option] != values[fact.field]
+        if options.get(fact.option) is not None and options[fact.option] != values[fact.field]
     ]
     if wrong:
         raise ConfigurationError(

@@ -1,4 +1,4 @@
-"""The OFA family: which checkpoints are OFA's, what their native configuration is, and what stands beside the weights."""
+"""The OFA family: which checkpoints are OFA's, and what they mean."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from ...native import NativeTensors
     from ...plan import Plan
 
-# Options that are kept in conversion.json: what the architecture and the task are. The rest is the trainer's own business
-# (paths, machines, schedules) and does not belong into a published directory.
+# Options that are kept in conversion.json: what the architecture and the task are. The rest is the trainer's own
+# business (paths, machines, schedules) and does not belong into a published directory.
 _KEPT_MODEL_OPTIONS = (
     "arch", "_name", "vocab_size", "label_smoothing", "sync_bn", "freeze_resnet", "resnet_type", "code_image_size",
     "share_all_embeddings", "share_decoder_input_output_embed", "no_scale_embedding", "relu_dropout",
@@ -29,8 +29,8 @@ _KEPT_MODEL_OPTIONS = (
 )  # fmt: skip
 _KEPT_TASK_OPTIONS = (
     "_name", "bpe", "num_bins", "code_dict_size", "patch_image_size", "orig_patch_image_size", "max_src_length",
-    "max_tgt_length", "max_image_size", "imagenet_default_mean_and_std", "constraint_range", "prompt_type", "eval_args",
-    "selected_cols", "max_source_positions", "max_target_positions",
+    "max_tgt_length", "max_image_size", "imagenet_default_mean_and_std", "constraint_range", "prompt_type",
+    "eval_args", "selected_cols", "max_source_positions", "max_target_positions",
 )  # fmt: skip
 
 _EXTRAS = {
@@ -181,13 +181,15 @@ def _notes(found: layouts.Found, options: Options) -> tuple[str, ...]:
     notes = []
     if found.has_ema and not options.ema:
         notes.append(
-            "The file also holds averaged weights (EMA), with which its training was evaluated; --ema converts those instead."
+            "The file also holds averaged weights (EMA), with which its training was evaluated; "
+            "--ema converts those instead."
         )
     if options.ema:
         notes.append("Converted the averaged weights (extra_state.ema), as the original's --ema-eval does.")
     if found.model_options is None:
         notes.append(
-            "The file holds no training options; those of OFA's published training scripts are assumed where shapes do not tell."
+            "The file holds no training options; those of OFA's published training scripts are assumed "
+            "where shapes do not tell."
         )
     return tuple(notes)
 
@@ -196,6 +198,6 @@ def missing_vocabulary(folder: Path) -> VocabularyError:
     """The error for a checkpoint that stands without its vocabulary."""
     return VocabularyError(
         f"No vocabulary: {folder} holds neither dict.txt nor vocab.txt, and --vocab was not given.\n"
-        "  Pass --vocab with the folder of the OFA repository (utils/BERT_CN_dict for Chinese, utils/BPE for English), a Hub "
-        "id such as bert-base-chinese, or --vocab none to write the model without a tokenizer."
+        "  Pass --vocab with the folder of the OFA repository (utils/BERT_CN_dict for Chinese, utils/BPE for "
+        "English),\n  a Hub id such as bert-base-chinese, or --vocab none to write the model without a tokenizer."
     )

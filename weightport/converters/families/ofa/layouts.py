@@ -55,13 +55,13 @@ def is_ofa(names: Mapping[str, Any]) -> bool:
 
 
 def locate(checkpoint: Checkpoint, *, ema: bool) -> Found:
-    """The model inside the checkpoint. Raises CheckpointError when averaged weights are asked for and there are none."""
+    """The model inside the checkpoint. Raises CheckpointError when `ema` is asked for and there is none."""
     in_training_file = all("model." + mark in checkpoint for mark in _MARKS)
     averaged = checkpoint.section(_EMA)
     if ema and not averaged:
         raise CheckpointError(
-            f"{checkpoint.path} holds no averaged weights (extra_state.ema). They are written by training with --store-ema; "
-            "leave --ema out to convert the model's own weights."
+            f"{checkpoint.path} holds no averaged weights (extra_state.ema). They are written by training with "
+            "--store-ema; leave --ema out to convert the model's own weights."
         )
     section = _EMA if ema else "model" if in_training_file else ""
     tensors = averaged if ema else checkpoint.section("model") if in_training_file else dict(checkpoint)

@@ -37,7 +37,7 @@ def namespace(config: PreTrainedConfig, options: Mapping[str, Any]) -> dict[str,
     """The flat options of a training run: those recorded at conversion, and the configuration's on top."""
     flat = {**options.get("task", {}), **options.get("model", {})}
     task = options.get("task", {}).get("_name")
-    flat |= {fact.option: getattr(config, fact.field) for fact in SHAPE_FACTS if fact.option is not None}
+    flat |= {fact.option: getattr(config, fact.field) for fact in SHAPE_FACTS}
     flat |= {fact.option: getattr(config, fact.field) for fact in OPTION_FACTS}
     flat |= {
         "no_scale_embedding": not config.scale_embedding,

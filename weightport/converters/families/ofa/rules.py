@@ -49,7 +49,7 @@ POSITIONS = renames(
     {encoder,decoder}.{pos_ln,image_pos_ln}.{weight,bias}
     encoder.pos_{q,k}_linear.{weight,bias}
     decoder.{self,cross}_pos_{q,k}_linear.{weight,bias}
-    {encoder,decoder}.{token,image}_rel_pos_table_list.*.weight    {encoder,decoder}.{token,image}_rel_pos_tables.*.weight
+    {encoder,decoder}.{token,image}_rel_pos_table_list.*.weight {encoder,decoder}.{token,image}_rel_pos_tables.*.weight
     """,
 )
 
