@@ -99,6 +99,7 @@ def test_symbols_in_text_are_parsed_only_on_request(folder, tokenizer):
     assert len(tokenizer(text).input_ids) > 10
     assert parsing.decode(parsing(text).input_ids, skip_special_tokens=True) == text
     assert len(parsing) == ROWS
+    assert parsing("<s></s><pad><unk>").input_ids == tokenizer("<s></s><pad><unk>").input_ids
 
 
 @pytest.mark.parametrize("parse_symbols", [False, True])

@@ -47,8 +47,8 @@ def build_ofa_tokenizer(
             decide, since the original's own OCR scripts name the wrong folder.
         num_bins, code_dict_size: the checkpoint's task options. Where None, they follow from `rows` when only one
             reading is possible: none of them, the given one alone, or the original's 8192 codes and 1000 bins.
-        parse_symbols: read `<mask>`, `<code_i>`, `<bin_i>` (and `<s>` …) in text as these symbols, as OFA-Chinese
-            does. The original never does: in its text they are ordinary characters, and so they are by default.
+        parse_symbols: read `<mask>`, `<code_i>`, `<bin_i>` in text as these symbols, as OFA-Chinese does. The original
+            never does: in its text they are ordinary characters, and so they are by default.
         model_max_length: positions of the encoder (max_source_positions).
 
     Text is encoded as `<s>` text `</s>`. Raises VocabularyError when vocabulary and `rows` do not belong together.
@@ -67,7 +67,8 @@ def build_ofa_tokenizer(
         backend = build_bpe(vocabulary, dictionary)
 
     if parse_symbols:
-        backend.add_tokens([AddedToken(symbol, normalized=False) for symbol in symbols])
+        # Space before a symbol is none of the text: the original encodes what stands between symbols on its own.
+        backend.add_tokens([AddedToken(symbol, lstrip=True, normalized=False) for symbol in (MASK, *symbols)])
     bos, pad, eos, unk = (SPECIAL_SYMBOLS[row] for row in (BOS, PAD, EOS, UNK))
     backend.post_processor = TemplateProcessing(
         single=f"{bos} $A {eos}", pair=f"{bos} $A $B {eos}", special_tokens=[(bos, BOS), (eos, EOS)]
@@ -78,13 +79,12 @@ def build_ofa_tokenizer(
         pad_token=pad,
         eos_token=eos,
         unk_token=unk,
-        mask_token=MASK,
         model_max_length=model_max_length,
         model_input_names=["input_ids", "attention_mask"],
         padding_side="right",
         clean_up_tokenization_spaces=False,
         # Text that spells a special token stays text.
-        split_special_tokens=not parse_symbols,
+        split_special_tokens=True,
     )
     if len(tokenizer) != rows:
         raise _wrong_size(vocabulary, len(tokenizer), rows, bpe, "tokens that share a name")
