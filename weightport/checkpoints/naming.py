@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from weightport.checkpoints.mapped import shown
@@ -11,8 +11,8 @@ from weightport.checkpoints.records import Record
 from weightport.checkpoints.types import TensorRef
 from weightport.errors import CheckpointError
 
-# Shared containers are walked at every place they stand at; data that shares itself without end is cut off here.
-_MAX_STEPS = 5_000_000
+# Containers are walked at every place they stand at; data that shares itself without end is refused after this many.
+_MAX_REPEATS = 250_000
 _MAX_DEPTH = 1_000
 _MAX_NAME = 4_096
 # torch.nn.Module keeps its parts in dictionaries of these names, which its state_dict leaves out.
@@ -30,36 +30,70 @@ def name_tensors(document: Any) -> dict[str, TensorRef]:
     if isinstance(document, TensorRef):
         _add(found, "tensor", document)
         return found
-    # Cycles are cut at containers already on the way down; records, which link to their parents, are entered once.
-    path: set[int] = {id(document)}
-    entered: set[int] = {id(document)}
-    levels = [(id(document), "", _children(document))]
-    for _ in range(_MAX_STEPS):
-        if not levels:
-            return found
-        owner, prefix, children = levels[-1]
-        step = next(children, None)
-        if step is None:
-            levels.pop()
-            path.discard(owner)
-            continue
-        key, value = step
-        if not isinstance(value, (TensorRef, dict, list, tuple, Record)):
-            continue
+    walk = _Walk(found)
+    walk.enter("", document)
+    while walk.levels:
+        walk.step()
+    return found
+
+
+class _Walk:
+    """A walk in depth, without recursion. Cycles are cut; what is known to hold no tensor is not walked again."""
+
+    def __init__(self, found: dict[str, TensorRef]) -> None:
+        self.found = found
+        self.levels: list[_Level] = []
+        self.path: set[int] = set()
+        self.entered: set[int] = set()
+        self.barren: set[int] = set()
+        self.repeats = 0
+
+    def enter(self, name: str, container: Any) -> None:
+        owner = id(container)
+        known = owner in self.entered
+        # Records link to their parents and siblings, so walking them again would name everything in every way.
+        if owner in self.path or owner in self.barren or (known and isinstance(container, Record)):
+            return
+        self.entered.add(owner)
+        self.path.add(owner)
+        self.levels.append(_Level(owner, name, _children(container), known, len(self.found)))
+
+    def step(self) -> None:
+        level = self.levels[-1]
+        for key, value in level.children:
+            self.repeats += level.again
+            if isinstance(value, _WITH_TENSORS):
+                self.visit(level.name, key, value)
+                return
+        self.levels.pop()
+        self.path.discard(level.owner)
+        if len(self.found) == level.found_before:
+            self.barren.add(level.owner)
+
+    def visit(self, prefix: str, key: str, value: Any) -> None:
         name = f"{prefix}.{key}" if prefix and key else prefix or key
-        if len(levels) > _MAX_DEPTH or len(name) > _MAX_NAME:
+        if len(self.levels) > _MAX_DEPTH or len(name) > _MAX_NAME:
             raise CheckpointError(
-                f"nests {len(levels)} containers, or has a name of {len(name)} characters: {shown(name)}."
+                f"nests its data {len(self.levels)} levels deep, with a name of {len(name)} characters: {shown(name)}."
             )
+        if self.repeats > _MAX_REPEATS:
+            raise CheckpointError("holds the same data in itself over and over, as no checkpoint does.")
         if isinstance(value, TensorRef):
-            _add(found, name, value)
-        elif id(value) not in path:
-            if isinstance(value, Record) and id(value) in entered:
-                continue
-            entered.add(id(value))
-            path.add(id(value))
-            levels.append((id(value), name, _children(value)))
-    raise CheckpointError("nests the same data in itself over and over, as no checkpoint does.")
+            _add(self.found, name, value)
+        else:
+            self.enter(name, value)
+
+
+@dataclass(frozen=True)
+class _Level:
+    owner: int
+    name: str
+    children: Iterator[tuple[str, Any]]
+    again: bool
+    found_before: int
+
+
+_WITH_TENSORS = (TensorRef, dict, list, tuple, Record)
 
 
 def _children(container: Any) -> Iterator[tuple[str, Any]]:

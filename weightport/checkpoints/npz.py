@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tokenize
 from functools import partial
 from math import prod
 from typing import Any
@@ -19,6 +20,8 @@ from weightport.errors import CheckpointError
 # Headers of plain arrays take 128 bytes, and numpy itself reads none of more than 10,000 characters.
 _MAX_HEADER = 10_000 + 16
 _TEXT_LIMIT = 1 << 16
+# What numpy's header reader (a tokenizer, then ast.literal_eval) lets through.
+_HEADER_ERRORS = (ValueError, TypeError, SyntaxError, OverflowError, RecursionError, MemoryError, tokenize.TokenError)
 
 
 def open_npz(file: MappedFile, members: dict[str, Member] | None = None) -> Checkpoint:
@@ -76,8 +79,8 @@ def _header(start: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
         if version not in readers:
             raise CheckpointError(f"is of .npy version {version}; known are {sorted(readers)}.")
         shape, fortran, kind = readers[version](stream)
-    except (ValueError, TypeError, SyntaxError, OverflowError, RecursionError, MemoryError) as error:
-        raise CheckpointError(f"has a malformed .npy header ({error}).") from error
+    except _HEADER_ERRORS as error:
+        raise CheckpointError(f"has a malformed .npy header ({shown(str(error))}).") from error
     if not all(type(size) is int for size in shape):
         raise CheckpointError(f"has the shape {shown(shape)}.")
     return shape, bool(fortran), kind, stream.tell()

@@ -50,7 +50,7 @@ class _Plain:
         value = unwrapped(value)
         if not isinstance(value, (dict, list, tuple, Record)):
             return value
-        if depth == 0:
+        if depth == 0 or is_omegaconf(value):
             raise ConfigurationError(f"The checkpoint's options nest over {_MAX_DEPTH} levels deep, or in a circle.")
         if id(value) not in self.done:
             self.done[id(value)] = (value, self._converted(value, depth - 1))

@@ -12,7 +12,7 @@ from weightport.checkpoints.mapped import MappedFile, shown
 from weightport.checkpoints.npz import open_npz
 from weightport.checkpoints.safetensors_file import MAX_HEADER, open_safetensors
 from weightport.checkpoints.sharded import open_sharded
-from weightport.checkpoints.torch_files import LEGACY_START, open_legacy, open_zip
+from weightport.checkpoints.torch_files import is_legacy, open_legacy, open_zip
 from weightport.checkpoints.types import Checkpoint
 from weightport.errors import CheckpointError
 
@@ -51,7 +51,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     only executing it could read, or that would execute commands.
     """
     place = Path(path)
-    if place.is_dir():
+    if os.path.isdir(place):
         return open_folder(place, open_file)
     return open_file(place)
 
@@ -94,7 +94,7 @@ def _looks_like_safetensors(start: bytes) -> bool:
 
 _FORMATS: tuple[tuple[Callable[[bytes], bool], Callable[[MappedFile], Checkpoint]], ...] = (
     (lambda start: start.startswith((b"PK\3\4", b"PK\5\6")), _open_archive),
-    (lambda start: start.startswith(LEGACY_START), open_legacy),
+    (is_legacy, open_legacy),
     (_looks_like_safetensors, open_safetensors),
 )
 

@@ -62,7 +62,10 @@ class InertUnpickler:
 
     def run(self) -> Any:
         for _ in range(_MAX_OPCODES):
-            code = self.take(1)[0]
+            if self.at >= len(self.data):
+                raise CheckpointError(f"ends too early, at byte {self.at}, without its end mark.")
+            code = self.data[self.at]
+            self.at += 1
             if code == pickle.STOP[0]:
                 return self.pop()
             handler = _HANDLERS.get(code)

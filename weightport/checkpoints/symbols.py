@@ -30,8 +30,8 @@ _DENIED_MODULES = _words(
     _ctypes _imp _io _osx_support _pickle _posixsubprocess _socket _thread asyncio bdb cProfile cloudpickle codeop
     commands concurrent ctypes dill distutils doctest ensurepip fileinput ftplib glob http httpx idlelib imp importlib
     inspect joblib linecache marshal mmap multiprocessing nt ntpath os pdb pickle pip pkgutil popen2 posix posixpath
-    pty pydoc requests runpy setuptools shelve shutil signal smtplib socket socketserver sqlite3 ssl subprocess sys tarfile
-    telnetlib tempfile threading timeit unittest urllib urllib2 venv webbrowser winreg xmlrpc zipfile zipimport
+    pty pydoc requests runpy setuptools shelve shutil signal smtplib socket socketserver sqlite3 ssl subprocess sys
+    tarfile telnetlib tempfile threading timeit unittest urllib urllib2 venv webbrowser winreg xmlrpc zipfile zipimport
     """
 )
 _DENIED_PREFIXES = (
@@ -74,7 +74,8 @@ def find_symbol(module: str, name: str) -> Any:
     """
     module = _PYTHON_2_MODULES.get(module, module)
     type_name = f"{module}.{name}"
-    if module.split(".")[0] in _DENIED_MODULES or type_name in _DENIED_NAMES or type_name.startswith(_DENIED_PREFIXES):
+    denied = module.split(".")[0] in _DENIED_MODULES or type_name in _DENIED_NAMES
+    if (denied or type_name.startswith(_DENIED_PREFIXES)) and type_name not in BUILDERS:
         raise unsafe(type_name)
     if module == "torch" and name in TORCH_DTYPES:
         return TORCH_DTYPES[name]
@@ -120,15 +121,13 @@ def as_key(key: Any, depth: int = 2) -> Any:
     return key
 
 
-def _mapping(*args: Any) -> dict[Any, Any]:
-    if not args:
-        return {}
-    items = args[0].items() if isinstance(args[0], dict) else _plain_items(args[0])
-    return {as_key(key): value for key, value in items}
+def _mapping(items: Any = ()) -> dict[Any, Any]:
+    pairs = items.items() if isinstance(items, dict) else _plain_items(items)
+    return {as_key(key): value for key, value in pairs}
 
 
-def _default_mapping(factory: Any = None, *args: Any) -> dict[Any, Any]:
-    return _mapping(*args)
+def _default_mapping(factory: Any = None, items: Any = ()) -> dict[Any, Any]:
+    return _mapping(items)
 
 
 def _plain_items(values: Any = ()) -> Iterable[Any]:
@@ -208,4 +207,5 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "copyreg._reconstructor": _reconstructor,
     "torch.Size": lambda values=(): tuple(_plain_items(values)),
     "torch.device": _device,
+    "torch.serialization._get_layout": str,
 }

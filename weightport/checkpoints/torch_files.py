@@ -19,9 +19,13 @@ from weightport.checkpoints.types import Checkpoint
 from weightport.errors import CheckpointError, UnsafeCheckpointError
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-LEGACY_START = b"\x80\x02\x8a\x0a" + LEGACY_MAGIC.to_bytes(10, "little")
 _LEGACY_PROTOCOL = 1001
 _STORAGE_NAME = re.compile(r"torch\.(?:cuda\.|storage\.)?_?(\w+Storage)")
+
+
+def is_legacy(start: bytes) -> bool:
+    """Whether a file that begins with `start` is of torch's older format: its first pickle is the magic number."""
+    return start[:1] == b"\x80" and LEGACY_MAGIC.to_bytes(10, "little") in start[:32]
 
 
 def open_zip(file: MappedFile, members: dict[str, Member] | None = None) -> Checkpoint:
