@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from .running import command_body, json_option, quiet_option
 
 if TYPE_CHECKING:
     from ..converters import Conversion, Planned
+    from ..converters.plan import Plan
 
 FAMILIES = ("ofa",)
 DTYPES = ("keep", "float32", "float16", "bfloat16")
@@ -186,12 +188,17 @@ def _show_plan(lines: Lines, planned: Planned) -> None:
     for note in model.notes:
         lines.line("note", note)
     counts = tensor_counts(plan)
-    reasons = ", ".join(dict.fromkeys(item.because for item in plan.dropped))
     lines.line(
-        "plan",
-        f"{counts['read'] + counts['dropped']} tensors → {counts['written']}"
-        + (f" · {counts['dropped']} dropped ({reasons})" if counts["dropped"] else ""),
+        "plan", " · ".join([f"{counts['read'] + counts['dropped']} tensors → {counts['written']}", *_dropped(plan)])
     )
+
+
+def _dropped(plan: Plan) -> list[str]:
+    """What is left out, in words: the recomputable together, everything else by its reason."""
+    derived = sum(1 for item in plan.dropped if item.derived is not None)
+    reasons = Counter(item.because for item in plan.dropped if item.derived is None)
+    shown = [f"{derived} dropped (index buffers, recomputed from the configuration)"] if derived else []
+    return shown + [f"{number} dropped ({because})" for because, number in reasons.items()]
 
 
 _SECTIONS = {"last_optimizer_state": "optimizer state", "extra_state.ema": "averaged weights"}

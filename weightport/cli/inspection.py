@@ -89,19 +89,19 @@ def _show(found: Mapping[str, Any]) -> None:
             f"{name}: {section['tensors']} tensors · {count(section['parameters'])} values · "
             f"{size(section['bytes'])} · {dtypes}",
         )
-    for text in _document_lines(found["document"]):
+    for text in _document_lines(found["document"], set(found["sections"])):
         lines.line("document", text)
     for name, tensor in found.get("tensors", {}).items():
         click.echo(f"{name}  {tensor['shape']}  {tensor['dtype']}")
 
 
-def _document_lines(document: Any) -> list[str]:
-    """One short line a top-level entry of the rest of the file."""
+def _document_lines(document: Any, sections: set[str]) -> list[str]:
+    """One short line a top-level entry of the rest of the file, those that only hold tensors left out."""
     if not isinstance(document, Mapping):
         return []
     shown = []
     for key, value in document.items():
-        if isinstance(value, Mapping) and not value:
+        if key in sections or value is None or (isinstance(value, Mapping) and not value):
             continue
         text = re.sub(r"\s+", " ", json.dumps(value, ensure_ascii=False))
         shown.append(f"{key}: {text if len(text) <= 100 else text[:97] + '…'}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .convert import Conversion, Planned, convert, parse_dtype
+from .conversion import Conversion, Planned, convert, parse_dtype
 from .export import Export, export
 from .family import Family, Options, SourceModel
 from .recognition import looks_like, recognise

@@ -293,5 +293,6 @@ def code_image_size(tensors: Tensors, options: Mapping[str, Any] | None) -> int:
 
 
 def size_name(values: Mapping[str, Any]) -> str:
-    """tiny, medium, base, large, huge, or custom."""
-    return SIZE_NAMES.get((values["d_model"], values["encoder_layers"], values["decoder_layers"]), "custom")
+    """tiny, medium, base, large, huge, or the sizes themselves."""
+    sizes = values["d_model"], values["encoder_layers"], values["decoder_layers"]
+    return SIZE_NAMES.get(sizes, "of width {} with {} + {} layers".format(*sizes))
