@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from transformers import AutoImageProcessor, AutoProcessor
 
 BOX, SIZE = [10, 20, 300, 470], (640, 480)
 
@@ -108,6 +109,8 @@ def test_symbols_mean_themselves_only_where_the_processor_wrote_them(english, ch
         typed = str(bins)[:]
         assert processor(text_target="x" + typed)["labels"][0][1:-1] != expected
         assert processor(text_target=typed, parse_symbols=True)["labels"] == [[*expected, 2]]
+        processor.parse_symbols = True
+        assert processor(text_target=typed)["labels"] == [[*expected, 2]]
         assert processor(text=bins, parse_symbols=False)["input_ids"] == processor.tokenizer(str(bins))["input_ids"]
 
 
@@ -178,12 +181,12 @@ def test_a_saved_processor_loads_and_holds_nothing_of_its_use(english, tmp_path,
     english.max_image_size = 256
     english.save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "processor_config.json").read_text())
-    assert set(saved) == {"image_processor", "max_image_size", "parse_symbols", "processor_class"}
-    import weightport.modeling.ofa.image_processing_ofa as images
-
-    loaded = type(english)(
-        images.OFAImageProcessor.from_pretrained(tmp_path / "saved"), english.tokenizer, max_image_size=256
-    )
+    assert set(saved) == {"image_processor", "max_image_size", "processor_class"}
+    loaded = AutoProcessor.from_pretrained(tmp_path / "saved")
+    assert type(loaded) is type(english)
+    assert type(AutoImageProcessor.from_pretrained(tmp_path / "saved")) is type(english.image_processor)
+    assert loaded.max_image_size == 256
+    assert loaded.chat_template == english.chat_template
     torch.testing.assert_close(
         loaded(images=image, return_tensors="pt")["pixel_values"],
         english(images=image, return_tensors="pt")["pixel_values"],

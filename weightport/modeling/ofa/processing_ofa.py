@@ -35,6 +35,20 @@ class SymbolText(str):
     """Text in which `<bin_i>`, `<code_i>` and `<mask>` mean these symbols. In any other text they are characters."""
 
 
+class OFAProcessorKwargs(ProcessingKwargs, total=False):
+    r"""
+    parse_symbols (`bool`, *optional*):
+        Read `<bin_i>`, `<code_i>` and `<mask>` in texts and targets as these symbols, which the original never does.
+        By default (`None`) only in what `prompt` and `boxes_to_bins` wrote with symbols.
+    decoder_prompt (`str`, *optional*, defaults to `"none"`):
+        `"prev_output"` begins the decoder's input with the prompt less its `</s>`, `"src"` with all of it, as the
+        original's prompt_type does for its VQA, entailment and GLUE checkpoints.
+    """
+
+    parse_symbols: bool | None
+    decoder_prompt: str
+
+
 class OFAProcessor(ProcessorMixin):
     r"""One object for all that goes into OFA and comes out of it.
 
@@ -48,21 +62,22 @@ class OFAProcessor(ProcessorMixin):
     Args:
         image_processor ([`OFAImageProcessor`]), tokenizer ([`PreTrainedTokenizerFast`]): the two parts.
         max_image_size (`int`, defaults to 512): pixels of the resized image that the location bins span.
-        parse_symbols (`bool`, defaults to `False`): default of the call's argument of that name.
         chat_template (`str`, *optional*): Jinja template of `apply_chat_template`; by default the texts of all
             messages, one after the other.
     """
+
+    valid_processor_kwargs = OFAProcessorKwargs
+    parse_symbols: bool | None = None
+    decoder_prompt = "none"
 
     def __init__(
         self,
         image_processor: Any = None,
         tokenizer: Any = None,
         max_image_size: int = 512,
-        parse_symbols: bool = False,
         chat_template: str | None = None,
     ) -> None:
         self.max_image_size = max_image_size
-        self.parse_symbols = parse_symbols
         super().__init__(image_processor, tokenizer)
         self.chat_template = chat_template or CHAT_TEMPLATES[self.language]
 
@@ -84,10 +99,7 @@ class OFAProcessor(ProcessorMixin):
         self,
         images: Any = None,
         text: str | list[str] | None = None,
-        text_target: str | list[str] | None = None,
-        decoder_prompt: str = "none",
-        parse_symbols: bool | None = None,
-        **kwargs: Unpack[ProcessingKwargs],
+        **kwargs: Unpack[OFAProcessorKwargs],
     ) -> BatchFeature:
         """What the model takes.
 
@@ -95,26 +107,29 @@ class OFAProcessor(ProcessorMixin):
             images: one image a sample, of any kind the image processor takes. A sample without one is None or an
                 empty list; a single text is repeated for several images.
             text: the prompts, encoded as `<s>` text `</s>`. Nothing is added to them or cleaned: see `prompt`.
-            text_target: the answers, encoded as text `</s>`. See `target`.
-            decoder_prompt: "prev_output" begins the decoder's input with the prompt less its `</s>`, "src" with all
-                of it, as the original's prompt_type does for its VQA, entailment and GLUE checkpoints.
-            parse_symbols: read `<bin_i>`, `<code_i>` and `<mask>` in texts and targets as these symbols, which the
-                original never does. By default (None) as the attribute says, and in what `prompt` and `boxes_to_bins`
-                wrote with symbols.
+            text_target (`str` or `list[str]`, *optional*): the answers, encoded as text `</s>`. See `target`.
+            kwargs: see [`OFAProcessorKwargs`]; those of tokenizer and image processor too.
 
         Returns `input_ids`, `attention_mask` int64 [batch, length] for text; `pixel_values` float32 [batch, 3, height,
         width] and `patch_masks` bool [batch] (False, with zeros as pixels, where a sample has no image) for images;
         `labels` int64 [batch, length], -100 where there is no target, for targets; `decoder_input_ids` for a decoder
         prompt.
         """
-        if images is None and text is None and text_target is None:
-            raise ValueError("OFAProcessor needs at least one of images, text and text_target.")
+        decoder_prompt = kwargs.pop("decoder_prompt", self.decoder_prompt)
+        parse_symbols = kwargs.pop("parse_symbols", self.parse_symbols)
         if decoder_prompt not in DECODER_PROMPTS:
             raise ValueError(f"decoder_prompt is one of {', '.join(DECODER_PROMPTS)}, found {decoder_prompt!r}.")
-        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        merged = self._merge_kwargs(
+            OFAProcessorKwargs,  # type: ignore[arg-type]
+            tokenizer_init_kwargs=self.tokenizer.init_kwargs,
+            **kwargs,
+        )
         text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
         return_tensors = text_kwargs.pop("return_tensors", None)
         images_kwargs.pop("return_tensors", None)
+        text_target = text_kwargs.pop("text_target", None)
+        if images is None and text is None and text_target is None:
+            raise ValueError("OFAProcessor needs at least one of images, text and text_target.")
 
         features: dict[str, Any] = {}
         samples = _one_image_a_sample(images) if images is not None else None
@@ -148,7 +163,7 @@ class OFAProcessor(ProcessorMixin):
 
     def _tokenizer_for(self, texts: list[str], parse_symbols: bool | None) -> Any:
         if parse_symbols is None:
-            parse_symbols = self.parse_symbols or any(isinstance(text, SymbolText) for text in texts)
+            parse_symbols = any(isinstance(text, SymbolText) for text in texts)
         return self.symbol_tokenizer if parse_symbols else self.tokenizer
 
     @cached_property
