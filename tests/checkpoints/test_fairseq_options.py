@@ -161,7 +161,7 @@ def test_options_that_lead_in_a_circle_are_refused(tmp_path):
         node, other = AnyNode(), AnyNode()
         node._val, other._val = other, node
         document = saved(tmp_path / "c.pt", cfg={"model": node}).document
-    with pytest.raises(ConfigurationError, match="model"):
+    with pytest.raises(ConfigurationError, match="circle"):
         fairseq_options(document)
 
 

@@ -109,6 +109,13 @@ def test_a_folder_prefers_safetensors_to_pickles_and_conventional_names_to_other
     assert open_checkpoint(tmp_path).files[0] == tmp_path / INDEX
 
 
+def test_an_index_left_over_from_before_the_weights_were_saved_as_one_file_is_ignored(tmp_path):
+    shards(tmp_path)
+    (tmp_path / SHARD).unlink()
+    save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert open_checkpoint(tmp_path).files == (tmp_path / "model.safetensors",)
+
+
 def test_the_only_weights_of_a_folder_are_taken_whatever_their_name(tmp_path):
     torch.save({"model": {"w": torch.zeros(1)}}, tmp_path / "ofa_cn.pt")
     torch.save({}, tmp_path / "training_args.bin")

@@ -49,13 +49,23 @@ def open_folder(folder: Path, open_file: Callable[[Path], Checkpoint]) -> Checkp
     return replace(opened, path=folder, document={**document, "weights": opened.document})
 
 
+def _is_stale(folder: Path, name: str, names: list[str]) -> bool:
+    """Whether `name` is an index left from before the weights were saved again as the single file beside it."""
+    single = name.removesuffix(".index.json")
+    if single == name or single not in names:
+        return False
+    content = read_json(folder / name)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    return isinstance(weight_map, dict) and not set(map(str, weight_map.values())) <= set(names)
+
+
 def _weights(folder: Path) -> Path:
     try:
         names = sorted(entry.name for entry in folder.iterdir())
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read ({error.strerror}).") from error
     for name in _CONVENTIONAL:
-        if name in names:
+        if name in names and not _is_stale(folder, name, names):
             return folder / name
     candidates = [
         name for name in names if Path(name).suffix in _WEIGHT_SUFFIXES and not name.startswith(_NOT_WEIGHTS)

@@ -90,6 +90,11 @@ def unsafe(type_name: str) -> UnsafeCheckpointError:
     )
 
 
+def copies(function: Any) -> bool:
+    """Whether calling `function` may copy what it is given; a Record only refers to it."""
+    return isinstance(function, Symbol) and function.type_name in BUILDERS
+
+
 def call(function: Any, args: Any) -> Any:
     """What calling `function`, a global of the pickle, with `args` gives: a builder's plain data, or a Record."""
     if not isinstance(function, Symbol):
