@@ -38,6 +38,10 @@ class ConfigurationError(WeightportError):
     """The checkpoint's options contradict its tensors, or ask for what the native model cannot hold."""
 
 
+class AdapterError(WeightportError):
+    """A LoRA adapter is malformed, belongs to another base, or asks for what the native model cannot carry."""
+
+
 class NonFiniteError(WeightportError):
     """A weight holds NaN or infinity."""
 

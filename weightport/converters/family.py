@@ -25,7 +25,8 @@ class Options:
     `dtype` is the floating-point dtype of the output (None: each tensor keeps its own). `vocabulary` is a folder or a
     Hub id. `drop` are patterns of source tensors to leave out. `portable` writes the model's code beside the weights.
     `ema` takes the averaged weights of a training checkpoint. `parse_symbols` lets the tokenizer read symbols such as
-    <bin_3> in plain text. `max_shard_bytes` bounds a weight file.
+    <bin_3> in plain text. `image_token` is how a family that needs a placeholder for images gets one: "reuse" an id that
+    the original never uses, or "append" a row. `max_shard_bytes` bounds a weight file.
     """
 
     dtype: torch.dtype | None = None
@@ -34,6 +35,7 @@ class Options:
     portable: bool = False
     ema: bool = False
     parse_symbols: bool = False
+    image_token: str = "reuse"
     allow_nonfinite: bool = False
     overwrite: bool = False
     max_shard_bytes: int = 5 * 10**9

@@ -46,11 +46,15 @@ class Step:
 
     @property
     def operation(self) -> str:
-        return f"fill {self.rule.value:g}" if isinstance(self.rule, Filled) else self.rule.operation.name
+        if isinstance(self.rule, Filled):
+            return "compute" if self.rule.compute is not None else f"fill {self.rule.value:g}"
+        return self.rule.operation.name
 
     def produce(self) -> Sequence[torch.Tensor]:
         """The targets' values, in the sources' dtype (views of mapped bytes where the operation allows)."""
         if isinstance(self.rule, Filled):
+            if self.rule.compute is not None:
+                return [self.rule.compute(spec.shape) for spec in self.targets]
             return [torch.full(spec.shape, self.rule.value, dtype=spec.dtype) for spec in self.targets]
         return self.rule.operation.forward([ref.read() for ref in self.sources])
 

@@ -74,15 +74,16 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Filled:
-    """A target tensor that the source does not hold: every element `value`. An export leaves it out.
+    """A target tensor that the source does not hold: every element `value`, or computed. An export leaves it out.
 
-    `dtype` None is the floating-point dtype of the model.
+    `compute` takes the target's shape and gives its values (then `value` is not used). `dtype` None is the floating-point dtype of the model.
     """
 
     target: Pattern
     value: float
     because: str
     dtype: torch.dtype | None = None
+    compute: Callable[[tuple[int, ...]], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -201,3 +202,8 @@ def drop(source: str, because: str) -> Dropped:
 def fill(target: str, value: float, because: str, dtype: torch.dtype | None = None) -> Filled:
     """A target that the source does not hold."""
     return Filled(Pattern(target), value, because, dtype)
+
+
+def computed(target: str, compute: Callable[[tuple[int, ...]], torch.Tensor], because: str) -> Filled:
+    """A target that the source does not hold, and that its shape determines."""
+    return Filled(Pattern(target), 0.0, because, compute=compute)

@@ -40,7 +40,9 @@ IMAGE_TOKEN = "<image>"
 FILLER = "madeupword"
 """BART's vocabulary is padded with entries of this name; no text gives them."""
 # Bytes that no UTF-8 text has, as byte-level BPE writes them: C0, C1, F5 to FF.
-IMPOSSIBLE_BYTES = tuple(chr(byte) for byte in (0xFF, 0xFE, 0xFD, 0xFC, 0xFB, 0xFA, 0xF9, 0xF8, 0xF7, 0xF6, 0xF5, 0xC1, 0xC0))
+IMPOSSIBLE_BYTES = tuple(
+    chr(byte) for byte in (0xFF, 0xFE, 0xFD, 0xFC, 0xFB, 0xFA, 0xF9, 0xF8, 0xF7, 0xF6, 0xF5, 0xC1, 0xC0)
+)
 _SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "sep_token": "</s>", "pad_token": "<pad>",
             "cls_token": "<s>", "mask_token": "<mask>"}  # fmt: skip
 _EXPECTED = "Expected tokenizer.json, or vocab.json with merges.txt, as Florence-2's repositories have them."
@@ -145,7 +147,9 @@ def build_florence2_tokenizer(
     )
 
 
-def original_tokenizer(data: Mapping[str, Any], replaced: str | None, image_id: int, added: list[str]) -> dict[str, Any]:
+def original_tokenizer(
+    data: Mapping[str, Any], replaced: str | None, image_id: int, added: list[str]
+) -> dict[str, Any]:
     """A converted directory's tokenizer.json as the original's: without <image>, and without the task tokens that the
     original's files did not name. `replaced` is the token that <image> took the place of."""
     result: dict[str, Any] = json.loads(json.dumps(data))

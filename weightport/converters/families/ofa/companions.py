@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ....checkpoints import Checkpoint
 from ...family import Options, SourceModel
+from ...plan import Plan, main_dtype
 from ...portable import write_portable_code
 from .family import missing_vocabulary
 from .generation import beam_of, generation_config
@@ -14,12 +15,13 @@ from .generation import beam_of, generation_config
 VOCABULARY_FILES = ("dict.txt", "vocab.txt", "encoder.json")
 
 
-def write(model: SourceModel, checkpoint: Checkpoint, folder: Path, options: Options) -> None:
+def write(model: SourceModel, checkpoint: Checkpoint, plan: Plan, folder: Path, options: Options) -> None:
     """Write every companion of `model` into `folder`. Raises VocabularyError when the vocabulary does not fit."""
     from ....modeling.ofa.modeling_ofa import OFAForConditionalGeneration
 
     config = model.config
     config.architectures = [OFAForConditionalGeneration.__name__]
+    config.dtype = main_dtype(plan)
     config.save_pretrained(folder)
     settings = generation_config(beam_of(model.options["task"], model.options["language"]))
     (folder / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

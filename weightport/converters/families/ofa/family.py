@@ -100,7 +100,7 @@ class OFA:
         """Write config.json, generation_config.json, tokenizer and processor into `folder`."""
         from .companions import write
 
-        write(model, checkpoint, folder, options)
+        write(model, checkpoint, plan, folder, options)
 
     def rules_of(self, config: PreTrainedConfig, layout: str) -> RuleTable:
         """The rule table of a converted model; exports are always fairseq's layout."""

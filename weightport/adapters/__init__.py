@@ -1,0 +1,1 @@
+"""LoRA adapters: brought from the original's module names to the native model's."""
