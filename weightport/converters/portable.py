@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-# Per family: config.json's auto_map, and the files that the named classes live in.
+
+@dataclass(frozen=True)
+class AutoMap:
+    """Where `trust_remote_code` finds a class: an `auto_map` entry of a settings file, or of an object inside it."""
+
+    file: str
+    within: str | None
+    auto_class: str
+    reference: str
+
+
 AUTO_MAPS = {
-    "ofa": {
-        "config.json": {
-            "AutoConfig": "configuration_ofa.OFAConfig",
-            "AutoModel": "modeling_ofa.OFAModel",
-            "AutoModelForImageTextToText": "modeling_ofa.OFAForConditionalGeneration",
-        },
-        "preprocessor_config.json": {
-            "AutoImageProcessor": "image_processing_ofa.OFAImageProcessor",
-            "AutoProcessor": "processing_ofa.OFAProcessor",
-        },
-        "processor_config.json": {
-            "AutoImageProcessor": "image_processing_ofa.OFAImageProcessor",
-            "AutoProcessor": "processing_ofa.OFAProcessor",
-        },
-    },
+    "ofa": (
+        AutoMap("config.json", None, "AutoConfig", "configuration_ofa.OFAConfig"),
+        AutoMap("config.json", None, "AutoModel", "modeling_ofa.OFAModel"),
+        AutoMap("config.json", None, "AutoModelForImageTextToText", "modeling_ofa.OFAForConditionalGeneration"),
+        AutoMap("config.json", None, "AutoModelForSeq2SeqLM", "modeling_ofa.OFAForConditionalGeneration"),
+        AutoMap("processor_config.json", None, "AutoProcessor", "processing_ofa.OFAProcessor"),
+        AutoMap(
+            "processor_config.json", "image_processor", "AutoImageProcessor", "image_processing_ofa.OFAImageProcessor"
+        ),
+    ),
 }
 
 
@@ -31,9 +37,10 @@ def write_portable_code(folder: Path, family: str) -> None:
     for source in files("weightport.modeling").joinpath(family).iterdir():
         if source.name.endswith(".py") and source.name != "__init__.py":
             (folder / source.name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-    for name, auto_map in AUTO_MAPS[family].items():
-        path = folder / name
+    for entry in AUTO_MAPS[family]:
+        path = folder / entry.file
         if path.is_file():
             settings = json.loads(path.read_text(encoding="utf-8"))
-            settings["auto_map"] = auto_map
+            owner = settings if entry.within is None else settings[entry.within]
+            owner.setdefault("auto_map", {})[entry.auto_class] = entry.reference
             path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

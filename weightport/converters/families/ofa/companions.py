@@ -12,6 +12,10 @@ from ...portable import write_portable_code
 from .family import missing_vocabulary
 from .generation import beam_of, generation_config
 
+IMAGENET_STATISTICS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+MAX_IMAGE_SIZE = 512
+"""Pixels that the last bin stands for, unless the task says otherwise (OFA's data classes)."""
+
 VOCABULARY_FILES = ("dict.txt", "vocab.txt", "encoder.json")
 
 
@@ -47,8 +51,14 @@ def _write_processor(model: SourceModel, checkpoint: Checkpoint, folder: Path, o
         model_max_length=model.config.max_position_embeddings,
     )
     size = model.config.image_size
-    image_processor = OFAImageProcessor(size={"height": size, "width": size})
-    OFAProcessor(image_processor=image_processor, tokenizer=tokenizer).save_pretrained(folder)
+    images = OFAImageProcessor(
+        size={"height": size, "width": size},
+        # Text in a picture would be squashed out of shape; the original fits such pictures instead.
+        keep_aspect_ratio=task.get("task") == "ocr",
+        **(IMAGENET_STATISTICS if task.get("imagenet_default_mean_and_std") else {}),
+    )
+    largest = int(task.get("max_image_size") or MAX_IMAGE_SIZE)
+    OFAProcessor(image_processor=images, tokenizer=tokenizer, max_image_size=largest).save_pretrained(folder)
 
 
 def _vocabulary_beside(checkpoint: Checkpoint) -> Path:

@@ -11,6 +11,7 @@ from ....errors import ConfigurationError, VocabularyError
 from ...family import Options, SourceModel
 from ...rules import RuleTable
 from . import configuration, layouts
+from .generation import task_name
 from .rules import fairseq_rules, port_rules
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ _KEPT_MODEL_OPTIONS = (
     "encoder_learned_pos", "decoder_learned_pos", "pooler_activation_fn", "pooler_dropout", "pooler_classifier",
 )  # fmt: skip
 _KEPT_TASK_OPTIONS = (
-    "_name", "bpe", "num_bins", "code_dict_size", "patch_image_size", "orig_patch_image_size", "max_src_length",
+    "bpe", "num_bins", "code_dict_size", "patch_image_size", "orig_patch_image_size", "max_src_length",
     "max_tgt_length", "max_image_size", "imagenet_default_mean_and_std", "constraint_range", "prompt_type",
     "eval_args", "selected_cols", "max_source_positions", "max_target_positions",
 )  # fmt: skip
@@ -79,7 +80,7 @@ class OFA:
             config=config,
             options={
                 "model": _kept(model_options or {}, (*_KEPT_MODEL_OPTIONS, *_fact_options())),
-                "task": _kept(task, _KEPT_TASK_OPTIONS),
+                "task": {**_kept(task, _KEPT_TASK_OPTIONS), "task": task_name(task)},
                 "language": language,
                 "section": found.section,
             },

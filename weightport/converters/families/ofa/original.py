@@ -36,14 +36,13 @@ def document(config: PreTrainedConfig, options: Mapping[str, Any], model: Any) -
 def namespace(config: PreTrainedConfig, options: Mapping[str, Any]) -> dict[str, Any]:
     """The flat options of a training run: those recorded at conversion, and the configuration's on top."""
     flat = {**options.get("task", {}), **options.get("model", {})}
-    task = options.get("task", {}).get("_name")
     flat |= {fact.option: getattr(config, fact.field) for fact in SHAPE_FACTS}
     flat |= {fact.option: getattr(config, fact.field) for fact in OPTION_FACTS}
     flat |= {
         "no_scale_embedding": not config.scale_embedding,
         "activation_dropout": config.activation_dropout,
         "arch": flat.get("arch") or "ofa_base",
-        "task": task or flat.get("task") or "caption",
+        "task": flat.get("task") or "caption",
         "criterion": "adjust_label_smoothed_cross_entropy",
         "bpe": flat.get("bpe") or ("bert" if options.get("language") == "zh" else "gpt2"),
         "resnet_type": _tower(config, flat.get("resnet_type")),
