@@ -1,8 +1,8 @@
 """Configuration of OFA (One For All) and OFA-CN, for transformers 5."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig, ResNetConfig
-from transformers.configuration_utils import SubConfigSpec
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.models.auto.configuration_auto import AutoConfig
 
 # The part of every OFA ResNet that does not depend on its depth: torchvision's v1.5 bottlenecks, cut after stage 3.
 RESNET_TRUNK = {"embedding_size": 64, "hidden_sizes": [256, 512, 1024], "layer_type": "bottleneck"}
@@ -199,10 +199,9 @@ def _vision_config(values: dict) -> PreTrainedConfig:
     model_type = values.get("model_type", "resnet")
     if model_type == OFAVisionConfig.model_type:
         return OFAVisionConfig(**values)
-    if model_type == ResNetConfig.model_type:
-        return ResNetConfig(**{**RESNET_TRUNK, **values})
-    known = f"{ResNetConfig.model_type!r} or {OFAVisionConfig.model_type!r}"
-    raise ValueError(f"vision_config has model_type {model_type!r}; an OFA image tower is {known}")
+    if model_type == "resnet":
+        return AutoConfig.for_model(**{**RESNET_TRUNK, **values, "model_type": model_type})
+    raise ValueError(f"vision_config has model_type {model_type!r}; an OFA image tower is 'resnet' or 'ofa_vit'")
 
 
 __all__ = ["OFAConfig", "OFAVisionConfig"]

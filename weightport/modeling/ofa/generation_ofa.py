@@ -1,4 +1,4 @@
-"""Generation with OFA: the original generator's own rules, and what decoding steps can take over from the first one."""
+"""Generation with OFA: the original generator's own rules, and what decoding steps take over from the first."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class ConstraintRangeLogitsProcessor(LogitsProcessor):
 class OFAGenerationMixin(GenerationMixin):
     """[`GenerationMixin`] with two settings of its own, which a `GenerationConfig` saves with all the others.
 
-    `ofa_eos_at_max_length` (default `True`) switches [`EosAtMaxLengthLogitsProcessor`]; `ofa_constraint_range` (default
-    `None`) is the `[start, end]` of a [`ConstraintRangeLogitsProcessor`], such as the range of the image codes.
+    `ofa_eos_at_max_length` (default `True`) switches [`EosAtMaxLengthLogitsProcessor`]; `ofa_constraint_range`
+    (default `None`) is the `[start, end]` of a [`ConstraintRangeLogitsProcessor`], such as that of the image codes.
     """
 
     def _set_generation_defaults(self) -> None:
