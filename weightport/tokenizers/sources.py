@@ -16,6 +16,9 @@ from .dictionary import SPECIAL_SYMBOLS, Dictionary, parse_dictionary
 
 CHINESE_FILES = ("vocab.txt", "dict.txt")
 ENGLISH_FILES = ("encoder.json", "vocab.bpe", "dict.txt")
+PORTED_ENGLISH_FILES = ("vocab.json", "merges.txt")
+# Rows of the English dictionary that are no BPE token.
+_SYMBOL = re.compile(r"<mask>|<code_\d+>|<bin_\d+>|madeupword\d+")
 EXPECTED = (
     f"Expected a folder with {' and '.join(CHINESE_FILES)} (Chinese, the original's utils/BERT_CN_dict) or with "
     f"{', '.join(ENGLISH_FILES)} (English, the original's utils/BPE), one vocab.txt, or a Hub repository that has one."
@@ -48,7 +51,8 @@ class EnglishVocabulary:
 def read_ofa_vocabulary(source: Path | str) -> ChineseVocabulary | EnglishVocabulary:
     """Read an OFA vocabulary; its kind is told by the files.
 
-    A folder is English when it holds encoder.json or vocab.bpe, else Chinese. Of the Chinese pair one file is enough:
+    A folder is English when it holds encoder.json or vocab.bpe, or vocab.json and merges.txt (a directory of the
+    existing transformers ports, whose ids are the rows already), else Chinese. Of the Chinese pair one file is enough:
     in BERT_CN_dict both list the same pieces in the same order. A vocab.txt that begins with fairseq's four special
     symbols (OFA-Chinese) already names the rows. Raises VocabularyError on anything missing or malformed.
     """
@@ -57,6 +61,8 @@ def read_ofa_vocabulary(source: Path | str) -> ChineseVocabulary | EnglishVocabu
         present = {name for name in (*CHINESE_FILES, *ENGLISH_FILES) if (path / name).is_file()}
         if present & {"encoder.json", "vocab.bpe"}:
             return _read_english(path, present)
+        if all((path / name).is_file() for name in PORTED_ENGLISH_FILES):
+            return _read_ported_english(path)
         return _read_chinese(path, present)
     if path.is_file():
         return _read_chinese_file(path)
@@ -71,12 +77,49 @@ def _read_english(folder: Path, present: set[str]) -> EnglishVocabulary:
             "They stand in utils/BPE of the original repository."
         )
     encoder = _read_encoder(folder / "encoder.json")
-    # As the original reads vocab.bpe: the first line is a version and the last one, after the final newline, is empty.
-    merges = [tuple(line.split()) for line in _read_text(folder / "vocab.bpe").split("\n")[1:-1]]
+    dictionary = _read_dictionary(folder / "dict.txt")
+    return EnglishVocabulary(str(folder), encoder, _read_merges(folder / "vocab.bpe"), dictionary)
+
+
+def _read_ported_english(folder: Path) -> EnglishVocabulary:
+    """vocab.json gives every token its row: the dictionary names each by that row instead of by its GPT-2 id."""
+    tokens = _read_encoder(folder / "vocab.json")
+    ordered = sorted(tokens, key=lambda token: tokens[token])
+    if tuple(ordered[: len(SPECIAL_SYMBOLS)]) != SPECIAL_SYMBOLS or sorted(tokens.values()) != list(
+        range(len(tokens))
+    ):
+        raise VocabularyError(
+            f"{folder / 'vocab.json'}: expected the rows 0 to {len(tokens) - 1}, beginning with "
+            f"{' '.join(SPECIAL_SYMBOLS)}, found other ids.\n"
+            "Pass --vocab with the utils/BPE folder of the original repository instead."
+        )
+    words = {
+        token: row for token, row in tokens.items() if row >= len(SPECIAL_SYMBOLS) and not _SYMBOL.fullmatch(token)
+    }
+    symbols = tuple(str(row) if token in words else token for row, token in enumerate(ordered))
+    dictionary = _with_added_tokens(Dictionary(symbols), folder)
+    return EnglishVocabulary(str(folder), words, _read_merges(folder / "merges.txt"), dictionary)
+
+
+def _with_added_tokens(dictionary: Dictionary, folder: Path) -> Dictionary:
+    """The existing ports name codes and bins in added_tokens.json, where their rows follow the vocabulary's."""
+    path = folder / "added_tokens.json"
+    if not path.is_file():
+        return dictionary
+    added = _read_encoder(path)
+    extended = dictionary.extended(sorted(added, key=lambda token: added[token]))
+    if any(extended.rows[token] != row for token, row in added.items()):
+        raise VocabularyError(f"{path}: the ids do not follow the {len(dictionary)} rows of the vocabulary.")
+    return extended
+
+
+def _read_merges(path: Path) -> tuple[tuple[str, str], ...]:
+    # As the original reads it: the first line is a version and the last one, after the final newline, is empty.
+    merges = [tuple(line.split()) for line in _read_text(path).split("\n")[1:-1]]
     pairs = tuple((merge[0], merge[1]) for merge in merges if len(merge) == 2)
     if len(pairs) != len(merges):
-        raise VocabularyError(f"{folder / 'vocab.bpe'}: expected two tokens a line, found a line with another number.")
-    return EnglishVocabulary(str(folder), encoder, pairs, _read_dictionary(folder / "dict.txt"))
+        raise VocabularyError(f"{path}: expected two tokens a line, found a line with another number.")
+    return pairs
 
 
 def _read_encoder(path: Path) -> dict[str, int]:
@@ -96,7 +139,9 @@ def _read_chinese(folder: Path, present: set[str]) -> ChineseVocabulary:
     dictionary = _read_dictionary(folder / "dict.txt") if "dict.txt" in present else None
     if "vocab.txt" in present:
         pieces = _read_pieces(folder / "vocab.txt")
-        return ChineseVocabulary(str(folder), pieces, dictionary or _dictionary_of(pieces, str(folder / "vocab.txt")))
+        if dictionary is None:
+            dictionary = _with_added_tokens(_dictionary_of(pieces, str(folder / "vocab.txt")), folder)
+        return ChineseVocabulary(str(folder), pieces, dictionary)
     return _from_dictionary(str(folder), dictionary or Dictionary())
 
 

@@ -16,7 +16,7 @@ IMAGENET_STATISTICS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229,
 MAX_IMAGE_SIZE = 512
 """Pixels that the last bin stands for, unless the task says otherwise (OFA's data classes)."""
 
-VOCABULARY_FILES = ("dict.txt", "vocab.txt", "encoder.json")
+VOCABULARY_FILES = ("dict.txt", "vocab.txt", "encoder.json", "vocab.json")
 
 
 def write(model: SourceModel, checkpoint: Checkpoint, plan: Plan, folder: Path, options: Options) -> None:

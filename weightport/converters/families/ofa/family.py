@@ -11,7 +11,6 @@ from ....errors import ConfigurationError, VocabularyError
 from ...family import Options, SourceModel
 from ...rules import RuleTable
 from . import configuration, layouts
-from .generation import task_name
 from .rules import fairseq_rules, port_rules
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ _KEPT_MODEL_OPTIONS = (
     "encoder_learned_pos", "decoder_learned_pos", "pooler_activation_fn", "pooler_dropout", "pooler_classifier",
 )  # fmt: skip
 _KEPT_TASK_OPTIONS = (
-    "bpe", "num_bins", "code_dict_size", "patch_image_size", "orig_patch_image_size", "max_src_length",
+    "task", "bpe", "num_bins", "code_dict_size", "patch_image_size", "orig_patch_image_size", "max_src_length",
     "max_tgt_length", "max_image_size", "imagenet_default_mean_and_std", "constraint_range", "prompt_type",
     "eval_args", "selected_cols", "max_source_positions", "max_target_positions",
 )  # fmt: skip
@@ -80,7 +79,7 @@ class OFA:
             config=config,
             options={
                 "model": _kept(model_options or {}, (*_KEPT_MODEL_OPTIONS, *_fact_options())),
-                "task": {**_kept(task, _KEPT_TASK_OPTIONS), "task": task_name(task)},
+                "task": _kept(task, _KEPT_TASK_OPTIONS),
                 "language": language,
                 "section": found.section,
             },

@@ -31,15 +31,9 @@ TASK_BEAMS = {
 }
 
 
-def task_name(task: Mapping[str, Any]) -> str | None:
-    """The task a checkpoint was trained for. A flat Namespace's `_name` is the architecture, so `task` goes first."""
-    name = task.get("task") or task.get("_name")
-    return str(name) if name else None
-
-
 def beam_of(task: Mapping[str, Any], language: str) -> Beam:
     """The settings of a checkpoint's task, with what its own evaluation arguments say on top."""
-    known = TASK_BEAMS.get((task_name(task) or "", language), Beam())
+    known = TASK_BEAMS.get((str(task.get("task")), language), Beam())
     try:
         stated = json.loads(task.get("eval_args") or "{}")
     except (TypeError, ValueError):

@@ -67,15 +67,21 @@ def locate(checkpoint: Checkpoint, *, ema: bool) -> Found:
     tensors = averaged if ema else checkpoint.section("model") if in_training_file else dict(checkpoint)
     if _is_port(tensors):
         return Found(PORT, section, _fairseq_names(tensors), _port_options(checkpoint), {}, False)
+    if not _has_options(checkpoint.document):
+        return Found(FAIRSEQ, section, tensors, None, {}, bool(averaged))
     options = fairseq_options(checkpoint.document)
-    return Found(
-        FAIRSEQ,
-        section,
-        tensors,
-        options.model if options is not None else None,
-        options.task if options is not None else {},
-        bool(averaged),
-    )
+    task = {**_set(options.task), "task": options.task_name}
+    return Found(FAIRSEQ, section, tensors, _set(options.model), task, bool(averaged))
+
+
+def _set(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that have a value: omegaconf writes ??? for one never set and ${…} for one looked up elsewhere."""
+    return {name: value for name, value in options.items() if not str(value).startswith(("???", "${"))}
+
+
+def _has_options(document: Any) -> bool:
+    """Stripped files hold weights alone."""
+    return isinstance(document, Mapping) and any(document.get(key) is not None for key in ("args", "cfg"))
 
 
 def _is_port(tensors: Mapping[str, TensorRef]) -> bool:
