@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import mmap
 import warnings
 import zipfile
 from collections import OrderedDict, defaultdict
@@ -14,7 +15,9 @@ import pytest
 import torch
 from checkpoint_bytes import StorageId, storage_id, tensor, write_archive
 
-from weightport.checkpoints import Record, TensorRef, open_checkpoint
+from weightport.checkpoints import Record, TensorRef, mapped, open_checkpoint
+from weightport.checkpoints.mapped import MappedFile, Span
+from weightport.checkpoints.tensors import Storage, StorageView, rebuild_tensor
 from weightport.errors import CheckpointError, UnsafeCheckpointError
 
 FORMATS = pytest.mark.parametrize("form", ["torch-zip", "torch-legacy"])
@@ -279,13 +282,11 @@ def test_the_oldest_protocol_that_torch_reads_back_is_understood(tmp_path):
     assert checkpoint["w"].read().tolist() == [0, 1, 2]
 
 
-def test_a_legacy_file_of_views_reads_the_part(tmp_path):
+def test_a_storage_that_is_part_of_another_gives_that_part(tmp_path):
     # Until torch 0.4 a storage could be a view of another: (view's key, offset, length) at the end of its id.
-    path = save({"w": torch.arange(8.0)}, tmp_path / "c.pt", "torch-legacy")
-    checkpoint = open_checkpoint(path)
-    from weightport.checkpoints.tensors import StorageView, rebuild_tensor
-
-    base = checkpoint["w"].load.func.__self__
+    path = tmp_path / "floats"
+    path.write_bytes(np.arange(8, dtype="<f4").tobytes())
+    base = Storage(path, "0", torch.float32, 8, 32, Span(MappedFile(path), 0, 32))
     ref = rebuild_tensor(StorageView(base, 2, 4), 1, (3,), (1,))
     assert ref.read().tolist() == [3.0, 4.0, 5.0]
     with pytest.raises(CheckpointError, match="ends at byte"):
@@ -395,10 +396,6 @@ def test_a_file_that_shrinks_after_opening_gives_an_error_not_a_crash(tmp_path):
 
 
 def test_a_map_that_cannot_be_private_still_reads(tmp_path, monkeypatch):
-    import mmap
-
-    from weightport.checkpoints import mapped
-
     real = mmap.mmap
 
     def refusing(*args: Any, access: int) -> mmap.mmap:
