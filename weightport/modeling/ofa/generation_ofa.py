@@ -77,6 +77,34 @@ class OFAGenerationMixin(GenerationMixin):
             processors.append(EosAtMaxLengthLogitsProcessor(generation_config.max_length, end_tokens))
         return processors
 
+    def _update_finished_beams(
+        self,
+        *,
+        topk_log_probs: torch.Tensor,
+        is_sent_finished: torch.Tensor,
+        next_token_hits_stopping_criteria: torch.Tensor,
+        top_num_beam_mask: torch.Tensor,
+        num_beams: int,
+        early_stopping: bool | str,
+        **kwargs,
+    ):
+        """With `early_stopping`, a finished hypothesis stays, as in fairseq: new ones fill what places are left, best
+        first. (The library keeps the best of all, so that a late one may push out an earlier one.)"""
+        if early_stopping is True:
+            possible = topk_log_probs > torch.finfo(topk_log_probs.dtype).min
+            finishing = next_token_hits_stopping_criteria & top_num_beam_mask & possible
+            places = num_beams - is_sent_finished.sum(dim=-1, keepdim=True)
+            next_token_hits_stopping_criteria = finishing & (finishing.cumsum(dim=-1) <= places)
+        return super()._update_finished_beams(
+            topk_log_probs=topk_log_probs,
+            is_sent_finished=is_sent_finished,
+            next_token_hits_stopping_criteria=next_token_hits_stopping_criteria,
+            top_num_beam_mask=top_num_beam_mask,
+            num_beams=num_beams,
+            early_stopping=early_stopping,
+            **kwargs,
+        )
+
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, encoder_outputs=None, **kwargs):
         if kwargs.get("is_first_iteration") and (input_ids[:, 0] == self.config.pad_token_id).any():
             raise ValueError(
