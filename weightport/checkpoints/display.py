@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,12 +24,15 @@ _CUT = "…"
 class Section:
     """The tensors under one top-level key of a checkpoint; `name` is "" for those that stand at the top themselves.
 
-    `nbytes` counts a tensor that is stored once and named twice once. Nothing was read to find it out.
+    `nbytes` counts a tensor that is stored once and named twice once, `values` every element of every tensor, `dtypes`
+    the tensors of each type. Nothing was read to find it out.
     """
 
     name: str
     tensors: int
     nbytes: int
+    values: int
+    dtypes: Mapping[str, int]
 
 
 def sections(checkpoint: Checkpoint) -> tuple[Section, ...]:
@@ -46,7 +50,16 @@ def sections(checkpoint: Checkpoint) -> tuple[Section, ...]:
         if head not in keys:
             head = max((key for key in keys if name.startswith(key + ".")), key=len, default="")
         found.setdefault(head, []).append(ref)
-    return tuple(Section(name, len(refs), _distinct_bytes(refs)) for name, refs in found.items())
+    return tuple(
+        Section(
+            name,
+            len(refs),
+            _distinct_bytes(refs),
+            sum(ref.numel for ref in refs),
+            Counter(dtype_name(ref.dtype) for ref in refs),
+        )
+        for name, refs in found.items()
+    )
 
 
 def _distinct_bytes(refs: list[TensorRef]) -> int:

@@ -201,7 +201,7 @@ def _dropped(plan: Plan) -> list[str]:
     return shown + [f"{number} dropped ({because})" for because, number in reasons.items()]
 
 
-_SECTIONS = {"last_optimizer_state": "optimizer state", "extra_state.ema": "averaged weights"}
+_SECTIONS = {"last_optimizer_state": "optimizer state", "extra_state": "training state"}
 
 
 def _show_result(lines: Lines, result: Conversion, seconds: float) -> None:

@@ -42,36 +42,28 @@ def inspect_command(source: Path, tensors: bool, as_json: bool) -> None:
 
 def describe(checkpoint: Checkpoint, family: str | None, kind: str | None, *, tensors: bool) -> dict[str, Any]:
     """The inspection as plain data."""
-    from ..checkpoints import plain
+    from ..checkpoints import plain, sections
 
-    sections: dict[str, dict[str, Any]] = {}
-    for name, ref in checkpoint.items():
-        section = sections.setdefault(_section(name), {"tensors": 0, "parameters": 0, "bytes": 0, "dtypes": {}})
-        dtype = str(ref.dtype).removeprefix("torch.")
-        section["tensors"] += 1
-        section["parameters"] += ref.numel
-        section["bytes"] += ref.nbytes
-        section["dtypes"][dtype] = section["dtypes"].get(dtype, 0) + 1
     found: dict[str, Any] = {
         "path": str(checkpoint.path),
         "format": checkpoint.format,
         "family": family,
         "looks_like": kind,
         "file_bytes": sum(path.stat().st_size for path in checkpoint.files),
-        "sections": sections,
+        "sections": {
+            section.name or "(tensors)": {
+                "tensors": section.tensors,
+                "values": section.values,
+                "bytes": section.nbytes,
+                "dtypes": dict(section.dtypes),
+            }
+            for section in sections(checkpoint)
+        },
         "document": plain(checkpoint.document),
     }
     if tensors:
         found["tensors"] = {name: _tensor(ref) for name, ref in checkpoint.items()}
     return found
-
-
-def _section(name: str) -> str:
-    """The part of a checkpoint a tensor belongs to: its first names, as far as they are containers of a trainer."""
-    parts = name.split(".")
-    if parts[0] in ("model", "state_dict", "module", "ema", "last_optimizer_state", "optimizer", "scaler"):
-        return parts[0]
-    return ".".join(parts[:2]) if parts[0] == "extra_state" else "(tensors)"
 
 
 def _tensor(ref: TensorRef) -> dict[str, Any]:
@@ -86,7 +78,7 @@ def _show(found: Mapping[str, Any]) -> None:
         dtypes = ", ".join(f"{dtype} × {number}" for dtype, number in section["dtypes"].items())
         lines.line(
             "holds",
-            f"{name}: {section['tensors']} tensors · {count(section['parameters'])} values · "
+            f"{name}: {section['tensors']} tensors · {count(section['values'])} values · "
             f"{size(section['bytes'])} · {dtypes}",
         )
     for text in _document_lines(found["document"], set(found["sections"])):

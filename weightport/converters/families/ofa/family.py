@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ....checkpoints import Checkpoint, TensorRef
+from ....checkpoints import Checkpoint, TensorRef, sections
 from ....errors import ConfigurationError, VocabularyError
 from ...family import Options, SourceModel
 from ...rules import RuleTable
@@ -169,12 +169,8 @@ def _kept(options: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 def _unread(checkpoint: Checkpoint, section: str) -> dict[str, int]:
     """Bytes of the sections that are not the model: optimizer state, averaged weights."""
-    sizes: dict[str, int] = {}
-    for name, ref in checkpoint.items():
-        if section and not name.startswith(section + "."):
-            top = ".".join(name.split(".")[: 2 if name.startswith("extra_state.") else 1])
-            sizes[top] = sizes.get(top, 0) + ref.nbytes
-    return sizes
+    taken = section.partition(".")[0]
+    return {found.name: found.nbytes for found in sections(checkpoint) if found.name != taken} if section else {}
 
 
 def _notes(found: layouts.Found, options: Options) -> tuple[str, ...]:
