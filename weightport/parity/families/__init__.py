@@ -1,0 +1,8 @@
+"""The families whose parity is known, by the name that reference files use."""
+
+from __future__ import annotations
+
+from ..family import Family
+from .ofa import OFA
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (OFA,)}

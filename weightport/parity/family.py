@@ -1,0 +1,102 @@
+"""What a family brings to parity: one table. Arguments, seams, generation settings, and how deep each seam lies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from transformers import LogitsProcessor, PreTrainedConfig
+
+from .reference import Kind
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument of the original, and what the native model calls it.
+
+    `convert` takes the stored tensor to what the native model expects; `content` is checked before: token ids lie in
+    the vocabulary, images have four axes.
+    """
+
+    original: str
+    native: str
+    content: Literal["tokens", "images", "samples"] = "tokens"
+    convert: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+
+
+@dataclass(frozen=True)
+class Seam:
+    """A place where the original's values and the native model's can be compared.
+
+    `name` and `module` may hold one `*`, the layer number. `pick` takes what the module returned (or, with
+    `side="input"`, its first argument) to the tensor the original would have given: same axes, same order; None where
+    the model has no such value.
+    """
+
+    name: str
+    module: str
+    pick: Callable[[Any], torch.Tensor | None] = lambda value: value
+    side: Literal["input", "output"] = "output"
+
+    def layer_of(self, name: str) -> str | None:
+        """What `*` stands for in `name`, "" where there is no `*`, None where this is another seam."""
+        head, star, tail = self.name.partition("*")
+        if not star:
+            return "" if name == self.name else None
+        layer = name[len(head) : len(name) - len(tail)]
+        fits = name.startswith(head) and name.endswith(tail) and layer.isdecimal()
+        return layer if fits else None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One call of `generate`, in transformers' terms.
+
+    `settings` are generation settings, `processors` come after `generate`'s own. `log_probabilities` takes logits
+    [batch, vocabulary] to what the original calls a token's log-probability. `prompt_length` tokens at the start of
+    the native sequences are not in the original's. `returned` hypotheses of each sample are the original's (None: one a
+    beam). Settings that are None, or not there, are the converted directory's own.
+    """
+
+    settings: Mapping[str, Any]
+    beams: int | None = 1
+    length_penalty: float | None = 1.0
+    returned: int | None = None
+    processors: Sequence[LogitsProcessor] = ()
+    log_probabilities: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits.log_softmax(-1)
+    prompt_length: int = 1
+
+
+@dataclass(frozen=True)
+class Family:
+    """The table of one family.
+
+    `required` names the original arguments that a run of each kind cannot do without, `options` the options it may
+    have. `complete` adds native arguments that follow from others (attention masks, the loss's settings).
+    `depth(config, seam)` counts the residual blocks before a seam: rounding errors grow with its square root.
+    `kinked(config, seam)`: whether a gradient has passed rectifiers. `plain` are configuration values that make a
+    training step reproducible (no dropout). `losses` computes further training seams from the model's output, the
+    native arguments and the configuration. `exact_loss` stands in for the model's own loss in float64, where
+    transformers rounds logits to float32 first.
+    """
+
+    name: str
+    model_type: str
+    auto_class: Any
+    arguments: tuple[Argument, ...]
+    seams: tuple[Seam, ...]
+    required: Mapping[Kind, tuple[str, ...]]
+    options: Mapping[Kind, tuple[str, ...]]
+    complete: Callable[[Kind, Tensors, Mapping[str, Any], PreTrainedConfig], dict[str, Any]]
+    generation: Callable[[Tensors, Mapping[str, Any], PreTrainedConfig], Generation]
+    depth: Callable[[PreTrainedConfig, str], int]
+    kinked: Callable[[PreTrainedConfig, str], bool] = lambda config, seam: False
+    plain: Mapping[str, Any] = field(default_factory=dict)
+    losses: Mapping[str, Callable[[Any, Mapping[str, Any], PreTrainedConfig], torch.Tensor]] = field(
+        default_factory=dict
+    )
+    exact_loss: Callable[..., torch.Tensor] | None = None

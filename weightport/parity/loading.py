@@ -1,0 +1,87 @@
+"""A converted model directory as a running model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+from ..errors import CheckpointError, ConfigurationError, CoverageError, UnknownFamilyError
+from .families import FAMILIES
+from .family import Family
+
+
+def family_of(directory: Path) -> Family:
+    """The family of a model directory, by its config.json. Raises CheckpointError or UnknownFamilyError."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{directory} is not a model directory: it has no config.json. Expected what a conversion wrote."
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    for family in FAMILIES.values():
+        if family.model_type == model_type:
+            return family
+    known = ", ".join(sorted(family.model_type for family in FAMILIES.values()))
+    raise UnknownFamilyError(f"{path} has the model_type {model_type!r}; parity is known for {known}.")
+
+
+def load_native(
+    directory: Path,
+    dtype: torch.dtype | None = None,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    device: str | torch.device = "cpu",
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """The model of a converted directory, in evaluation mode; no code of the directory is executed.
+
+    `dtype` None keeps the stored one. `overrides` replace configuration values. Raises CheckpointError when the
+    directory is none, CoverageError when its weights and its configuration do not meet.
+    """
+    directory = Path(directory)
+    family = family_of(directory)
+    settings: dict[str, Any] = dict(overrides or {})
+    if attn_implementation is not None:
+        settings["attn_implementation"] = attn_implementation
+    try:
+        model, info = family.auto_class.from_pretrained(
+            directory,
+            dtype=dtype or "auto",
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            **settings,
+        )
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"The model in {directory} cannot be loaded: {error}") from error
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ConfigurationError(f"The model in {directory} cannot be built from its config.json: {error}") from error
+    wrong = {
+        what: sorted(map(str, info.get(what) or ())) for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
+    if any(wrong.values()):
+        found = "; ".join(f"{what.replace('_', ' ')}: {', '.join(keys[:8])}" for what, keys in wrong.items() if keys)
+        raise CoverageError(f"The weights in {directory} are not those of its config.json ({found}).")
+    return model.to(device).eval()
+
+
+def element_count(directory: Path) -> int:
+    """Elements of all tensors in the directory's safetensors files, from their headers. 0 when it has none."""
+    total = 0
+    for path in sorted(Path(directory).glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                total += sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys())  # noqa: SIM118 - safe_open is no mapping
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is not a readable safetensors file: {error}.") from error
+    return total

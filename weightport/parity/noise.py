@@ -1,0 +1,48 @@
+"""How far two correct implementations may lie apart: the noise of floating-point arithmetic, and nothing beyond it.
+
+Every operation rounds to a relative `eps`. Roundings of successive residual blocks are independent, so their sum grows
+with the square root of the number of blocks; the largest of many elements lies a few standard deviations out. Hence,
+for the largest absolute error of a seam,
+
+    allowed = min(GROWTH · eps · √(1 + depth), LIMIT) · scale
+
+with `eps` of the coarser of the two dtypes, `depth` the residual blocks before the seam, and `scale` the root mean
+square of the reference at the seam. GROWTH is calibrated on fairseq's OFA, from 2 + 2 layers to 6 + 6 behind a
+ResNet-101: its own float32 run lies 12 to 46 eps from its float64 run, and an independent float64 run 10 to 60 eps
+from that, at depths from 10 to 45; 4 times that is allowed. LIMIT binds float32 from a depth of 2 on.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+GROWTH = 48.0
+LIMIT = 1e-5
+"""Relative to the scale: what a float32 port is held to, however deep it is, against what float64 gives."""
+
+GRADIENT_FLOOR = 1e-3
+"""A parameter's gradient is measured against at least this part of the whole gradient: one that vanishes analytically
+(the bias of a key projection: the softmax does not see it) is nothing but noise of the others."""
+
+KINK = 1e-3
+"""What is allowed, relative to the scale, of a float32 gradient that has passed rectifiers: where the input of one
+lies within noise of zero, the gradient of that activation passes or does not. Measured between correct
+implementations: up to 1.1e-4 of the scale, at the first convolutions of a ResNet."""
+
+
+def relative_allowance(depth: int, *dtypes: torch.dtype, kinked: bool = False) -> float:
+    """Largest error, in units of the scale, that arithmetic in the coarsest of `dtypes` explains `depth` blocks in."""
+    precisions = [torch.finfo(dtype).eps for dtype in dtypes]
+    eps = max(precisions)
+    # Where both sides round as coarsely, their errors are independent and add up.
+    noise = min(GROWTH * eps * math.sqrt(1 + depth), LIMIT * math.sqrt(precisions.count(eps)))
+    return max(noise, KINK) if kinked and eps > torch.finfo(torch.float64).eps else noise
+
+
+def scale_of(reference: torch.Tensor) -> float:
+    """Root mean square of the finite elements, in the reference's own units; 0 when there are none."""
+    values = reference.double()
+    values = values[values.isfinite()]
+    return float(values.square().mean().sqrt()) if values.numel() else 0.0

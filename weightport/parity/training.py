@@ -1,0 +1,100 @@
+"""Training runs: the loss, gradients and buffers under the original's names. The model is left as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..errors import ReferenceFileError
+from .family import Family
+from .originals import Originals
+from .reference import Expected, Run
+from .seams import Missed, Observations, observe, recording
+
+GRADIENT, GRADIENT_NORM, TOTAL_NORM, AFTER = "grad.", "grad_norm.", "grad_norm", "after."
+
+
+def run_training(
+    model: PreTrainedModel, family: Family, run: Run, arguments: Mapping[str, Any], wanted: Sequence[Expected],
+    originals: Originals,
+) -> Observations:  # fmt: skip
+    """One step without an update: forward in the run's mode, backward when the reference holds gradients."""
+    special = [each for each in wanted if _is_gradient(each.seam) or each.seam in family.losses]
+    with (
+        _unchanged(model),
+        _exact_loss(model, family),
+        recording(model, family.seams, [each for each in wanted if each not in special]) as observations,
+    ):
+        model.train(run.options.get("mode") == "train")
+        output = model(**arguments, use_cache=False)
+        if output.loss is None:
+            raise ReferenceFileError(f"The model computed no loss in run {run.name!r}.")
+        for each in special:
+            if each.seam in family.losses:
+                value = family.losses[each.seam](output, arguments, model.config)
+                observations[each.tensor.name] = observe(value.detach(), each)
+        if any(_is_gradient(each.seam) and not each.seam.startswith(AFTER) for each in special):
+            output.loss.backward()
+        _record_originals(model, special, originals, observations)
+    return observations
+
+
+def _record_originals(
+    model: PreTrainedModel, wanted: Sequence[Expected], originals: Originals, observations: Observations
+) -> None:
+    """Gradients, their norms and buffers, under the original's names."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters.items()}
+    buffers = dict(model.named_buffers())
+    norms = [each.seam.removeprefix(GRADIENT_NORM) for each in wanted if each.seam.startswith(GRADIENT_NORM)]
+    for each in wanted:
+        if not _is_gradient(each.seam):
+            continue
+        if each.seam == TOTAL_NORM:
+            named = [originals.tensor(name, gradients) for name in dict.fromkeys(norms)]
+            parts = [g for g in named if g is not None] or [p.grad for p in model.parameters() if p.grad is not None]
+            value: torch.Tensor | None = torch.stack([part.double().norm() for part in parts]).norm()
+        else:
+            prefix = next(p for p in (GRADIENT_NORM, GRADIENT, AFTER) if each.seam.startswith(p))
+            value = originals.tensor(each.seam.removeprefix(prefix), buffers if prefix == AFTER else gradients)
+            if value is not None and prefix == GRADIENT_NORM:
+                value = value.double().norm()
+        observations[each.tensor.name] = (
+            Missed("the model has no such parameter") if value is None else observe(value.detach(), each)
+        )
+
+
+@contextmanager
+def _unchanged(model: PreTrainedModel) -> Iterator[None]:
+    """Gradients are cleared and buffers restored when the block ends; the model evaluates again."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.zero_grad(set_to_none=True)
+    try:
+        yield
+    finally:
+        model.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+        model.eval()
+
+
+@contextmanager
+def _exact_loss(model: PreTrainedModel, family: Family) -> Iterator[None]:
+    """While the block runs, a float64 model computes its loss in float64."""
+    if family.exact_loss is None or model.dtype != torch.float64:
+        yield
+        return
+    model.loss_function = family.exact_loss
+    try:
+        yield
+    finally:
+        del model._loss_function
+
+
+def _is_gradient(seam: str) -> bool:
+    return seam == TOTAL_NORM or seam.startswith((GRADIENT, GRADIENT_NORM, AFTER))
