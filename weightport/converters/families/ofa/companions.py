@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from ....checkpoints import Checkpoint
 from ...family import Options, SourceModel
@@ -51,12 +52,13 @@ def _write_processor(model: SourceModel, checkpoint: Checkpoint, folder: Path, o
         model_max_length=model.config.max_position_embeddings,
     )
     size = model.config.image_size
-    images = OFAImageProcessor(
-        size={"height": size, "width": size},
+    settings: dict[str, Any] = {"size": {"height": size, "width": size}}
+    if task.get("imagenet_default_mean_and_std"):
+        settings |= IMAGENET_STATISTICS
+    if task.get("task") == "ocr":
         # Text in a picture would be squashed out of shape; the original fits such pictures instead.
-        keep_aspect_ratio=task.get("task") == "ocr",
-        **(IMAGENET_STATISTICS if task.get("imagenet_default_mean_and_std") else {}),
-    )
+        settings["keep_aspect_ratio"] = True
+    images = OFAImageProcessor(**settings)
     largest = int(task.get("max_image_size") or MAX_IMAGE_SIZE)
     OFAProcessor(image_processor=images, tokenizer=tokenizer, max_image_size=largest).save_pretrained(folder)
 
