@@ -6,7 +6,7 @@ Nothing heavy is imported here or at the top of any module below: `--help` answe
 from __future__ import annotations
 
 from .app import main
-from .conversion import port_ofa
+from .conversion import port_florence2, port_ofa
 from .parity import port_parity
 
-__all__ = ["main", "port_ofa", "port_parity"]
+__all__ = ["main", "port_florence2", "port_ofa", "port_parity"]

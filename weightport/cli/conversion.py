@@ -1,4 +1,4 @@
-"""`port-ofa` and `weightport convert`: an original checkpoint to a model directory."""
+"""`port-ofa`, `port-florence2` and `weightport convert`: an original checkpoint to a model directory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..converters import Conversion, Planned
     from ..converters.plan import Plan
 
-FAMILIES = ("ofa",)
+FAMILIES = ("ofa", "florence2")
 DTYPES = ("keep", "float32", "float16", "bfloat16")
 
 
@@ -100,6 +100,33 @@ def vocabulary_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+image_token_option = click.option(
+    "--image-token",
+    type=click.Choice(("reuse", "append")),
+    default="reuse",
+    show_default=True,
+    help="The id that stands for an image. reuse: one that the original has and no text gives, so that no number "
+    "changes; append: a new row (Florence-2).",
+)
+
+
+def florence2_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of Florence-2's checkpoints."""
+    decorators = (
+        click.option(
+            "--vocab",
+            metavar="DIR|HUB_ID|none",
+            help="The tokenizer, where none stands beside SOURCE: a folder with tokenizer.json, or a Hub id such as "
+            "microsoft/Florence-2-base; none: write the model without a processor.",
+        ),
+        click.option("--ema", is_flag=True, help="Convert the averaged weights (EMA) of a training checkpoint."),
+        image_token_option,
+    )
+    for decorator in reversed(decorators):
+        function = decorator(function)
+    return function
+
+
 @click.command("port-ofa", context_settings={"help_option_names": ["-h", "--help"]})
 @conversion_options
 @vocabulary_options
@@ -110,10 +137,21 @@ def port_ofa(**arguments: Any) -> None:
     run(family="ofa", **arguments)
 
 
+@click.command("port-florence2", context_settings={"help_option_names": ["-h", "--help"]})
+@conversion_options
+@florence2_options
+@command_body
+def port_florence2(**arguments: Any) -> None:
+    """Convert a Florence-2 checkpoint SOURCE written for the remote code (a released folder, a fine-tuned fork, a training
+    loop's dump with config.json beside it) into the model directory OUT."""
+    run(family="florence2", **arguments)
+
+
 @click.command("convert")
 @click.option("--family", type=click.Choice(FAMILIES), help="Refuse SOURCE unless it is of this family.")
 @conversion_options
 @vocabulary_options
+@image_token_option
 @command_body
 def convert_command(family: str | None, **arguments: Any) -> None:
     """Convert the checkpoint SOURCE, whose family is recognised, into the model directory OUT."""
@@ -134,7 +172,8 @@ def run(
     as_json: bool,
     vocab: str | None,
     ema: bool,
-    parse_symbols: bool,
+    parse_symbols: bool = False,
+    image_token: str = "reuse",
 ) -> None:
     """Convert, showing what happens."""
     from ..converters import Options, convert, parse_dtype
@@ -146,6 +185,7 @@ def run(
         portable=portable,
         ema=ema,
         parse_symbols=parse_symbols,
+        image_token=image_token,
         allow_nonfinite=allow_nonfinite,
         overwrite=overwrite,
         max_shard_bytes=max_shard_size,

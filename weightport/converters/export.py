@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,13 @@ from ..checkpoints import Checkpoint, TensorRef, open_checkpoint
 from ..checkpoints.torch_archive import StreamedTensor, write_torch_archive
 from ..errors import CheckpointError, CoverageError, UnknownFamilyError
 from .families import FAMILIES
-from .family import Family
-from .output import check_absent, whole_file
+from .family import Family, HubFamily
+from .output import check_absent, whole_directory, whole_file
 from .patterns import Capture
+from .plan import TensorSpec
 from .record import read_record
 from .rules import Rule, RuleTable
-from .writing import chunks
+from .writing import HashedFile, as_bytes, chunks, safetensors_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -70,9 +71,18 @@ def export(
     total = sum({t.key: torch.Size(t.shape).numel() * t.dtype.itemsize for t in tensors}.values())
     announce(total)
     model = OrderedDict((t.name, StreamedTensor(t.key, t.shape, t.dtype, _parts(t))) for t in tensors)
-    document = family.original_document(config, (record or {}).get("source", {}).get("options", {}), model)
-    with whole_file(target, overwrite=overwrite, needs=total) as path:
-        write_torch_archive(document, path, advance=advance)
+    source = (record or {}).get("source", {})
+    document = family.original_document(config, source.get("options", {}), model)
+    if not isinstance(family, HubFamily):
+        with whole_file(target, overwrite=overwrite, needs=total) as path:
+            write_torch_archive(document, path, advance=advance)
+    else:
+        with whole_directory(target, overwrite=overwrite, needs=total) as folder:
+            family.write_original_companions(directory, config, source.get("options", {}), folder)
+            if str(source.get("format", "")).startswith("safetensors"):
+                _write_safetensors(tensors, folder / "model.safetensors", advance)
+            else:
+                write_torch_archive(document, folder / "pytorch_model.bin", advance=advance)
     return Export(target, len(tensors), total)
 
 
@@ -80,7 +90,8 @@ def original_tensors(
     checkpoint: Checkpoint, rules: RuleTable, config: PreTrainedConfig, record: Mapping[str, Any] | None
 ) -> list[OriginalTensor]:
     """The original's tensors, in the original's order where a record tells it. Raises CoverageError."""
-    found = {tensor.name: tensor for tensor in _reversed_rules(checkpoint, rules)}
+    filled = {name for step in (record or {}).get("steps", ()) if not step["from"] for name in step["to"]}
+    found = {tensor.name: tensor for tensor in _reversed_rules(checkpoint, rules, filled)}
     names = list((record or {}).get("source_tensors", {})) or None
     dtypes = (record or {}).get("source_tensors", {})
     derived = _derived_names(rules, names)
@@ -100,15 +111,27 @@ def original_tensors(
         dtype = getattr(torch, dtypes[name]) if name in dtypes else tensor.dtype
         found[name] = OriginalTensor(name, tuple(tensor.shape), dtype, name, _constant(tensor.to(dtype)))
     order = [name for name in names or found if name in found]
-    # What a fine-tune added stands behind what the original had.
-    return [found[name] for name in (*order, *(name for name in found if name not in set(order)))]
+    written = {found[name].key for name in order}
+    # What a fine-tune added stands behind what the original had; a further name of a tied tensor is nothing new.
+    added = [name for name in found if name not in set(order) and found[name].key not in written]
+    return [found[name] for name in (*order, *added)]
 
 
-def _reversed_rules(checkpoint: Checkpoint, rules: RuleTable) -> Iterator[OriginalTensor]:
+def _write_safetensors(tensors: Sequence[OriginalTensor], path: Path, advance: Callable[[int], None]) -> None:
+    """The tensors in one safetensors file, in their order; what is tied is written under each of its names."""
+    with HashedFile(path) as out:
+        out.write(safetensors_header([TensorSpec(t.name, t.shape, t.dtype) for t in tensors]))
+        for tensor in tensors:
+            for chunk in chunks(tensor.values(), tensor.dtype):
+                out.write(as_bytes(chunk))
+                advance(chunk.numel() * chunk.element_size())
+
+
+def _reversed_rules(checkpoint: Checkpoint, rules: RuleTable, filled: Set[str]) -> Iterator[OriginalTensor]:
     groups: dict[tuple[int, tuple[Capture, ...]], tuple[Rule, dict[int, TensorRef]]] = {}
     unknown = []
     for name, ref in checkpoint.items():
-        if rules.filling_of(name) is not None:
+        if rules.filling_of(name) is not None or name in filled:
             continue
         claim = next(rules.of_target(name), None)
         if claim is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ..checkpoints import Checkpoint, TensorRef
 from .rules import RuleTable
@@ -86,3 +86,14 @@ class Family(Protocol):
 
     def original_document(self, config: PreTrainedConfig, options: Mapping[str, Any], model: Any) -> Any:
         """What the original's file holds, with `model` in the place of its state dict."""
+
+
+@runtime_checkable
+class HubFamily(Protocol):
+    """A family whose original form is a folder of the Hub: exports are such folders, not single files."""
+
+    def write_original_companions(
+        self, directory: Path, config: PreTrainedConfig, options: Mapping[str, Any], folder: Path
+    ) -> None:
+        """Write what stands beside the original's weights (config.json, tokenizer) into `folder`; `directory` is the
+        converted one, `options` are its record's."""

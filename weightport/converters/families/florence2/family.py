@@ -92,6 +92,14 @@ class Florence2:
         """The rule table of a converted model: the released files' set of names."""
         return florence2_rules(config)
 
+    def write_original_companions(
+        self, directory: Path, config: PreTrainedConfig, options: Mapping[str, Any], folder: Path
+    ) -> None:
+        """Write config.json, tokenizer and image settings as the remote code reads them."""
+        from .original import write_companions
+
+        write_companions(directory, config, options, folder)
+
     def original_document(self, config: PreTrainedConfig, options: Mapping[str, Any], model: Any) -> Any:
         """pytorch_model.bin is the state dict itself."""
         return model
