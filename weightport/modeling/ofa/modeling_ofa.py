@@ -138,9 +138,9 @@ class OFAStack(OFAPreTrainedModel):
         token_rows, image_rows = 2 * config.token_bucket_size - 1, (2 * config.image_bucket_size - 1) ** 2 + 3
         self.token_rel_pos_tables = nn.ModuleList(nn.Embedding(token_rows, num_heads) for _ in range(num_layers))
         self.image_rel_pos_tables = nn.ModuleList(nn.Embedding(image_rows, num_heads) for _ in range(num_layers))
-        self.register_buffer(
-            "text_buckets", torch.empty(2 * MAX_TEXT_POSITIONS - 1, dtype=torch.int64), persistent=False
-        )
+        # Not in the checkpoint: `_init_weights` fills it again after an initialisation on the meta device.
+        buckets = text_relative_buckets(config.token_bucket_size).to(self.pos_ln.weight.device)
+        self.register_buffer("text_buckets", buckets, persistent=False)
 
     def check_length(self, length: int) -> None:
         """Raises `ValueError` if a text of this many tokens has no positions."""
