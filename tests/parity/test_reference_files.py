@@ -182,6 +182,22 @@ def test_inputs_that_do_not_fit_the_model_are_refused(name: str, native: Path, r
         check_parity(native, reference("text", change=change), dtypes=[torch.float32])
 
 
+@pytest.mark.parametrize(("run", "options"), [
+    ("train.eval_eps0.1", {"label_smoothing": "much"}),
+    ("train.eval_eps0.1", {"drop_worst_ratio": [1]}),
+    ("generate.greedy", {"beam": "five"}),
+    ("generate.greedy", {"beam": 2, "max_len_b": None}),
+    ("generate.greedy", {"constraint_range": [5, 2]}),
+    ("generate.greedy", {"constraint_range": "4,16"}),
+])  # fmt: skip
+def test_options_that_cannot_be_read_are_refused(run: str, options: dict, native: Path, reference) -> None:
+    def change(runs, held, slices) -> None:
+        runs[run]["options"] = options
+
+    with pytest.raises(ReferenceFileError, match=r"options of run|constraint_range"):
+        check_parity(native, reference(run, change=change), dtypes=[torch.float32])
+
+
 def test_slice_beyond_the_models_logits_is_refused(native: Path, reference) -> None:
     def change(runs, held, slices) -> None:
         slices["text/out/logits"] = parse_selection([None, None, [10**6, None]])

@@ -144,6 +144,8 @@ def _numbers(
         if bool(tensor.isnan().any()):
             return replace(blank, note=f"{int(tensor.isnan().sum())} NaN in {whose}")
     error = torch.where(value == reference, 0.0, (value - reference).abs())
+    if bool(error.isinf().any()):
+        return replace(blank, note=f"{int(error.isinf().sum())} values are infinite in one and not in the other")
     largest = float(error.max()) if error.numel() else 0.0
     mean = float(error.mean()) if error.numel() else 0.0
     verdict = Verdict.AGREES if largest <= allowed else Verdict.DEPARTS

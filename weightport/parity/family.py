@@ -58,8 +58,8 @@ class Generation:
 
     `settings` are generation settings, `processors` come after `generate`'s own. `log_probabilities` takes logits
     [batch, vocabulary] to what the original calls a token's log-probability. `prompt_length` tokens at the start of
-    the native sequences are not in the original's. `returned` hypotheses of each sample are the original's (None: one a
-    beam). Settings that are None, or not there, are the converted directory's own.
+    the native sequences are not in the original's. `returned` hypotheses of each sample are the original's (None: one
+    a beam). Settings that are None, or not there, are the converted directory's own.
     """
 
     settings: Mapping[str, Any]

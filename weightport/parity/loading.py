@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..errors import CheckpointError, ConfigurationError, CoverageError, UnknownFamilyError
 from .families import FAMILIES
@@ -54,14 +56,15 @@ def load_native(
     if attn_implementation is not None:
         settings["attn_implementation"] = attn_implementation
     try:
-        model, info = family.auto_class.from_pretrained(
-            directory,
-            dtype=dtype or "auto",
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-            **settings,
-        )
+        with _quiet():
+            model, info = family.auto_class.from_pretrained(
+                directory,
+                dtype=dtype or "auto",
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                **settings,
+            )
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"The model in {directory} cannot be loaded: {error}") from error
     except (ValueError, TypeError, RuntimeError) as error:
@@ -73,6 +76,18 @@ def load_native(
         found = "; ".join(f"{what.replace('_', ' ')}: {', '.join(keys[:8])}" for what, keys in wrong.items() if keys)
         raise CoverageError(f"The weights in {directory} are not those of its config.json ({found}).")
     return model.to(device).eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar of the library's while the block runs."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def element_count(directory: Path) -> int:

@@ -9,7 +9,8 @@ for the largest absolute error of a seam,
 with `eps` of the coarser of the two dtypes, `depth` the residual blocks before the seam, and `scale` the root mean
 square of the reference at the seam. GROWTH is calibrated on fairseq's OFA, from 2 + 2 layers to 6 + 6 behind a
 ResNet-101: its own float32 run lies 12 to 46 eps from its float64 run, and an independent float64 run 10 to 60 eps
-from that, at depths from 10 to 45; 4 times that is allowed. LIMIT binds float32 from a depth of 2 on.
+from that, at depths from 10 to 45; 4 times that is allowed. LIMIT binds float32 from a depth of 2 on; it is √2
+times as wide between two float32 runs, whose errors are independent.
 """
 
 from __future__ import annotations

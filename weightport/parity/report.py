@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,48 +101,78 @@ class ParityReport:
 
 
 def render(report: ParityReport, console: Console) -> None:
-    """Print the report: one line a seam and pair of dtypes, the worst of all runs, then what was left out and the
-    verdict."""
+    """Print the report: one line a seam and pair of dtypes, the worst of all runs; what was left out; the verdict.
+
+    A narrow terminal gets fewer columns; what is no terminal (a pipe, a file) gets all of them, however wide.
+    """
+
+    def say(text: str, style: str = "") -> None:
+        console.print(Text(text, style=style), soft_wrap=True)
+
     source = ", ".join(str(report.source[key]) for key in ("project", "commit") if key in report.source)
-    console.print(
-        Text(f"{report.model} · {report.family} · against {report.reference}" + (f" ({source})" if source else ""))
-    )
-    console.print(_table(report))
-    if report.not_compared:
-        console.print(_left_out(report.not_compared))
+    say(f"{report.model} · {report.family} · against {report.reference}" + (f" ({source})" if source else ""))
+    table = _table(report, COLUMNS)
+    if console.is_terminal and table.width is not None and table.width > console.width:
+        table = _table(report, tuple(column for column in COLUMNS if not column.spare))
+    console.print(table, crop=False, no_wrap=True)
+    for line in _left_out(report.not_compared):
+        say(line, "yellow")
     for note in report.notes:
-        console.print(Text(note))
+        say(note)
     for departure in report.departures[1:6]:
-        console.print(Text(f"departs  {departure.seam} (run {departure.run}, {departure.dtype}){_why(departure)}"))
+        say(f"departs  {departure.seam} (run {departure.run}, {departure.dtype}){_why(departure)}")
     if len(report.departures) > 6:
-        console.print(Text(f"         … and {len(report.departures) - 6} more"))
-    console.print(Text(report.verdict, style="bold green" if report.passed else "bold red"))
+        say(f"         … and {len(report.departures) - 6} more")
+    say(report.verdict, "bold green" if report.passed else "bold red")
 
 
-def _table(report: ParityReport) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("seam", no_wrap=True)
-    table.add_column("runs", justify="right")
-    table.add_column("native / original", no_wrap=True)
-    for title in ("largest", "mean", "scale", "relative", "allowed", "agree"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("")
+@dataclass(frozen=True)
+class Column:
+    """A column of the table: what it shows of a line's comparisons and of the worst of them. `spare` ones go first."""
+
+    title: str
+    show: Callable[[Sequence[Comparison], Comparison], str]
+    spare: bool = False
+
+
+GAP = 2
+SHORT = {"float32": "f32", "float64": "f64"}
+
+COLUMNS = (
+    Column("runs", lambda rows, worst: str(len({row.run for row in rows})), spare=True),
+    Column("native/original", lambda rows, worst: f"{SHORT.get(worst.dtype, worst.dtype)}/{SHORT[worst.against]}"),
+    Column("largest", lambda rows, worst: _number(worst.largest)),
+    Column("mean", lambda rows, worst: _number(worst.mean), spare=True),
+    Column("scale", lambda rows, worst: _number(worst.scale), spare=True),
+    Column("relative", lambda rows, worst: _number(worst.relative)),
+    Column("allowed", lambda rows, worst: _number(worst.relative_allowed)),
+    Column("equal", lambda rows, worst: _lowest_agreement(rows)),
+    Column("", lambda rows, worst: worst.verdict.value),
+)
+
+
+def _table(report: ParityReport, columns: Sequence[Column]) -> Table:
+    """The table, as wide as its figures need."""
+    lines, styles = [("seam", *(column.title for column in columns))], []
     for seam, rows in _grouped(report):
         worst = max(rows, key=_badness)
-        agreements = [row.agreement for row in rows if row.agreement is not None]
-        table.add_row(
-            seam,
-            str(len({row.run for row in rows})),
-            f"{worst.dtype} / {worst.against}",
-            _number(worst.largest),
-            _number(worst.mean),
-            _number(worst.scale),
-            _number(worst.relative),
-            _number(worst.relative_allowed),
-            f"{min(agreements):.2%}" if agreements else "",
-            Text(worst.verdict.value, style="" if worst.verdict.passes else "bold red"),
-        )
+        lines.append((seam, *(column.show(rows, worst) for column in columns)))
+        styles.append("" if worst.verdict.passes else "bold red")
+    widths = [max(map(len, cells)) for cells in zip(*lines)]
+    table = Table(
+        box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold", width=sum(widths) + GAP * len(widths)
+    )
+    for title, width in zip(lines[0], widths):
+        figures = title not in ("seam", "")
+        table.add_column(title, justify="right" if figures else "left", no_wrap=True, width=width)
+    for cells, style in zip(lines[1:], styles):
+        table.add_row(*cells, style=style)
     return table
+
+
+def _lowest_agreement(rows: Sequence[Comparison]) -> str:
+    agreements = [row.agreement for row in rows if row.agreement is not None]
+    return f"{min(agreements):.2%}" if agreements else ""
 
 
 def _grouped(report: ParityReport) -> list[tuple[str, list[Comparison]]]:
@@ -165,17 +195,16 @@ def _badness(comparison: Comparison) -> tuple[bool, float]:
     return not comparison.verdict.passes, comparison.largest / comparison.allowed
 
 
-def _left_out(not_compared: Sequence[NotCompared]) -> Text:
+def _left_out(not_compared: Sequence[NotCompared]) -> list[str]:
     reasons: dict[str, set[str]] = {}
     for each in not_compared:
         reasons.setdefault(each.reason, set()).add(each.seam)
     lines = []
     for reason, seams in reasons.items():
         names = sorted(seams)
-        lines.append(
-            f"not compared: {', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''} ({reason})"
-        )
-    return Text("\n".join(lines), style="yellow")
+        more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+        lines.append(f"not compared: {', '.join(names[:6])}{more} ({reason})")
+    return lines
 
 
 def _why(comparison: Comparison) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ def native_arguments(family: Family, run: Run, model: PreTrainedModel) -> dict[s
         tensors[argument.native] = argument.convert(value)
     if len(set(batch.values())) > 1:
         raise ReferenceFileError(f"Run {run.name!r} has inputs of different batch sizes: {batch}.")
-    arguments = family.complete(run.kind, tensors, run.options, model.config)
+    with _options_of(run):
+        arguments = family.complete(run.kind, tensors, run.options, model.config)
     return {name: _placed(value, model) for name, value in arguments.items()}
 
 
@@ -58,7 +60,8 @@ def execute(
     arguments = native_arguments(family, run, model)
     try:
         if run.kind == "generate":
-            generation = family.generation(arguments, run.options, model.config)
+            with _options_of(run):
+                generation = family.generation(arguments, run.options, model.config)
             observations = run_generation(model, generation, arguments, wanted, use_cache)
         elif run.kind == "train":
             observations = run_training(model, family, run, arguments, wanted, originals)
@@ -76,6 +79,15 @@ def _forward(
     with torch.no_grad(), recording(model, family.seams, wanted) as observations:
         model(**arguments, use_cache=False)
     return observations
+
+
+@contextmanager
+def _options_of(run: Run) -> Iterator[None]:
+    """What goes wrong while the block reads the run's options is the options' fault."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ReferenceFileError(f"The options of run {run.name!r} cannot be read: {error}.") from error
 
 
 def _refuse(what: str, unknown: Sequence[str], known: Any, run: Run) -> None:
