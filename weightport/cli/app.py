@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from .. import __version__
+from .adapters import port_adapter_command
 from .conversion import convert_command
 from .exporting import export_command
 from .generation import generate_command
@@ -18,5 +19,12 @@ def main() -> None:
     """Bring a vision-language model's original checkpoint into today's transformers, provably unchanged."""
 
 
-for command in (convert_command, inspect_command, export_command, parity_command, generate_command):
+for command in (
+    convert_command,
+    inspect_command,
+    export_command,
+    parity_command,
+    generate_command,
+    port_adapter_command,
+):
     main.add_command(command)

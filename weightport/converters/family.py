@@ -26,7 +26,7 @@ class Options:
     Hub id. `drop` are patterns of source tensors to leave out. `portable` writes the model's code beside the weights.
     `ema` takes the averaged weights of a training checkpoint. `parse_symbols` lets the tokenizer read symbols such as
     <bin_3> in plain text. `image_token` is how a family that needs a placeholder for images gets one: "reuse" an id that
-    the original never uses, or "append" a row. `max_shard_bytes` bounds a weight file.
+    the original never uses, "append" a row, or "none" where the model is only looked at. `max_shard_bytes` bounds a weight file.
     """
 
     dtype: torch.dtype | None = None

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..adapters.settings import low_rank_product, parse_settings
+from .lora_settings import low_rank_product, parse_settings
 from ..checkpoints import TensorRef
 from ..errors import AdapterError
 

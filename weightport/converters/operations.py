@@ -116,3 +116,20 @@ class Reshape:
 
     def backward(self, targets: Tensors) -> Tensors:
         return [tensor.reshape(self.source) for tensor in targets]
+
+
+@dataclass(frozen=True)
+class AppendRows:
+    """`count` rows of zeros behind a matrix's own; backward takes them off."""
+
+    count: int
+
+    @property
+    def name(self) -> str:
+        return f"append {self.count} rows of zeros"
+
+    def forward(self, sources: Tensors) -> Tensors:
+        return [torch.cat([tensor, tensor.new_zeros(self.count, *tensor.shape[1:])]) for tensor in sources]
+
+    def backward(self, targets: Tensors) -> Tensors:
+        return [tensor[: tensor.shape[0] - self.count] for tensor in targets]

@@ -41,6 +41,8 @@ def choose(checkpoint: Checkpoint, options: Options, rows: int) -> ImageToken:
     """The placeholder of a checkpoint whose embedding has `rows` rows. Raises VocabularyError when none is free."""
     from ....tokenizers.florence2 import check_fit, read_florence2_vocabulary, reusable_token
 
+    if options.image_token == "none":
+        return ImageToken(0, None, 0, (), "No id stands for images.")
     source = vocabulary_source(checkpoint, options)
     vocabulary = read_florence2_vocabulary(source) if source is not None else None
     if vocabulary is not None:

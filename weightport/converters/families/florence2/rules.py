@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ...operations import COPY, AppendRows, Operation
 from ...patterns import Pattern
 from ...rules import Rule, RuleTable, computed, derive, drop, move, permute, renames, table
 
@@ -94,23 +94,6 @@ LOGITS_BIAS = "language_model.final_logits_bias"
 NATIVE_EMBEDDING, NATIVE_HEAD = "model.language_model.shared.weight", "lm_head.weight"
 
 
-@dataclass(frozen=True)
-class AppendRows:
-    """`count` rows of zeros behind a matrix's own; backward takes them off."""
-
-    count: int
-
-    @property
-    def name(self) -> str:
-        return f"append {self.count} rows of zeros"
-
-    def forward(self, sources: Any) -> Any:
-        return [torch.cat([tensor, tensor.new_zeros(self.count, *tensor.shape[1:])]) for tensor in sources]
-
-    def backward(self, targets: Any) -> Any:
-        return [tensor[: tensor.shape[0] - self.count] for tensor in targets]
-
-
 def zero_bias(config: Any, name: str) -> torch.Tensor:
     """final_logits_bias: zeros [1, rows of the original's vocabulary], in the model's dtype."""
     return torch.zeros(1, original_rows(config), dtype=config.dtype or torch.float32)
@@ -132,10 +115,10 @@ def embedding_rules(names: Collection[str], *, tied: bool, appended: int) -> Rul
     the others are compared with it."""
     one = [name for name in (*EMBEDDINGS, HEAD) if name in names] if tied else [n for n in EMBEDDINGS if n in names]
     source, *aliases = one or EMBEDDINGS
-    operation = {"operation": AppendRows(appended)} if appended else {}
-    rules = [Rule((Pattern(source),), (Pattern(NATIVE_EMBEDDING),), aliases=tuple(map(Pattern, aliases)), **operation)]
+    operation: Operation = AppendRows(appended) if appended else COPY
+    rules = [Rule((Pattern(source),), (Pattern(NATIVE_EMBEDDING),), operation, tuple(map(Pattern, aliases)))]
     if not tied:
-        rules.append(Rule((Pattern(HEAD),), (Pattern(NATIVE_HEAD),), **operation))
+        rules.append(Rule((Pattern(HEAD),), (Pattern(NATIVE_HEAD),), operation))
     return table(*rules)
 
 

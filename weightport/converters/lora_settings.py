@@ -22,14 +22,28 @@ class LoraSettings:
     def use_rslora(self) -> bool:
         return bool(self.data.get("use_rslora"))
 
+    @property
+    def default_rank(self) -> int:
+        return int(self.data.get("r", 8))
+
+    @property
+    def default_alpha(self) -> float:
+        alpha: float = self.data.get("lora_alpha", 8)
+        return alpha
+
     def rank(self, module: str) -> int:
         """The rank of a module's pair: rank_pattern's first match, else r."""
-        return int(self._patterned("rank_pattern", module, self.data.get("r", 8)))
+        return int(self._patterned("rank_pattern", module, self.default_rank))
+
+    def alpha(self, module: str) -> float:
+        """The alpha of a module's pair: alpha_pattern's first match, else lora_alpha."""
+        alpha: float = self._patterned("alpha_pattern", module, self.default_alpha)
+        return alpha
 
     def scaling(self, module: str) -> float:
         """What B·A is multiplied with: alpha / rank, with rank-stabilised LoRA alpha / √rank."""
         rank = self.rank(module)
-        alpha = float(self._patterned("alpha_pattern", module, self.data.get("lora_alpha", 8)))
+        alpha = float(self.alpha(module))
         return alpha / rank**0.5 if self.use_rslora else alpha / rank
 
     def _patterned(self, field: str, module: str, default: Any) -> Any:

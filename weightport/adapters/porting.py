@@ -1,0 +1,301 @@
+"""port_adapter(): a LoRA adapter trained on an original's modules, for the native model.
+
+Built on the family's rule table: where a weight goes, its pair of low-rank matrices goes, and what happens to the weight
+says what happens to the pair. Module names in the settings are replaced by the full native names of the modules that the
+adapter has tensors for, so that no pattern can hit more or less than it did.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+
+from ..checkpoints import Checkpoint, TensorRef, open_checkpoint
+from ..converters.families import FAMILIES
+from ..converters.family import Family, Options
+from ..converters.operations import AppendRows, Copy, Split
+from ..converters.output import check_absent, whole_directory
+from ..converters.recognition import recognise
+from ..converters.record import read_record
+from ..converters.rules import Rule, RuleTable
+from ..errors import AdapterError, CheckpointError
+from ..converters.lora_settings import LoraSettings, parse_settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_PAIR = re.compile(r"(?P<module>.+)\.lora_(?P<side>A|B)(\.default)?\.weight")
+_EMBEDDING_PAIR = re.compile(r"(?P<module>.+)\.lora_embedding_(A|B).*")
+
+
+@dataclass(frozen=True)
+class Base:
+    """What an adapter is ported to: the family's table with the head apart from the embedding, and the native shapes."""
+
+    family: Family
+    rules: RuleTable
+    shapes: Mapping[str, tuple[int, ...]]
+    directory: Path | None
+    tied: bool
+
+
+@dataclass(frozen=True)
+class PortedAdapter:
+    """A finished port: native module by original module, and what the user should know."""
+
+    directory: Path
+    modules: Mapping[str, tuple[str, ...]]
+    saved: Mapping[str, str]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The low-rank matrices of one module: A [rank, in, …], B [out, rank, …]."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+# What an operation on a weight means for its pair: native pairs in the order of the rule's targets.
+_PAIR_OPERATIONS: dict[type, Callable[[Any, Pair], Sequence[Pair]]] = {
+    Copy: lambda operation, pair: [pair],
+    AppendRows: lambda operation, pair: [Pair(pair.a, operation.forward([pair.b])[0])],
+    Split: lambda operation, pair: (
+        [Pair(pair.a, b) for b in operation.forward([pair.b])] if operation.dim == 0 else []
+    ),
+}
+
+
+def port_adapter(adapter: str | Path, out: str | Path, base: str | Path, *, overwrite: bool = False) -> PortedAdapter:
+    """Write the adapter in the folder `adapter` to the folder `out`, for the native model of `base`.
+
+    `base` is the original checkpoint or the directory converted from it. Tensors keep their dtypes and values. Raises
+    AdapterError naming every module that cannot be carried; nothing is written then.
+    """
+    adapter, out = Path(adapter), Path(out)
+    check_absent(out, overwrite=overwrite)
+    settings = read_settings(adapter)
+    target = read_base(Path(base))
+    tensors = {name: ref for name, ref in open_checkpoint(_weights(adapter)).items()}
+    pairs, saved = _sorted_out(tensors, str(adapter))
+    ported: dict[str, torch.Tensor] = {}
+    modules: dict[str, tuple[str, ...]] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    refused: list[str] = []
+    for module, sides in pairs.items():
+        try:
+            natives = _port_pair(module, sides, target, settings)
+        except AdapterError as error:
+            refused.append(str(error))
+            continue
+        modules[module] = tuple(name for name, _ in natives)
+        for name, pair in natives:
+            ported[f"{_PREFIX}{name}.lora_A.weight"] = pair.a
+            ported[f"{_PREFIX}{name}.lora_B.weight"] = pair.b
+            ranks[name], alphas[name] = settings.rank(module), settings.alpha(module)
+    kept: dict[str, str] = {}
+    for name, ref in saved.items():
+        try:
+            native, value = _port_saved(name, ref, target)
+        except AdapterError as error:
+            refused.append(str(error))
+            continue
+        ported[_PREFIX + native] = value
+        kept[name.rpartition(".")[0]] = native.rpartition(".")[0]
+    if refused:
+        shown = "\n      ".join(refused[:12]) + (
+            f"\n      … and {len(refused) - 12} more" if len(refused) > 12 else ""
+        )
+        raise AdapterError(f"{adapter} cannot be carried to the native model:\n      {shown}")
+    config = _native_settings(settings, ranks, alphas, sorted(set(kept.values())), target)
+    with whole_directory(out, overwrite=overwrite) as folder:
+        (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        save_file({name: t.contiguous().clone() for name, t in ported.items()}, folder / WEIGHTS, {"format": "pt"})
+    return PortedAdapter(out, modules, kept, _notes(modules, target))
+
+
+def read_settings(adapter: Path) -> LoraSettings:
+    """The adapter_config.json of the folder `adapter`. Raises AdapterError."""
+    path = adapter / CONFIG
+    if not path.is_file():
+        raise AdapterError(f"{adapter} is not an adapter: it has no {CONFIG}. Give the folder that peft saved.")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path} cannot be read: {error}.") from error
+    return parse_settings(data, str(path))
+
+
+def read_base(base: Path) -> Base:
+    """The family's table and native shapes, of an original checkpoint or of a converted directory."""
+    config, layout, directory = _native_config(base)
+    tied = bool(config.tie_word_embeddings)
+    # An adapter on the head is one on the head alone, also where the base ties it to the embedding.
+    apart = copy.deepcopy(config)
+    apart.tie_word_embeddings = False
+    family = FAMILIES[config.model_type]
+    return Base(family, family.rules_of(apart, layout), family.targets(apart).shapes, directory, tied)
+
+
+def _native_config(base: Path) -> tuple[PreTrainedConfig, str, Path | None]:
+    from ..converters.export import family_of, load_config
+
+    if base.is_dir() and _is_native(base):
+        config = load_config(base)
+        family_of(config, base)
+        return config, str((read_record(base) or {}).get("layout", "")), base
+    checkpoint = open_checkpoint(base)
+    model = recognise(checkpoint).read(checkpoint, Options(vocabulary="none", image_token="none"))
+    return model.config, model.layout, None
+
+
+def _is_native(base: Path) -> bool:
+    """Whether a directory holds a converted model: no family recognises its tensors as an original's."""
+    if not (base / "config.json").is_file():
+        return False
+    names = open_checkpoint(base)
+    return not any(family.recognises(names) for family in FAMILIES.values())
+
+
+def _weights(adapter: Path) -> Path:
+    for name in (WEIGHTS, "adapter_model.bin"):
+        if (adapter / name).is_file():
+            return adapter / name
+    raise CheckpointError(f"{adapter} holds no {WEIGHTS} or adapter_model.bin.")
+
+
+def _sorted_out(
+    tensors: Mapping[str, TensorRef], where: str
+) -> tuple[dict[str, dict[str, TensorRef]], dict[str, TensorRef]]:
+    """(pairs by the original's module, whole tensors of modules_to_save by the original's name). Raises AdapterError."""
+    pairs: dict[str, dict[str, TensorRef]] = {}
+    saved: dict[str, TensorRef] = {}
+    unknown = []
+    for key, ref in tensors.items():
+        name = key
+        while name.startswith(_PREFIX):
+            name = name.removeprefix(_PREFIX)
+        if found := _PAIR.fullmatch(name):
+            pairs.setdefault(found["module"], {})[found["side"]] = ref
+        elif _EMBEDDING_PAIR.fullmatch(name) or ".lora_" in name:
+            unknown.append(key)
+        else:
+            saved[name.replace(".modules_to_save.default.", ".")] = ref
+    if unknown:
+        raise AdapterError(
+            f"{where} holds tensors that are no plain LoRA pair (embeddings, DoRA, biases are not carried): "
+            + ", ".join(unknown[:6])
+        )
+    incomplete = [module for module, sides in pairs.items() if set(sides) != {"A", "B"}]
+    if incomplete:
+        raise AdapterError(f"{where} lacks one of lora_A and lora_B of {', '.join(incomplete[:6])}.")
+    if not pairs and not saved:
+        raise AdapterError(f"{where} holds no tensors.")
+    return pairs, saved
+
+
+def _port_pair(
+    module: str, sides: Mapping[str, TensorRef], base: Base, settings: LoraSettings
+) -> list[tuple[str, Pair]]:
+    """(native module, its pair) for every module that the original's became."""
+    rule, names = _rule_of(f"{module}.weight", base)
+    a, b = sides["A"], sides["B"]
+    rank = settings.rank(module)
+    if a.shape[:1] != (rank,) or b.shape[1:2] != (rank,):
+        raise AdapterError(
+            f"{module}: lora_A {list(a.shape)} and lora_B {list(b.shape)} are not of the rank {rank} that {CONFIG} says"
+        )
+    weight = _original_shape(rule, names, base)
+    if len(weight) == 4 and weight[1] == 1 and a.shape[1:2] == weight[:1]:
+        raise AdapterError(
+            f"{module}: a dense low-rank convolution beside a depthwise one {list(weight)}; it has no weight to be added to"
+        )
+    given = (b.shape[0], *a.shape[1:])
+    if given != weight:
+        raise AdapterError(
+            f"{module}: the pair gives {list(given)}, the base's weight is {list(weight)}: another base"
+        )
+    pairs = _PAIR_OPERATIONS.get(type(rule.operation), lambda *_: [])(rule.operation, Pair(a.read(), b.read()))
+    if not pairs:
+        raise AdapterError(f"{module}: its weight goes through {rule.operation.name!r}, which a pair cannot follow")
+    return [(name.removesuffix(".weight"), pair) for name, pair in zip(names, pairs)]
+
+
+def _port_saved(name: str, ref: TensorRef, base: Base) -> tuple[str, torch.Tensor]:
+    """A whole tensor of modules_to_save: (its native name, its value there)."""
+    rule, names = _rule_of(name, base)
+    if rule.aliases or len(names) > 1:
+        raise AdapterError(
+            f"{name}: trained as a whole (modules_to_save), but it is tied or spread in the native model"
+        )
+    expected = _original_shape(rule, names, base)
+    if ref.shape != expected:
+        raise AdapterError(f"{name}: is {list(ref.shape)}, the base's is {list(expected)}: another base")
+    return names[0], rule.operation.forward([ref.read()])[0]
+
+
+def _rule_of(name: str, base: Base) -> tuple[Rule, list[str]]:
+    """The rule of an original tensor and the native names it becomes. Raises AdapterError for an unknown one."""
+    claim = next(base.rules.of_source(name), None)
+    module = name.removesuffix(".weight")
+    if claim is None:
+        native = next(base.rules.of_target(name), None) or next(base.rules.of_target(f"model.{name}"), None)
+        what = "has a native name already" if native else f"is no module of {base.family.title}"
+        raise AdapterError(f"{module}: {what}")
+    rule, _, captures = claim
+    names = [pattern.fill(captures) for pattern in rule.targets]
+    if len(rule.sources) > 1:
+        raise AdapterError(f"{module}: its weight is joined with others in the native model")
+    absent = [target for target in names if target not in base.shapes]
+    if absent:
+        raise AdapterError(f"{module}: would be {', '.join(absent)}, which the base does not have: another base")
+    return rule, names
+
+
+def _original_shape(rule: Rule, names: Sequence[str], base: Base) -> tuple[int, ...]:
+    native = [torch.empty(base.shapes[name], device="meta") for name in names]
+    return tuple(rule.operation.backward(native)[0].shape)
+
+
+def _native_settings(
+    settings: LoraSettings, ranks: Mapping[str, int], alphas: Mapping[str, float], saved: list[str], base: Base
+) -> dict[str, Any]:
+    """adapter_config.json with full native names: only they can be told apart by nothing but themselves."""
+    data = dict(settings.data)
+    rank, alpha = settings.default_rank, settings.default_alpha
+    data |= {
+        "target_modules": sorted(ranks),
+        "rank_pattern": {re.escape(name): value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {re.escape(name): value for name, value in alphas.items() if value != alpha},
+        "modules_to_save": saved or None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "base_model_name_or_path": str(base.directory) if base.directory is not None else None,
+        "revision": None,
+        "auto_mapping": None,
+    }
+    if "exclude_modules" in data:
+        data["exclude_modules"] = None
+    return data
+
+
+def _notes(modules: Mapping[str, tuple[str, ...]], base: Base) -> tuple[str, ...]:
+    head = [native for natives in modules.values() for native in natives if native == "lm_head"]
+    if not (head and base.tied):
+        return ()
+    return (
+        "The adapter trains the head, which the base ties to its token embedding. Applied, it is exact; before a merge the "
+        "head must be untied (weightport.adapters.untie_head), or the merge changes the input embeddings too.",
+    )
