@@ -65,6 +65,8 @@ class OFAGenerationMixin(GenerationMixin):
         self.generation_config.ofa_constraint_range = None
         if self.config.pad_token_id is not None:
             self.generation_config.suppress_tokens = [self.config.pad_token_id]
+        # A file of settings that only repeat the model's configuration would be read without those of our own.
+        self.generation_config._from_model_config = False
 
     def _get_logits_processor(self, generation_config: GenerationConfig, *args, **kwargs) -> LogitsProcessorList:
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
