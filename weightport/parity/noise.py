@@ -31,7 +31,7 @@ KINK = 1e-2
 """What is allowed, relative to the scale, of a float32 gradient that has passed rectifiers: where the input of one
 lies within noise of zero, the gradient of that activation passes or does not. Measured at the first convolution of a
 ResNet, the same model and inputs: 1.1e-4 of the scale with two threads, 3.0e-3 with one, whose sums round in another
-order; in float64 both agree with the original to 8e-6 (its own float32 noise). The float64 run is what judges there."""
+order; in float64 both agree with the original to 8e-6, its own float32 noise. There the float64 run is the judge."""
 
 
 def relative_allowance(depth: int, *dtypes: torch.dtype, kinked: bool = False) -> float:
