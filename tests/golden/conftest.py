@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import florence2_cases
 import ofa_cases
 import pytest
 import torch
@@ -14,7 +15,7 @@ from golden_case import Case, find_cases
 from weightport.converters import Options, convert
 
 OWN_CASES = Path(__file__).parent / "cases"
-FAMILIES = {table.FAMILY: table for table in (ofa_cases,)}
+FAMILIES = {table.FAMILY: table for table in (ofa_cases, florence2_cases)}
 """Families whose cases can be judged, and the table that brings their references into the product's format."""
 
 

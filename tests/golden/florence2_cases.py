@@ -1,11 +1,12 @@
 """Florence-2's golden cases in the reference format: what their tensors and figures are called, and what they hold.
 
-A case's tensors are `in.<argument>`, `<seam>[.f64]`, `alone<i>.<seam>` (row i without padding) and `gen.<name>.<value>`;
-losses and gradient norms stand in case.json. Pixels are a formula.
+A case's tensors are `in.<argument>`, `<seam>[.f64]`, `alone<i>.<seam>` (row i without padding) and
+`gen.<name>.<value>`; losses and gradient norms stand in case.json. Pixels are a formula.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Collection
@@ -20,7 +21,10 @@ from golden_case import Case
 
 from weightport.checkpoints import Checkpoint, TensorRef
 from weightport.converters.families.florence2.layouts import locate
+from weightport.converters.families.florence2.rules import florence2_rules
 from weightport.parity import Selection, write_reference
+from weightport.parity.families.florence2 import complete
+from weightport.parity.families.florence2 import exact_loss as exact_loss
 from weightport.parity.reference import FLOAT64_SUFFIX
 from weightport.parity.selection import parse_selection
 
@@ -162,7 +166,8 @@ def _generation(builder: Builder, run: str, what: str, row: int | None, tensor: 
 
 
 def _training(builder: Builder) -> None:
-    """Losses and gradient norms. Where the file's head is tied, those of the tied original count: transformers ties."""
+    """Losses and gradient norms. Where the file's head is tied, those of the tied original count: transformers
+    ties."""
     case = builder.case
     figures = case.spec.get("training", {})
     for name, figure in figures.items():
@@ -178,9 +183,7 @@ def _training(builder: Builder) -> None:
             given, labels = inputs(case), case.tensors["in.labels"]
             del given["decoder_input_ids"]
         reference = f"train.{run.removesuffix('_alone_tied_head').removesuffix('_alone')}"
-        builder.run(
-            reference, "train", {**given, "labels": labels}, mode="eval", ignore_padding=run == "pad_masked"
-        )
+        builder.run(reference, "train", {**given, "labels": labels}, mode="eval", ignore_padding=run == "pad_masked")
         if what == "loss":
             builder.expect(reference, "loss", torch.tensor(figure, dtype=torch.float64 if f64 else torch.float32), f64)
         elif what == "grad_norm_total":
@@ -218,3 +221,22 @@ def kept(text: str) -> list[Any] | None:
     if steps is None:
         return None
     return [[0, None, int(part.strip(": ") or 1)] for part in steps[1].split(",")]
+
+
+def native_arguments(case: Case, config: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The padded batch as transformers' model takes it, everything attended to."""
+    batch = inputs(case)
+    batch["pixel_values"] = batch["pixel_values"].to(dtype)
+    return complete("forward", batch, {}, config)
+
+
+def native_parameter(name: str, config: Any) -> str:
+    """peft's name, on the native model, of a parameter that it has on the original:
+    `<module>.lora_A.default.weight`."""
+    found = re.match(r"(.+?)\.((?:lora_[AB]|modules_to_save)\.default\.)(weight|bias)", name)
+    assert found is not None, name
+    untied = copy.deepcopy(config)
+    untied.tie_word_embeddings = False
+    rule, _, captures = next(florence2_rules(untied).of_source(f"{found[1]}.{found[3]}"))
+    module = rule.targets[0].fill(captures).rpartition(".")[0]
+    return f"base_model.model.{module}.{found[2]}{found[3]}"

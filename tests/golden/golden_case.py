@@ -37,6 +37,12 @@ class Case:
         return self.spec.get("checkpoints") or []
 
     @property
+    def adapter(self) -> str | None:
+        """The folder of the adapter that the reference was computed with, beside the base's files; None without
+        one."""
+        return self.spec.get("adapter")
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its checkpoint files' tensors."""
         entries = [

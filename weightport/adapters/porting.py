@@ -1,8 +1,8 @@
 """port_adapter(): a LoRA adapter trained on an original's modules, for the native model.
 
-Built on the family's rule table: where a weight goes, its pair of low-rank matrices goes, and what happens to the weight
-says what happens to the pair. Module names in the settings are replaced by the full native names of the modules that the
-adapter has tensors for, so that no pattern can hit more or less than it did.
+Built on the family's rule table: where a weight goes, its pair of low-rank matrices goes, and what happens to the
+weight says what happens to the pair. Module names in the settings are replaced by the full native names of the
+modules that the adapter has tensors for, so that no pattern can hit more or less than it did.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from ..checkpoints import Checkpoint, TensorRef, open_checkpoint
+from ..checkpoints import TensorRef, open_checkpoint
 from ..converters.families import FAMILIES
 from ..converters.family import Family, Options
+from ..converters.lora_settings import LoraSettings, parse_settings
 from ..converters.operations import AppendRows, Copy, Split
 from ..converters.output import check_absent, whole_directory
 from ..converters.recognition import recognise
 from ..converters.record import read_record
 from ..converters.rules import Rule, RuleTable
 from ..errors import AdapterError, CheckpointError
-from ..converters.lora_settings import LoraSettings, parse_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -40,7 +40,8 @@ _EMBEDDING_PAIR = re.compile(r"(?P<module>.+)\.lora_embedding_(A|B).*")
 
 @dataclass(frozen=True)
 class Base:
-    """What an adapter is ported to: the family's table with the head apart from the embedding, and the native shapes."""
+    """What an adapter is ported to: the family's table with the head apart from the embedding, and the native
+    shapes."""
 
     family: Family
     rules: RuleTable
@@ -87,7 +88,7 @@ def port_adapter(adapter: str | Path, out: str | Path, base: str | Path, *, over
     check_absent(out, overwrite=overwrite)
     settings = read_settings(adapter)
     target = read_base(Path(base))
-    tensors = {name: ref for name, ref in open_checkpoint(_weights(adapter)).items()}
+    tensors = dict(open_checkpoint(_weights(adapter)))
     pairs, saved = _sorted_out(tensors, str(adapter))
     ported: dict[str, torch.Tensor] = {}
     modules: dict[str, tuple[str, ...]] = {}
@@ -179,7 +180,8 @@ def _weights(adapter: Path) -> Path:
 def _sorted_out(
     tensors: Mapping[str, TensorRef], where: str
 ) -> tuple[dict[str, dict[str, TensorRef]], dict[str, TensorRef]]:
-    """(pairs by the original's module, whole tensors of modules_to_save by the original's name). Raises AdapterError."""
+    """(pairs by the original's module, whole tensors of modules_to_save by the original's name). Raises
+    AdapterError."""
     pairs: dict[str, dict[str, TensorRef]] = {}
     saved: dict[str, TensorRef] = {}
     unknown = []
@@ -215,12 +217,12 @@ def _port_pair(
     rank = settings.rank(module)
     if a.shape[:1] != (rank,) or b.shape[1:2] != (rank,):
         raise AdapterError(
-            f"{module}: lora_A {list(a.shape)} and lora_B {list(b.shape)} are not of the rank {rank} that {CONFIG} says"
+            f"{module}: lora_A {list(a.shape)} and lora_B {list(b.shape)} are not of rank {rank}, as {CONFIG} says"
         )
     weight = _original_shape(rule, names, base)
     if len(weight) == 4 and weight[1] == 1 and a.shape[1:2] == weight[:1]:
         raise AdapterError(
-            f"{module}: a dense low-rank convolution beside a depthwise one {list(weight)}; it has no weight to be added to"
+            f"{module}: a dense low-rank convolution beside a depthwise one {list(weight)} has no weight to go to"
         )
     given = (b.shape[0], *a.shape[1:])
     if given != weight:
@@ -296,6 +298,6 @@ def _notes(modules: Mapping[str, tuple[str, ...]], base: Base) -> tuple[str, ...
     if not (head and base.tied):
         return ()
     return (
-        "The adapter trains the head, which the base ties to its token embedding. Applied, it is exact; before a merge the "
-        "head must be untied (weightport.adapters.untie_head), or the merge changes the input embeddings too.",
+        "The adapter trains the head, which the base ties to its token embedding. Applied, it is exact; before a "
+        "merge the head must be untied (weightport.adapters.untie_head), or the merge changes the input embeddings too.",
     )

@@ -142,8 +142,8 @@ def port_ofa(**arguments: Any) -> None:
 @florence2_options
 @command_body
 def port_florence2(**arguments: Any) -> None:
-    """Convert a Florence-2 checkpoint SOURCE written for the remote code (a released folder, a fine-tuned fork, a training
-    loop's dump with config.json beside it) into the model directory OUT."""
+    """Convert a Florence-2 checkpoint SOURCE written for the remote code (a released folder, a fine-tuned fork, a
+    training loop's dump with config.json beside it) into the model directory OUT."""
     run(family="florence2", **arguments)
 
 

@@ -25,8 +25,9 @@ class Options:
     `dtype` is the floating-point dtype of the output (None: each tensor keeps its own). `vocabulary` is a folder or a
     Hub id. `drop` are patterns of source tensors to leave out. `portable` writes the model's code beside the weights.
     `ema` takes the averaged weights of a training checkpoint. `parse_symbols` lets the tokenizer read symbols such as
-    <bin_3> in plain text. `image_token` is how a family that needs a placeholder for images gets one: "reuse" an id that
-    the original never uses, "append" a row, or "none" where the model is only looked at. `max_shard_bytes` bounds a weight file.
+    <bin_3> in plain text. `image_token` is how a family that needs a placeholder for images gets one: "reuse" an id
+    that the original never uses, "append" a row, or "none" where the model is only looked at. `max_shard_bytes`
+    bounds a weight file.
     """
 
     dtype: torch.dtype | None = None

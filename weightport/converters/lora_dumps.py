@@ -1,7 +1,7 @@
 """State dicts of models with a LoRA adapter still in them: each pair is merged into its base layer as it is read.
 
-`torch.save(peft_model.state_dict())` writes `….base_layer.weight` beside `….lora_A.default.weight`; stripping the names
-would lose the adapter. Its scaling stands in no tensor, so adapter_config.json must stand beside the file.
+`torch.save(peft_model.state_dict())` writes `….base_layer.weight` beside `….lora_A.default.weight`; stripping the
+names would lose the adapter. Its scaling stands in no tensor, so adapter_config.json must stand beside the file.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from .lora_settings import low_rank_product, parse_settings
 from ..checkpoints import TensorRef
 from ..errors import AdapterError
+from .lora_settings import low_rank_product, parse_settings
 
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>A|B)(\.(?P<adapter>[^.]+))?\.weight")
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<rest>.+)")
@@ -65,9 +65,9 @@ def merge_dump(
         return merged, ()
     if settings is None:
         raise AdapterError(
-            f"{where} is the state dict of a model with a LoRA adapter in it ({len(pairs)} pairs of lora_A and lora_B), "
-            "and no adapter_config.json stands beside it: the adapter's strength (lora_alpha, r) is in no tensor.\n"
-            "  Put the training's adapter_config.json beside the file to merge the adapter, or pass --drop "
+            f"{where} is the state dict of a model with a LoRA adapter in it ({len(pairs)} pairs of lora_A and "
+            "lora_B), and no adapter_config.json stands beside it: the adapter's strength (lora_alpha, r) is in no "
+            "tensor.\n  Put the training's adapter_config.json beside the file to merge the adapter, or pass --drop "
             "'**.lora_{A,B}.**' to convert the base alone (right where peft had already merged it in place)."
         )
     lora = parse_settings(settings, f"adapter_config.json beside {where}")

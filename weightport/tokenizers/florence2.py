@@ -1,7 +1,8 @@
 """Florence-2's tokenizer: BART's byte-level BPE, 1024 task tokens, and one id that stands for image features.
 
 The released folders do not name the task tokens (the remote code's processor adds them when it starts); forks saved by
-`save_pretrained` do. Ids are written into the vocabulary itself, so that none depends on the order tokens are added in.
+`save_pretrained` do. Ids are written into the vocabulary itself, so that none depends on the order tokens are added
+in.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class Florence2Vocabulary:
 
 
 def read_florence2_vocabulary(source: str | Path) -> Florence2Vocabulary:
-    """Read a folder's tokenizer, or that of a Hub repository. Raises VocabularyError on anything missing or malformed."""
+    """Read a folder's tokenizer, or that of a Hub repository. Raises VocabularyError on anything missing or
+    malformed."""
     folder = Path(source)
     if not folder.is_dir():
         folder = _from_hub(str(source))
@@ -98,8 +100,8 @@ def reusable_token(vocabulary: Florence2Vocabulary, rows: int) -> tuple[int, str
     token = next((token for token in IMPOSSIBLE_BYTES if token in ids), None)
     if token is None:
         raise VocabularyError(
-            f"The tokenizer in {vocabulary.source} has no unused id that could stand for the image. Pass --image-token "
-            "append to add one, at the price of a small change in every probability."
+            f"The tokenizer in {vocabulary.source} has no unused id that could stand for the image. Pass "
+            "--image-token append to add one, at the price of a small change in every probability."
         )
     return ids[token], token
 
@@ -111,8 +113,8 @@ def check_fit(vocabulary: Florence2Vocabulary, rows: int) -> None:
     if outside:
         index, token = outside[0]
         raise VocabularyError(
-            f"The tokenizer in {vocabulary.source} has {max(ids.values()) + 1} tokens, the checkpoint's embedding {rows} "
-            f"rows: {len(outside)} tokens would have none (the first is {token!r}, id {index}).\n"
+            f"The tokenizer in {vocabulary.source} has {max(ids.values()) + 1} tokens, the checkpoint's embedding "
+            f"{rows} rows: {len(outside)} tokens would have none (the first is {token!r}, id {index}).\n"
             "  The tokenizer belongs to another checkpoint; put the right one beside the weights or pass --vocab."
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..family import Family
+from .florence2 import FLORENCE2
 from .ofa import OFA
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (OFA,)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (OFA, FLORENCE2)}

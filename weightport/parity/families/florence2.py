@@ -94,7 +94,8 @@ def generation(arguments: Tensors, options: Mapping[str, Any], config: PreTraine
 
 
 def exact_loss(logits: torch.Tensor, labels: torch.Tensor, **unused: Any) -> torch.Tensor:
-    """Mean cross-entropy over all labels that are not ignored, in the logits' own type, as the original computes it."""
+    """Mean cross-entropy over all labels that are not ignored, in the logits' own type, as the original computes
+    it."""
     return torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
 
 

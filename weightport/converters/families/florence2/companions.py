@@ -39,13 +39,14 @@ def vocabulary_source(checkpoint: Checkpoint, options: Options) -> str | Path | 
         return checkpoint.folder
     raise VocabularyError(
         f"No tokenizer: {checkpoint.folder} holds no tokenizer.json, and --vocab was not given.\n"
-        "  Pass --vocab with a folder that has one or with a Hub id such as microsoft/Florence-2-base (a fork with added "
-        "tokens needs its own), or --vocab none to write the model without a processor."
+        "  Pass --vocab with a folder that has one or with a Hub id such as microsoft/Florence-2-base (a fork with "
+        "added tokens needs its own), or --vocab none to write the model without a processor."
     )
 
 
 def source_files(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The original's JSON files that an export gives back as they were (the small ones; tokens come from the tokenizer)."""
+    """The original's JSON files that an export gives back as they were (the small ones; tokens come from the
+    tokenizer)."""
     names = ("generation_config.json", "preprocessor_config.json", "tokenizer_config.json")
     found = {name: companion(checkpoint, name) for name in names}
     return {name: data for name, data in found.items() if data is not None and len(json.dumps(data)) <= _LARGEST_KEPT}

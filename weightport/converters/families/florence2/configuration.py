@@ -1,8 +1,8 @@
 """Florence2Config from a checkpoint: sizes from the tensors' shapes, the rest from config.json beside it.
 
-What shapes say is never asked of config.json; where both speak and contradict each other the checkpoint is refused. What
-only config.json can say of the vision tower (heads, groups, windows, strides) has no default here: the native class
-would fall back to those of the base size in silence.
+What shapes say is never asked of config.json; where both speak and contradict each other the checkpoint is refused.
+What only config.json can say of the vision tower (heads, groups, windows, strides) has no default here: the native
+class would fall back to those of the base size in silence.
 """
 
 from __future__ import annotations
@@ -179,8 +179,8 @@ def _sections(config: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         raise CheckpointError("config.json should hold a JSON object; found " + type(config).__name__ + ".")
     if config.get("model_type", "florence2") != "florence2":
         raise ConfigurationError(
-            f"config.json is of a {config['model_type']!r} model, the tensors are Florence-2's. Put the checkpoint's own "
-            "config.json beside it."
+            f"config.json is of a {config['model_type']!r} model, the tensors are Florence-2's. Put the checkpoint's "
+            "own config.json beside it."
         )
     sections = [config.get(name) for name in ("vision_config", "text_config")]
     if not all(isinstance(section, Mapping) for section in sections):

@@ -37,14 +37,14 @@ def read_embedding(tensors: Mapping[str, TensorRef]) -> Embedding:
     for ref in present:
         if len(ref.shape) != 2 or ref.shape != first.shape:
             raise CoverageError(
-                f"{ref.name} is {list(ref.shape)}, but {first.name} is {list(first.shape)}: the embedding and the head "
-                "have one row for every token, and the same width."
+                f"{ref.name} is {list(ref.shape)}, but {first.name} is {list(first.shape)}: the embedding and the "
+                "head have one row for every token, and the same width."
             )
     for ref in present[1:]:
         if ref.name != HEAD and not same_values(first, ref):
             raise CoverageError(
-                f"{ref.name} and {first.name} are one matrix in the model, but the checkpoint holds different values for "
-                "them. Converting would lose one of the two."
+                f"{ref.name} and {first.name} are one matrix in the model, but the checkpoint holds different values "
+                "for them. Converting would lose one of the two."
             )
     rows, width = first.shape
     if head is None:
@@ -83,6 +83,6 @@ def check_logits_bias(tensors: Mapping[str, TensorRef], rows: int) -> None:
     changed = int(torch.count_nonzero(value))
     if changed:
         raise ConfigurationError(
-            f"{LOGITS_BIAS} is not zero ({changed} of {rows} values): it shifts the logits, and the native model has no "
-            "place for it. Such a checkpoint cannot be converted without changing its results."
+            f"{LOGITS_BIAS} is not zero ({changed} of {rows} values): it shifts the logits, and the native model has "
+            "no place for it. Such a checkpoint cannot be converted without changing its results."
         )

@@ -51,8 +51,8 @@ def choose(checkpoint: Checkpoint, options: Options, rows: int) -> ImageToken:
     if options.image_token == "append":
         appended = MULTIPLE - rows % MULTIPLE
         note = (
-            f"<image> is the new id {rows}; {appended} rows of zeros were appended to the embedding and the head, which "
-            "join every softmax (see docs/florence2.md for the size of the difference)."
+            f"<image> is the new id {rows}; {appended} rows of zeros were appended to the embedding and the head, "
+            "which join every softmax (see docs/florence2.md for the size of the difference)."
         )
         return ImageToken(rows, None, appended, added, note)
     if vocabulary is not None:
@@ -61,8 +61,8 @@ def choose(checkpoint: Checkpoint, options: Options, rows: int) -> ImageToken:
         return ImageToken(index, replaced, 0, added, f"<image> is {index}, {called}: no logit changes.")
     if rows < RELEASED_ROWS:
         raise VocabularyError(
-            f"Without a tokenizer an unused id is known for the released vocabulary only ({RELEASED_ROWS} tokens); this "
-            f"embedding has {rows} rows. Pass --vocab, or --image-token append."
+            f"Without a tokenizer an unused id is known for the released vocabulary only ({RELEASED_ROWS} tokens); "
+            f"this embedding has {rows} rows. Pass --vocab, or --image-token append."
         )
     note = f"<image> is {RELEASED_FILLER}, {FILLER_NAME} in the released vocabulary (no tokenizer was read)."
     return ImageToken(RELEASED_FILLER, FILLER_NAME, 0, added, note)

@@ -30,7 +30,8 @@ def feature_grid(vision: Any, height: int, width: int) -> tuple[int, int]:
 
 
 def image_vectors(vision: Any, height: int, width: int) -> int:
-    """Vectors that stand for one image before the prompt: the average, and one a cell of the last stage (577 at 768)."""
+    """Vectors that stand for one image before the prompt: the average, and one a cell of the last stage (577 at
+    768)."""
     rows, columns = feature_grid(vision, height, width)
     return 1 + rows * columns
 
@@ -43,7 +44,7 @@ def image_settings(stated: Mapping[str, Any] | None, vision: Any) -> dict[str, A
     stated = RELEASED if stated is None else stated
     settings = {name: stated.get(name, default) for name, default in RELEASED.items()}
     size = settings["size"]
-    sides = [size.get(side) for side in ("height", "width")] if isinstance(size, Mapping) else []
+    sides: list[Any] = [size.get(side) for side in ("height", "width")] if isinstance(size, Mapping) else []
     if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
         raise ConfigurationError(
             f"preprocessor_config.json: size is {size!r}; expected a height and a width in pixels."
@@ -51,15 +52,15 @@ def image_settings(stated: Mapping[str, Any] | None, vision: Any) -> dict[str, A
     rows, columns = feature_grid(vision, *sides)
     if rows != columns or not 0 < rows <= vision.max_position_embeddings:
         raise ConfigurationError(
-            f"preprocessor_config.json: images of {sides[0]} × {sides[1]} pixels give {rows} × {columns} features; the "
-            f"model takes a square of at most {vision.max_position_embeddings} × {vision.max_position_embeddings}."
+            f"preprocessor_config.json: images of {sides[0]} × {sides[1]} pixels give {rows} × {columns} features; "
+            f"the model takes a square of at most {vision.max_position_embeddings} × {vision.max_position_embeddings}."
         )
     length = image_vectors(vision, *sides)
     declared = stated.get("image_seq_length", length)
     if declared != length:
         raise ConfigurationError(
-            f"preprocessor_config.json: image_seq_length is {declared!r}, but images of {sides[0]} × {sides[1]} pixels "
-            f"give {length} vectors in this model."
+            f"preprocessor_config.json: image_seq_length is {declared!r}, but images of {sides[0]} × {sides[1]} "
+            f"pixels give {length} vectors in this model."
         )
     # The original leaves the conversion to the caller and fails on grey and transparent pictures.
     return {**settings, "do_convert_rgb": True, "image_seq_length": length}

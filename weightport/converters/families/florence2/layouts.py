@@ -52,8 +52,8 @@ def locate(checkpoint: Checkpoint, *, ema: bool) -> Found:
     averaged = [prefix for prefix in prefixes if "ema" in prefix.lower()]
     if ema and not averaged:
         raise CheckpointError(
-            f"{checkpoint.path} holds no averaged weights (no section with ema in its name). Leave --ema out to convert "
-            "the model's own."
+            f"{checkpoint.path} holds no averaged weights (no section with ema in its name). Leave --ema out to "
+            "convert the model's own."
         )
     candidates = averaged if ema else [prefix for prefix in prefixes if prefix not in averaged] or prefixes
     if len(candidates) != 1:

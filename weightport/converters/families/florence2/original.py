@@ -1,4 +1,5 @@
-"""The original's folder around its weights: config.json, tokenizer and image settings as the remote code reads them."""
+"""The original's folder around its weights: config.json, tokenizer and image settings as the remote code reads
+them."""
 
 from __future__ import annotations
 

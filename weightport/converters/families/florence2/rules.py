@@ -1,7 +1,7 @@
 """Florence-2: the remote code's names on the left, transformers' on the right.
 
-Source of the left side: microsoft/Florence-2-large at f0acedb, modeling_florence2.py (the same names in every revision).
-Nothing is split; one matrix is transposed.
+Source of the left side: microsoft/Florence-2-large at f0acedb, modeling_florence2.py (the same names in every
+revision). Nothing is split; one matrix is transposed.
 """
 
 from __future__ import annotations
@@ -16,20 +16,42 @@ from ...operations import COPY, AppendRows, Operation
 from ...patterns import Pattern
 from ...rules import Rule, RuleTable, computed, derive, drop, move, permute, renames, table
 
-VISION_TOWER = renames(
-    "vision_tower.",
-    "model.vision_tower.",
-    """
-    convs.*.proj.{weight,bias}                                    convs.*.conv.{weight,bias}
-    convs.*.norm.{weight,bias}
-    blocks.*.*.{spatial,channel}_block.conv{1,2}.fn.dw.{weight,bias} blocks.*.*.{spatial,channel}_block.conv{1,2}.{weight,bias}
-    blocks.*.*.spatial_block.window_attn.norm.{weight,bias}       blocks.*.*.spatial_block.norm1.{weight,bias}
-    blocks.*.*.spatial_block.window_attn.fn.{qkv,proj}.{weight,bias} blocks.*.*.spatial_block.window_attn.{qkv,proj}.{weight,bias}
-    blocks.*.*.channel_block.channel_attn.norm.{weight,bias}      blocks.*.*.channel_block.norm1.{weight,bias}
-    blocks.*.*.channel_block.channel_attn.fn.{qkv,proj}.{weight,bias} blocks.*.*.channel_block.channel_attn.{qkv,proj}.{weight,bias}
-    blocks.*.*.{spatial,channel}_block.ffn.norm.{weight,bias}     blocks.*.*.{spatial,channel}_block.norm2.{weight,bias}
-    blocks.*.*.{spatial,channel}_block.ffn.fn.net.fc{1,2}.{weight,bias} blocks.*.*.{spatial,channel}_block.ffn.fc{1,2}.{weight,bias}
-    """,
+_BLOCKS = "vision_tower.blocks.*.*."
+
+VISION_TOWER = table(
+    renames(
+        "vision_tower.",
+        "model.vision_tower.",
+        """
+        convs.*.proj.{weight,bias}                convs.*.conv.{weight,bias}
+        convs.*.norm.{weight,bias}
+        """,
+    ),
+    renames(
+        _BLOCKS + "spatial_block.window_attn.",
+        "model." + _BLOCKS + "spatial_block.",
+        """
+        norm.{weight,bias}                        norm1.{weight,bias}
+        fn.{qkv,proj}.{weight,bias}               window_attn.{qkv,proj}.{weight,bias}
+        """,
+    ),
+    renames(
+        _BLOCKS + "channel_block.channel_attn.",
+        "model." + _BLOCKS + "channel_block.",
+        """
+        norm.{weight,bias}                        norm1.{weight,bias}
+        fn.{qkv,proj}.{weight,bias}               channel_attn.{qkv,proj}.{weight,bias}
+        """,
+    ),
+    renames(
+        _BLOCKS + "{spatial,channel}_block.",
+        "model." + _BLOCKS + "{spatial,channel}_block.",
+        """
+        conv{1,2}.fn.dw.{weight,bias}             conv{1,2}.{weight,bias}
+        ffn.norm.{weight,bias}                    norm2.{weight,bias}
+        ffn.fn.net.fc{1,2}.{weight,bias}          ffn.fc{1,2}.{weight,bias}
+        """,
+    ),
 )
 
 TEMPORAL_EMBEDDING = "visual_temporal_embed.pos_idx_to_embed"

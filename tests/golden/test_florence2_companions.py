@@ -1,0 +1,200 @@
+"""Florence-2's tokenizer, prompts, image processor and answers against the original processor's, both ways of
+behaving."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import florence2_cases
+import pytest
+import torch
+from golden_case import Case, find_cases
+from PIL import Image
+from PIL import __version__ as pillow_version
+from transformers import Florence2Processor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from weightport.converters.families.florence2.grounding import post_processor_config
+from weightport.converters.families.florence2.images import RELEASED
+from weightport.modeling.florence2 import Florence2OriginalProcessor
+from weightport.tokenizers.florence2 import build_florence2_tokenizer, read_florence2_vocabulary, reusable_token
+
+BLANK = Image.new("RGB", (64, 48), "white")
+SEQUENCE_LENGTH = 577
+
+
+@pytest.fixture
+def strings(case: Case) -> dict[str, Any]:
+    if case.family != florence2_cases.FAMILY or (found := case.data("texts.json")) is None:
+        pytest.skip("the case has no prompts of Florence-2")
+    return found
+
+
+@pytest.fixture
+def answers(case: Case) -> dict[str, Any]:
+    if case.family != florence2_cases.FAMILY or (found := case.data("post_processing.json")) is None:
+        pytest.skip("the case has no answers of Florence-2")
+    return found
+
+
+def companions(case: Case) -> tuple[Path, str]:
+    """The folder with the case's tokenizer, and which of the ids are its own: without one, tiny-main's stands in."""
+    own = case.path / "companions"
+    if (own / "tokenizer.json").is_file():
+        return own, "ids"
+    beside = next(each for each in find_cases(case.path.parent) if each.path.name == "tiny-main")
+    return beside.path / "companions", "ids_synthetic"
+
+
+def processors(case: Case, tmp_path: Path) -> tuple[Florence2Processor, Florence2OriginalProcessor, str]:
+    folder, key = companions(case)
+    vocabulary = read_florence2_vocabulary(folder)
+    image, _ = reusable_token(vocabulary, max(vocabulary.ids.values()) + 1)
+    native = Florence2Processor(
+        image_processor=CLIPImageProcessorPil(**RELEASED, do_convert_rgb=True, image_seq_length=SEQUENCE_LENGTH),
+        tokenizer=build_florence2_tokenizer(vocabulary, image, 1024),
+        post_processor_config=post_processor_config(),
+    )
+    native.save_pretrained(tmp_path / "processor")
+    return native, Florence2OriginalProcessor.from_pretrained(tmp_path / "processor"), key
+
+
+def prompt_ids(processor: Any, text: str, **settings: Any) -> list[int]:
+    ids = list(processor(text=text, images=BLANK, **settings).input_ids[0])
+    assert ids[:SEQUENCE_LENGTH] == [processor.image_token_id] * SEQUENCE_LENGTH
+    return ids[SEQUENCE_LENGTH:]
+
+
+def test_original_processor_gives_the_originals_ids_for_every_prompt(
+    case: Case, strings: dict[str, Any], tmp_path: Path
+) -> None:
+    _, processor, key = processors(case, tmp_path)
+    for item in strings["items"]:
+        if "error" in item:
+            with pytest.raises(ValueError):
+                prompt_ids(processor, item["text"])
+        else:
+            assert prompt_ids(processor, item["text"]) == item[key], item["text"]
+
+
+def test_native_processor_differs_from_the_originals_ids_only_where_documented(
+    case: Case, strings: dict[str, Any], tmp_path: Path
+) -> None:
+    processor, _, key = processors(case, tmp_path)
+    task = re.compile("|".join(strings["tasks_with_input"]))
+    for item in strings["items"]:
+        text = item["text"]
+        rest = task.sub("", text)
+        if "error" in item or "<image>" in text:
+            with pytest.raises(ValueError):
+                prompt_ids(processor, text)
+        elif task.search(text) and rest != rest.strip():
+            assert prompt_ids(processor, text) == prompt_ids(processor, text.replace(rest, rest.strip()))
+        else:
+            assert prompt_ids(processor, text) == item[key], text
+
+
+def test_every_prompt_and_task_table_is_the_originals(case: Case, strings: dict[str, Any], tmp_path: Path) -> None:
+    processor, _, _ = processors(case, tmp_path)
+    assert processor.task_prompts_without_inputs == strings["tasks_without_input"]
+    assert processor.task_prompts_with_input == strings["tasks_with_input"]
+    assert processor.tasks_answer_post_processing_type == strings["post_processing_type"]
+
+
+def test_tokens_batches_labels_and_truncation_are_the_originals(
+    case: Case, strings: dict[str, Any], tmp_path: Path
+) -> None:
+    native, original, key = processors(case, tmp_path)
+    if key != "ids":
+        pytest.skip("the released vocabulary is not at hand (--golden)")
+    assert len(native.tokenizer) == strings["vocab_size"]
+    for token, index in strings["added_tokens"].items():
+        assert native.tokenizer.convert_tokens_to_ids(token) == index, token
+    batch = strings["batch"]
+    images = [BLANK] * len(batch["texts"])
+    for processor in (native, original):
+        encoded = processor(text=batch["texts"], images=images, padding=True, return_tensors="pt")
+        assert encoded.input_ids[:, SEQUENCE_LENGTH:].tolist() == batch["input_ids"]
+    mask = native(text=batch["texts"], images=images, padding=True, return_tensors="pt").attention_mask
+    assert mask[:, SEQUENCE_LENGTH:].tolist() == batch["attention_mask"], "transformers' processor masks padding"
+    mask = original(text=batch["texts"], images=images, padding=True, return_tensors="pt").attention_mask
+    assert bool(mask.all()), "the original attends to padding"
+    labels = strings["labels"]
+    assert native.tokenizer(labels["answers"], padding=True).input_ids == labels["input_ids"]
+    cut = strings["truncated"]
+    given = original(text=cut["text"], images=BLANK, truncation=True, max_length=cut["max_length"]).input_ids
+    assert [row[SEQUENCE_LENGTH:] for row in given] == cut["input_ids"]
+
+
+def test_original_processor_reads_every_answer_as_the_original_does(
+    case: Case, answers: dict[str, Any], tmp_path: Path
+) -> None:
+    _, processor, key = processors(case, tmp_path)
+    for item in answers["texts"]:
+        size = tuple(item["image_size_wh"])
+        assert processor.post_process_generation(item["text"], task=item["task"], image_size=size) == item["expected"]
+    for item in answers["sequences"] if key == "ids" else ():
+        given = {"sequence": item["ids"], "task": item["task"], "image_size": tuple(item["image_size_wh"])}
+        assert processor.post_process_generation(**given) == item["expected"]
+        scored = processor.post_process_generation(**given, transition_beam_score=item["transition_beam_score"])
+        assert scored == item["expected_with_scores"]
+
+
+def as_native(answer: Any) -> Any:
+    """What transformers makes of the original's answer: whole pixels, labels without markers and outer spaces."""
+    if isinstance(answer, dict):
+        return {key: as_native(value) for key, value in answer.items()}
+    if isinstance(answer, list):
+        return [as_native(value) for value in answer]
+    if isinstance(answer, float):
+        return int(answer)
+    return answer.replace("</s>", "").strip() if isinstance(answer, str) else answer
+
+
+def test_native_processor_reads_every_answer_up_to_whole_pixels_and_spaces(
+    case: Case, answers: dict[str, Any], tmp_path: Path
+) -> None:
+    processor, _, _ = processors(case, tmp_path)
+    for item in answers["texts"]:
+        size = tuple(item["image_size_wh"])
+        given = processor.post_process_generation(item["text"], task=item["task"], image_size=size)
+        assert given == as_native(item["expected"]), item["text"]
+
+
+def test_pictures_become_the_originals_pixels(case: Case, tmp_path: Path) -> None:
+    images = case.spec.get("images")
+    if case.family != florence2_cases.FAMILY or not images:
+        pytest.skip("the case has no pictures of Florence-2")
+    sizes = {"pixels": (RELEASED["size"], 31, 29), "pixels96": ({"height": 96, "width": 96}, 7, 5)}
+    for height, width in images["sizes_hw"]:
+        picture = Image.fromarray(drawn(height, width).numpy())
+        for name, (size, down, across) in sizes.items():
+            processor = CLIPImageProcessorPil(**{**RELEASED, "size": size}, do_convert_rgb=True)
+            pixels = processor(picture, return_tensors="pt").pixel_values
+            reference = case.tensors[f"{name}.{height}x{width}"]
+            error = float((pixels[:, :, ::down, ::across] - reference).abs().max())
+            # The case says which picture Pillow's own resizing changed for after its version 10.3.
+            changed = f"{height}x{width}" in images["note"] and not pillow_version.startswith("10.3")
+            assert error == 0 if not changed else error < 0.5, f"{name} of {height} × {width}"
+
+
+def drawn(height: int, width: int) -> torch.Tensor:
+    """The test picture of a size, uint8 [height, width, 3], by the formula in the case."""
+    y, x, c = torch.meshgrid(torch.arange(height), torch.arange(width), torch.arange(3), indexing="ij")
+    return ((y * 7 + x * 13 + c * 29 + (x * y) % 17 + (x // 9) * (y // 5)) % 256).to(torch.uint8)
+
+
+def test_converted_directory_has_the_originals_generation_settings(case: Case, converted: Callable[..., Path]) -> None:
+    if case.family != florence2_cases.FAMILY or not case.checkpoints:
+        pytest.skip("the case has no checkpoint of Florence-2")
+    from transformers import GenerationConfig
+
+    text = case.spec["config"]["text_config"]
+    config = GenerationConfig.from_pretrained(converted(case))
+    for name in ("num_beams", "no_repeat_ngram_size", "early_stopping", "forced_bos_token_id", "forced_eos_token_id"):
+        assert getattr(config, name) == text[name], name
+    assert config.max_length == text.get("max_length", 20)
+    assert config.decoder_start_token_id == text["decoder_start_token_id"]
