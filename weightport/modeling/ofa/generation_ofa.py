@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 
@@ -24,7 +27,7 @@ class EosAtMaxLengthLogitsProcessor(LogitsProcessor):
         self.max_length = max_length
         self.eos_token_ids = eos_token_ids
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores [batch, vocabulary] of the token that follows `input_ids` [batch, length]."""
         if input_ids.shape[-1] < self.max_length - 1:
             return scores
@@ -45,7 +48,7 @@ class ConstraintRangeLogitsProcessor(LogitsProcessor):
         self.start = start
         self.end = end
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Log-probabilities [batch, vocabulary] of logits, or of log-probabilities."""
         ids = torch.arange(scores.shape[-1], device=scores.device)
         allowed = (ids < NUM_SPECIAL_TOKENS) | ((ids >= self.start) & (ids < self.end))
@@ -59,17 +62,21 @@ class OFAGenerationMixin(GenerationMixin):
     (default `None`) is the `[start, end]` of a [`ConstraintRangeLogitsProcessor`], such as that of the image codes.
     """
 
+    config: Any
+    get_decoder: Callable[[], Any]
+
     def _set_generation_defaults(self) -> None:
         """What the original's generator always does, for a model without a generation_config.json."""
-        self.generation_config.ofa_eos_at_max_length = True
-        self.generation_config.ofa_constraint_range = None
+        settings: Any = self.generation_config
+        settings.ofa_eos_at_max_length = True
+        settings.ofa_constraint_range = None
         if self.config.pad_token_id is not None:
-            self.generation_config.suppress_tokens = [self.config.pad_token_id]
+            settings.suppress_tokens = [self.config.pad_token_id]
         # A file of settings that only repeat the model's configuration would be read without those of our own.
-        self.generation_config._from_model_config = False
+        settings._from_model_config = False
 
     def _get_logits_processor(self, generation_config: GenerationConfig, *args, **kwargs) -> LogitsProcessorList:
-        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)  # type: ignore[misc]
         if (constraint_range := getattr(generation_config, "ofa_constraint_range", None)) is not None:
             # First: what other processors remove later does not make the rest more probable.
             processors.insert(0, ConstraintRangeLogitsProcessor(*constraint_range))
@@ -79,7 +86,7 @@ class OFAGenerationMixin(GenerationMixin):
             processors.append(EosAtMaxLengthLogitsProcessor(generation_config.max_length, end_tokens))
         return processors
 
-    def _update_finished_beams(
+    def _update_finished_beams(  # type: ignore[override]
         self,
         *,
         topk_log_probs: torch.Tensor,
@@ -107,7 +114,7 @@ class OFAGenerationMixin(GenerationMixin):
             **kwargs,
         )
 
-    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, encoder_outputs=None, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, encoder_outputs=None, **kwargs):  # type: ignore[override]
         if kwargs.get("is_first_iteration") and (input_ids[:, 0] == self.config.pad_token_id).any():
             raise ValueError(
                 "decoder_input_ids are padded on the left, but OFA counts target positions from the first column: "
@@ -117,7 +124,9 @@ class OFAGenerationMixin(GenerationMixin):
             encoder_outputs.position_keys = self.get_decoder().source_position_keys(
                 encoder_outputs.position_embeddings
             )
-        return super().prepare_inputs_for_generation(input_ids, encoder_outputs=encoder_outputs, **kwargs)
+        return super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, encoder_outputs=encoder_outputs, **kwargs
+        )
 
 
 __all__ = ["ConstraintRangeLogitsProcessor", "EosAtMaxLengthLogitsProcessor", "OFAGenerationMixin"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ def activation(name: str) -> nn.Module:
     return ACT2FN[FAIRSEQ_ACTIVATIONS.get(name, name)]
 
 
-def mask_position_bias(position_bias: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def mask_position_bias(position_bias: torch.Tensor, mask: Any) -> torch.Tensor:
     """Position bias [batch or 1, heads, queries, keys] with a mask in it, as one additive attention mask.
 
     `mask` is what transformers' mask functions return for the attention in use: `None`, bool (True attends), or
@@ -81,7 +82,7 @@ class OFADropPath(nn.Module):
 class OFAAttention(nn.Module):
     """Multi-head attention of queries scaled for an added position term, with an optional learned scale per head."""
 
-    def __init__(self, config: OFAConfig, num_heads: int, is_causal: bool = False, layer_idx: int | None = None):
+    def __init__(self, config: OFAConfig, num_heads: int, is_causal: bool = False, layer_idx: int = 0):
         super().__init__()
         self.config = config
         self.num_heads = num_heads
@@ -114,7 +115,8 @@ class OFAAttention(nn.Module):
         d_model] and the attention weights, `None` unless the attention is eager.
         """
         is_cross_attention = key_value_states is not None
-        cache, is_filled = past_key_values, False
+        cache: Any = past_key_values
+        is_filled = False
         if isinstance(past_key_values, EncoderDecoderCache):
             is_filled = is_cross_attention and bool(past_key_values.is_updated.get(self.layer_idx))
             cache = (
@@ -198,7 +200,7 @@ class OFALayer(GradientCheckpointingLayer):
 class OFAEncoderLayer(OFALayer):
     """Self-attention over patches and text, then a feed-forward layer."""
 
-    def __init__(self, config: OFAConfig, drop_path_rate: float = 0.0, layer_idx: int | None = None):
+    def __init__(self, config: OFAConfig, drop_path_rate: float = 0.0, layer_idx: int = 0):
         super().__init__(config, config.encoder_ffn_dim, config.encoder_normalize_before, drop_path_rate)
         self.self_attn = OFAAttention(config, config.encoder_attention_heads, layer_idx=layer_idx)
         self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
@@ -221,7 +223,7 @@ class OFAEncoderLayer(OFALayer):
 class OFADecoderLayer(OFALayer):
     """Causal self-attention, attention to the encoder's output, then a feed-forward layer."""
 
-    def __init__(self, config: OFAConfig, drop_path_rate: float = 0.0, layer_idx: int | None = None):
+    def __init__(self, config: OFAConfig, drop_path_rate: float = 0.0, layer_idx: int = 0):
         super().__init__(config, config.decoder_ffn_dim, config.decoder_normalize_before, drop_path_rate)
         heads = config.decoder_attention_heads
         self.self_attn = OFAAttention(config, heads, is_causal=True, layer_idx=layer_idx)

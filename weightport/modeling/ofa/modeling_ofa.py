@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,15 +63,15 @@ class OFAEncoderOutput(ModelOutput):
             projection of `position_embeddings`, which generation computes once and keeps here.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    attention_mask: torch.BoolTensor | None = None
-    position_embeddings: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    position_keys: torch.FloatTensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    position_embeddings: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    position_keys: torch.Tensor | None = None
 
 
-def shift_tokens_right(labels: torch.Tensor, pad_token_id: int, decoder_start_token_id: int) -> torch.Tensor:
+def shift_tokens_right(labels: torch.Tensor, pad_token_id: Any, decoder_start_token_id: Any) -> torch.Tensor:
     """Decoder inputs for these labels, int64 [batch, length]: the start token, then all labels but the last."""
     shifted = torch.cat([torch.full_like(labels[:, :1], decoder_start_token_id), labels[:, :-1]], dim=1)
     return shifted.masked_fill(shifted == -100, pad_token_id)
@@ -93,7 +94,7 @@ class OFAPreTrainedModel(PreTrainedModel):
     config_class = OFAConfig
     config: OFAConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["OFAEncoderLayer", "OFADecoderLayer", "ResNetConvLayer", "OFAVisionLayer"]
     _skip_keys_device_placement = ["past_key_values"]
@@ -121,6 +122,8 @@ class OFAPreTrainedModel(PreTrainedModel):
 class OFAStack(OFAPreTrainedModel):
     """What encoder and decoder share: embeddings, position tables, and the biases made of them."""
 
+    text_buckets: torch.Tensor
+
     def __init__(self, config: OFAConfig, num_layers: int, num_heads: int, max_positions: int):
         super().__init__(config)
         self.num_heads = num_heads
@@ -141,6 +144,11 @@ class OFAStack(OFAPreTrainedModel):
         # Not in the checkpoint: `_init_weights` fills it again after an initialisation on the meta device.
         buckets = text_relative_buckets(config.token_bucket_size).to(self.pos_ln.weight.device)
         self.register_buffer("text_buckets", buckets, persistent=False)
+
+    def is_no_padding(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Mask [batch, length] of what is not `pad_token_id`."""
+        pad_token_id = self.config.pad_token_id
+        return torch.ones_like(input_ids, dtype=torch.bool) if pad_token_id is None else input_ids.ne(pad_token_id)
 
     def check_length(self, length: int) -> None:
         """Raises `ValueError` if a text of this many tokens has no positions."""
@@ -250,11 +258,11 @@ class OFAEncoder(OFAStack):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        patch_masks: torch.BoolTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        patch_masks: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> OFAEncoderOutput:
         r"""
@@ -271,7 +279,7 @@ class OFAEncoder(OFAStack):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either input_ids or inputs_embeds, one of them.")
         if attention_mask is None and input_ids is not None:
-            attention_mask = input_ids != self.config.pad_token_id
+            attention_mask = self.is_no_padding(input_ids)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch_size, text_length = inputs_embeds.shape[:2]
@@ -383,15 +391,15 @@ class OFADecoder(OFAStack):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        encoder_hidden_states: torch.FloatTensor | None = None,
-        encoder_attention_mask: torch.Tensor | None = None,
-        encoder_position_embeddings: torch.FloatTensor | None = None,
-        encoder_position_keys: torch.FloatTensor | None = None,
-        code_masks: torch.BoolTensor | None = None,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        encoder_hidden_states: torch.Tensor,
+        encoder_attention_mask: torch.Tensor,
+        encoder_position_embeddings: torch.Tensor,
+        encoder_position_keys: torch.Tensor | None = None,
+        code_masks: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
@@ -415,7 +423,7 @@ class OFADecoder(OFAStack):
             past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         if attention_mask is None and input_ids is not None and isinstance(past_length, int) and past_length == 0:
-            attention_mask = input_ids != self.config.pad_token_id
+            attention_mask = self.is_no_padding(input_ids)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         target_length = inputs_embeds.shape[1]
@@ -427,7 +435,7 @@ class OFADecoder(OFAStack):
         self_attention_cache = past_key_values
         if isinstance(past_key_values, EncoderDecoderCache):
             self_attention_cache = past_key_values.self_attention_cache
-        causal_mask = create_causal_mask(
+        causal_mask: Any = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -471,7 +479,7 @@ class OFADecoder(OFAStack):
             if self.skips_layer(self.config.decoder_layerdrop):
                 continue
             relative_bias = self.text_relative_bias(layer_idx, text_buckets)
-            if is_code is not None:
+            if is_code is not None and code_buckets is not None:
                 code_bias = self.image_relative_bias(layer_idx, code_buckets)
                 relative_bias = torch.where(is_code[..., None], code_bias, relative_bias)
             hidden_states = layer(
@@ -509,7 +517,7 @@ class OFAModel(OFAPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module):
+    def set_input_embeddings(self, value):
         self.encoder.embed_tokens = value
         if self.config.share_all_embeddings and self.config.tie_word_embeddings:
             self.decoder.embed_tokens = value
@@ -517,17 +525,17 @@ class OFAModel(OFAPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        patch_masks: torch.BoolTensor | None = None,
-        decoder_input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        patch_masks: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
-        code_masks: torch.BoolTensor | None = None,
+        code_masks: torch.Tensor | None = None,
         encoder_outputs: OFAEncoderOutput | tuple | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        decoder_inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqModelOutput:
@@ -547,7 +555,7 @@ class OFAModel(OFAPreTrainedModel):
             )
         elif isinstance(encoder_outputs, (tuple, list)) and len(encoder_outputs) >= 3:
             encoder_outputs = OFAEncoderOutput(*encoder_outputs[:3])
-        if getattr(encoder_outputs, "position_embeddings", None) is None:
+        if not isinstance(encoder_outputs, OFAEncoderOutput) or encoder_outputs.position_embeddings is None:
             raise ValueError(
                 "encoder_outputs must be what this model's encoder returned: its attention_mask and "
                 f"position_embeddings are needed, and {type(encoder_outputs).__name__} has none."
@@ -607,23 +615,22 @@ class OFAForConditionalGeneration(OFAPreTrainedModel, OFAGenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        patch_masks: torch.BoolTensor | None = None,
-        decoder_input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        patch_masks: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
-        code_masks: torch.BoolTensor | None = None,
+        code_masks: torch.Tensor | None = None,
         encoder_outputs: OFAEncoderOutput | tuple | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        decoder_inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         label_smoothing: float | None = None,
-        confidence: torch.FloatTensor | None = None,
+        confidence: torch.Tensor | None = None,
         drop_worst_ratio: float = 0.0,
-        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqLMOutput:
         r"""See [`OFAEncoder.forward`] for the source's arguments, [`OFADecoder.forward`] for the target's.
@@ -632,7 +639,8 @@ class OFAForConditionalGeneration(OFAPreTrainedModel, OFAGenerationMixin):
             labels (`torch.LongTensor` of shape `(batch_size, target_length)`): the target, ending with the end token;
                 -100 and `pad_token_id` are ignored. `decoder_input_ids` are made of them if not given.
             label_smoothing (`float`): in place of `config.label_smoothing`.
-            confidence, drop_worst_ratio, num_items_in_batch: see [`ofa_label_smoothed_loss`].
+            confidence, drop_worst_ratio, and `num_items_in_batch`, which `Trainer` passes: see
+                [`ofa_label_smoothed_loss`].
         """
         if labels is not None:
             use_cache = False
@@ -665,7 +673,7 @@ class OFAForConditionalGeneration(OFAPreTrainedModel, OFAGenerationMixin):
                 pad_token_id=self.config.pad_token_id,
                 confidence=confidence,
                 drop_worst_ratio=drop_worst_ratio,
-                num_items_in_batch=num_items_in_batch,
+                num_items_in_batch=kwargs.get("num_items_in_batch"),
             )
         return Seq2SeqLMOutput(
             loss=loss,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +23,11 @@ from .layers_ofa import OFADropPath, eager_attention_forward
 class OFAFrozenBatchNorm2d(nn.Module):
     """Batch norm whose statistics, scale and shift are constants: buffers, never trained."""
 
+    weight: torch.Tensor
+    bias: torch.Tensor
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+
     def __init__(self, num_features: int, eps: float):
         super().__init__()
         self.eps = eps
@@ -31,9 +37,11 @@ class OFAFrozenBatchNorm2d(nn.Module):
         self.register_buffer("running_var", torch.ones(num_features))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return nn.functional.batch_norm(
-            hidden_states, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
-        )
+        # One multiplication and one addition, as the original computes it where gradients are wanted: float32 rounding
+        # decides on which side of zero the following ReLU sees a value.
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return hidden_states * scale[:, None, None] + shift[:, None, None]
 
 
 class OFAVisionAttention(nn.Module):
@@ -93,7 +101,7 @@ class OFAVisionModel(PreTrainedModel):
     config_class = OFAVisionConfig
     config: OFAVisionConfig
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["OFAVisionLayer"]
     _supports_sdpa = True
@@ -142,9 +150,10 @@ def build_vision_tower(config: OFAConfig) -> PreTrainedModel:
 
     Both towers return features [batch, channels, rows, columns] as `last_hidden_state`; see `vision_channels`.
     """
-    if config.vision_config.model_type == OFAVisionConfig.model_type:
-        return OFAVisionModel(config.vision_config)
-    tower = OFAResNetModel(config.vision_config)
+    vision: Any = config.vision_config
+    if vision.model_type == OFAVisionConfig.model_type:
+        return OFAVisionModel(vision)
+    tower = OFAResNetModel(vision)
     for parent, name, norm in list(batch_norms(tower)):
         norm.eps = config.batch_norm_eps
         if config.freeze_batch_norm:
@@ -156,7 +165,7 @@ def build_vision_tower(config: OFAConfig) -> PreTrainedModel:
 
 def vision_channels(config: OFAConfig) -> int:
     """Number of channels of the image tower's features."""
-    vision = config.vision_config
+    vision: Any = config.vision_config
     return vision.hidden_size if vision.model_type == OFAVisionConfig.model_type else vision.hidden_sizes[-1]
 
 
@@ -170,7 +179,8 @@ def batch_norms(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.BatchNor
 
 def _add_drop_path(tower: ResNetModel, rate: float) -> None:
     """Stochastic depth on the branch of every bottleneck, rising linearly from 0 inside each stage."""
-    for stage in tower.encoder.stages:
+    encoder: Any = tower.encoder
+    for stage in encoder.stages:
         bottlenecks = [layer for layer in stage.layers if isinstance(layer, ResNetBottleNeckLayer)]
         for bottleneck, layer_rate in zip(bottlenecks, torch.linspace(0, rate, len(bottlenecks), device="cpu")):
             bottleneck.layer.append(OFADropPath(layer_rate.item()))
