@@ -39,6 +39,7 @@ def generate(
     if image is None and prompt is None:
         raise UsageError("Nothing to ask about: give an image, or a --prompt.")
     from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging
 
     from . import modeling  # noqa: F401 - registers the families that transformers lacks
 
@@ -53,6 +54,7 @@ def generate(
     picture = read_image(Path(image)) if image is not None else None
     processor = AutoProcessor.from_pretrained(directory)
     asked = prompt if prompt is not None else processor.prompt(task)
+    logging.disable_progress_bar()
     model: Any = AutoModelForImageTextToText.from_pretrained(directory, dtype="auto")
     model = model.to(device).eval()
     inputs = processor(text=asked, images=picture, return_tensors="pt").to(device)
@@ -62,7 +64,8 @@ def generate(
     if beams is not None:
         settings["num_beams"] = beams
     if max_new_tokens is not None:
-        settings["max_new_tokens"] = max_new_tokens
+        # Two limits at once make transformers warn about the one that loses.
+        settings |= {"max_new_tokens": max_new_tokens, "max_length": None}
     with torch.no_grad():
         ids = model.generate(**inputs, **settings)
     return Answer(asked, processor.batch_decode(ids, skip_special_tokens=True)[0].strip(), ids[0].tolist())
