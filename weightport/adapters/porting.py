@@ -299,5 +299,5 @@ def _notes(modules: Mapping[str, tuple[str, ...]], base: Base) -> tuple[str, ...
         return ()
     return (
         "The adapter trains the head, which the base ties to its token embedding. Applied, it is exact; before a "
-        "merge the head must be untied (weightport.adapters.untie_head), or the merge changes the input embeddings too.",
+        "merge the head must be untied (weightport.adapters.untie_head), or it changes the input embeddings too.",
     )
