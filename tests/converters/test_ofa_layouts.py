@@ -244,3 +244,51 @@ def test_the_vocabulary_of_an_english_port_gives_the_original_s_rows(originals, 
     for case in texts:
         if case["use_bpe"]:
             assert ported(case["text"])["input_ids"][1:-1] == case["ids"]
+
+
+def test_adapter_tuning_is_carried_and_sits_behind_each_feed_forward_layer(originals, tmp_path):
+    """The original's Adapter_Layer: x + up(relu(down(x))) on the output of fc2, before the residual is added."""
+    from transformers import AutoModelForImageTextToText
+
+    file, document, _, _ = originals("cn-tiny")
+    generator = torch.Generator().manual_seed(3)
+    adapters = {
+        f"{side}.layers.{layer}.adapter.{part}": torch.randn(shape, generator=generator) * 0.3
+        for side, layers in (("encoder", 2), ("decoder", 3))
+        for layer in range(layers)
+        for part, shape in (
+            ("down_proj.weight", (5, 64)),
+            ("down_proj.bias", (5,)),
+            ("up_proj.weight", (64, 5)),
+            ("up_proj.bias", (64,)),
+        )
+    }
+    options = Namespace(**{**vars(document["cfg"]["model"]), "adapter": True, "adapter_dim": 5})
+    torch.save({"args": options, "model": {**document["model"], **adapters}}, tmp_path / "adapted.pt")
+    _, settings = converted(tmp_path / "adapted.pt", tmp_path / "out", vocabulary="none")
+    assert settings["adapter_dim"] == 5
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    plain = AutoModelForImageTextToText.from_pretrained(file.parent / "out").eval()
+
+    def behind(side: str, layer: int):
+        get = {
+            name: adapters[f"{side}.layers.{layer}.adapter.{name}"] for name in ("down_proj.weight", "down_proj.bias")
+        }
+        up = [adapters[f"{side}.layers.{layer}.adapter.up_proj.{part}"] for part in ("weight", "bias")]
+
+        def hook(module, inputs, output):
+            hidden = torch.relu(output @ get["down_proj.weight"].T + get["down_proj.bias"])
+            return output + hidden @ up[0].T + up[1]
+
+        return hook
+
+    for side in ("encoder", "decoder"):
+        for number, layer in enumerate(getattr(plain.model, side).layers):
+            layer.fc2.register_forward_hook(behind(side, number))
+    inputs = {"input_ids": torch.tensor([[0, 20, 30, 2]]), "decoder_input_ids": torch.tensor([[0, 40, 50]])}
+    pixels = torch.rand(1, 3, 64, 64, generator=generator)
+    with torch.no_grad():
+        found, expected = (each(**inputs, pixel_values=pixels).logits for each in (model, plain))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    export(tmp_path / "out", tmp_path / "back.pt")
+    assert equal(torch.load(tmp_path / "back.pt", weights_only=False)["model"], {**document["model"], **adapters})

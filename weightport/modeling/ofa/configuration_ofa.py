@@ -90,6 +90,8 @@ class OFAConfig(PreTrainedConfig):
         add_type_embedding (`bool`, defaults to `True`): learned embedding that tells text from patches.
         encoder_normalize_before, decoder_normalize_before (`bool`, defaults to `True`): pre-norm layers, with a layer
             norm after the last one.
+        adapter_dim (`int`, *optional*): width of the bottleneck adapter behind every feed-forward layer (adapter
+            tuning); none by default.
         entangle_position_embedding (`bool`, defaults to `False`): the encoder adds positions to its embeddings.
         disable_entangle (`bool`, defaults to `True`): unless set, the decoder adds positions to its embeddings,
             whatever `entangle_position_embedding` says (as the original does).
@@ -159,6 +161,7 @@ class OFAConfig(PreTrainedConfig):
     add_type_embedding: bool = True
     encoder_normalize_before: bool = True
     decoder_normalize_before: bool = True
+    adapter_dim: int | None = None
     entangle_position_embedding: bool = False
     disable_entangle: bool = True
     scale_embedding: bool = False

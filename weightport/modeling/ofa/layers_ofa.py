@@ -152,6 +152,18 @@ class OFAAttention(nn.Module):
         return self.out_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
+class OFAAdapter(nn.Module):
+    """Bottleneck adapter of adapter tuning: a ReLU between two small projections, around which the input is added."""
+
+    def __init__(self, config: OFAConfig, adapter_dim: int):
+        super().__init__()
+        self.down_proj = nn.Linear(config.d_model, adapter_dim)
+        self.up_proj = nn.Linear(adapter_dim, config.d_model)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states + self.up_proj(nn.functional.relu(self.down_proj(hidden_states)))
+
+
 class OFALayer(GradientCheckpointingLayer):
     """What encoder and decoder layers share: norms before or after each sub-layer, NormFormer's extra ones, FFN."""
 
@@ -165,11 +177,12 @@ class OFALayer(GradientCheckpointingLayer):
         self.fc1 = nn.Linear(config.d_model, ffn_dim)
         self.ffn_layer_norm = nn.LayerNorm(ffn_dim) if config.scale_fc else None
         self.fc2 = nn.Linear(ffn_dim, config.d_model)
+        self.adapter = OFAAdapter(config, config.adapter_dim) if config.adapter_dim else None
         self.w_resid = nn.Parameter(torch.ones(config.d_model)) if config.scale_resids else None
         self.final_layer_norm = nn.LayerNorm(config.d_model)
 
-    def _add(self, residual: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
-        return residual + self.drop_path(nn.functional.dropout(branch, p=self.dropout, training=self.training))
+    def _drop(self, branch: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(branch, p=self.dropout, training=self.training)
 
     def _attend(
         self,
@@ -183,7 +196,7 @@ class OFALayer(GradientCheckpointingLayer):
         branch, _ = attention(branch, **kwargs)
         if output_norm is not None:
             branch = output_norm(branch)
-        hidden_states = self._add(hidden_states, branch)
+        hidden_states = hidden_states + self.drop_path(self._drop(branch))
         return hidden_states if self.normalize_before else norm(hidden_states)
 
     def _feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -192,8 +205,11 @@ class OFALayer(GradientCheckpointingLayer):
         branch = nn.functional.dropout(branch, p=self.activation_dropout, training=self.training)
         if self.ffn_layer_norm is not None:
             branch = self.ffn_layer_norm(branch)
+        branch = self._drop(self.fc2(branch))
+        if self.adapter is not None:
+            branch = self.adapter(branch)
         residual = hidden_states if self.w_resid is None else self.w_resid * hidden_states
-        hidden_states = self._add(residual, self.fc2(branch))
+        hidden_states = residual + self.drop_path(branch)
         return hidden_states if self.normalize_before else self.final_layer_norm(hidden_states)
 
 

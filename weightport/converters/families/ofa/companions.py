@@ -28,7 +28,8 @@ def write(model: SourceModel, checkpoint: Checkpoint, plan: Plan, folder: Path, 
     config.architectures = [OFAForConditionalGeneration.__name__]
     config.dtype = main_dtype(plan)
     config.save_pretrained(folder)
-    settings = generation_config(beam_of(model.options["task"], model.options["language"]))
+    task = model.options["task"]
+    settings = generation_config(task, beam_of(task, model.options["language"]))
     (folder / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     if options.vocabulary != "none":
         _write_processor(model, checkpoint, folder, options)

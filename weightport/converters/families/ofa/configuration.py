@@ -189,6 +189,14 @@ def shape_values(tensors: Tensors) -> dict[str, Any]:
     return {fact.field: fact.read(tensors) for fact in SHAPE_FACTS}
 
 
+def adapter_width(tensors: Tensors) -> int | None:
+    """Width of the bottleneck adapters (adapter tuning), None when there are none."""
+    ref = tensors.get(
+        "encoder.layers.0.adapter.down_proj.weight", tensors.get("decoder.layers.0.adapter.down_proj.weight")
+    )
+    return ref.shape[0] if ref is not None else None
+
+
 def option_values(options: Mapping[str, Any] | None) -> dict[str, Any]:
     """Every field of OPTION_FACTS from the training run's options; None: a file without options."""
     values = {}

@@ -62,6 +62,7 @@ class OFA:
         if model_options is not None:
             configuration.check_options(shapes, model_options)
         values |= configuration.vision_values(tensors, model_options)
+        values["adapter_dim"] = configuration.adapter_width(tensors)
         values["code_image_size"] = configuration.code_image_size(tensors, model_options)
         values |= _tying(tensors, model_options)
         language = _language(values["vocab_size"], task)

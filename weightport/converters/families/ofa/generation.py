@@ -7,6 +7,7 @@ OFA-Sys/OFA (evaluate_caption, evaluate_refcoco, MUGE's). `max_length` counts th
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,13 @@ def beam_of(task: Mapping[str, Any], language: str) -> Beam:
     return Beam(**{**known.__dict__, **fields})
 
 
-def generation_config(beam: Beam) -> dict[str, Any]:
+def constraint_range(task: Mapping[str, Any]) -> list[int] | None:
+    """The ids that a task's answers are made of, as in "(58457,59457)"; None when all are allowed."""
+    found = re.fullmatch(r"\s*[(\[]?\s*(\d+)\s*,\s*(\d+)\s*[)\]]?\s*", str(task.get("constraint_range") or ""))
+    return [int(found[1]), int(found[2])] if found else None
+
+
+def generation_config(task: Mapping[str, Any], beam: Beam) -> dict[str, Any]:
     """transformers' settings that give the same hypotheses as fairseq's generator."""
     return {
         "bos_token_id": 0,
@@ -56,6 +63,8 @@ def generation_config(beam: Beam) -> dict[str, Any]:
         "no_repeat_ngram_size": beam.no_repeat_ngram_size,
         "early_stopping": True,
         "do_sample": False,
-        # fairseq's generator never picks a pad.
+        # fairseq's generator never picks a pad, and ends a sequence of maximum length with the end token's own score.
         "suppress_tokens": [1],
+        "ofa_eos_at_max_length": True,
+        "ofa_constraint_range": constraint_range(task),
     }

@@ -87,6 +87,7 @@ FEED_FORWARD = renames(
     layers.*.ffn_layernorm.{weight,bias}        layers.*.ffn_layer_norm.{weight,bias}
     layers.*.final_layer_norm.{weight,bias}
     layers.*.w_resid
+    layers.*.adapter.{down,up}_proj.{weight,bias}
     layer_norm.{weight,bias}
     """,
 )
