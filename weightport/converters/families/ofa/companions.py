@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ....checkpoints import Checkpoint
+from ....errors import VocabularyError
 from ...family import Options, SourceModel
 from ...plan import Plan, main_dtype
 from ...portable import write_portable_code
-from .family import missing_vocabulary
 from .generation import beam_of, generation_config
 
 IMAGENET_STATISTICS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -67,5 +67,14 @@ def _write_processor(model: SourceModel, checkpoint: Checkpoint, folder: Path, o
 def _vocabulary_beside(checkpoint: Checkpoint) -> Path:
     folder = checkpoint.folder
     if not any((folder / name).is_file() for name in VOCABULARY_FILES):
-        raise missing_vocabulary(folder)
+        raise _missing_vocabulary(folder)
     return folder
+
+
+def _missing_vocabulary(folder: Path) -> VocabularyError:
+    """The error for a checkpoint that stands without its vocabulary."""
+    return VocabularyError(
+        f"No vocabulary: {folder} holds neither dict.txt nor vocab.txt, and --vocab was not given.\n"
+        "  Pass --vocab with the folder of the OFA repository (utils/BERT_CN_dict for Chinese, utils/BPE for "
+        "English),\n  a Hub id such as bert-base-chinese, or --vocab none to write the model without a tokenizer."
+    )

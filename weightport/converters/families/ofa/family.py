@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ....checkpoints import Checkpoint, TensorRef, sections
-from ....errors import ConfigurationError, VocabularyError
+from ....errors import ConfigurationError
 from ...family import Options, SourceModel
 from ...rules import RuleTable
 from . import configuration, layouts
@@ -189,12 +189,3 @@ def _notes(found: layouts.Found, options: Options) -> tuple[str, ...]:
             "where shapes do not tell."
         )
     return tuple(notes)
-
-
-def missing_vocabulary(folder: Path) -> VocabularyError:
-    """The error for a checkpoint that stands without its vocabulary."""
-    return VocabularyError(
-        f"No vocabulary: {folder} holds neither dict.txt nor vocab.txt, and --vocab was not given.\n"
-        "  Pass --vocab with the folder of the OFA repository (utils/BERT_CN_dict for Chinese, utils/BPE for "
-        "English),\n  a Hub id such as bert-base-chinese, or --vocab none to write the model without a tokenizer."
-    )
