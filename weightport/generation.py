@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def generate(
         )
     picture = read_image(Path(image)) if image is not None else None
     processor = AutoProcessor.from_pretrained(directory)
-    asked = prompt if prompt is not None else processor.prompt(task)
+    asked = prompt if prompt is not None else task_prompt(processor, task)
     logging.disable_progress_bar()
     model: Any = AutoModelForImageTextToText.from_pretrained(directory, dtype="auto")
     model = model.to(device).eval()
@@ -68,7 +69,30 @@ def generate(
         settings |= {"max_new_tokens": max_new_tokens, "max_length": None}
     with torch.no_grad():
         ids = model.generate(**inputs, **settings)
-    return Answer(asked, processor.batch_decode(ids, skip_special_tokens=True)[0].strip(), ids[0].tolist())
+    return Answer(asked, answer_text(processor, ids[0], asked, picture), ids[0].tolist())
+
+
+def task_prompt(processor: Any, task: str) -> str:
+    """What a processor asks for a task: its own prompt, or the task's token (<OD> for od). Raises UsageError."""
+    if hasattr(processor, "prompt"):
+        return str(processor.prompt(task))
+    token = f"<{task.upper()}>"
+    known = getattr(processor, "task_prompts_without_inputs", {})
+    if token not in known:
+        names = ", ".join(each.strip("<>").lower() for each in known) or "none"
+        raise UsageError(f"The model has no prompt for the task {task!r} (it has {names}). Give a --prompt.")
+    return token
+
+
+def answer_text(processor: Any, ids: torch.Tensor, asked: str, picture: Image.Image | None) -> str:
+    """The answer in words; where a task token was asked (Florence-2), boxes and labels in pixels, as JSON."""
+    kinds = getattr(processor, "tasks_answer_post_processing_type", {})
+    task = next((token for token in kinds if token in asked), None)
+    if task is None or picture is None:
+        return str(processor.batch_decode(ids[None], skip_special_tokens=True)[0]).strip()
+    raw = processor.batch_decode(ids[None], skip_special_tokens=False)[0]
+    answer = processor.post_process_generation(raw, task=task, image_size=picture.size)[task]
+    return answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
 
 
 def read_image(path: Path) -> Image.Image:

@@ -56,7 +56,10 @@ def test_prefixes_and_nesting_of_training_loops_change_nothing(original, release
     source = original("tiny-main")
     document = {prefix + name: tensor for name, tensor in source.state().items()}
     for key in reversed(nesting):
-        optimizer = {"state": {0: {"exp_avg": torch.ones(3), "step": torch.tensor(4.0)}}, "param_groups": [{"lr": 1e-6}]}
+        optimizer = {
+            "state": {0: {"exp_avg": torch.ones(3), "step": torch.tensor(4.0)}},
+            "param_groups": [{"lr": 1e-6}],
+        }
         document = {"epoch": 3, key: document, "optimizer_state_dict": optimizer, "val_loss": torch.tensor(1.5)}
     folder = source.write(tmp_path / "in", document, name="checkpoint.pt")
     assert_equal(converted(folder / "checkpoint.pt", tmp_path / "out"), released)

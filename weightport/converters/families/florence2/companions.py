@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ....checkpoints import Checkpoint
-from ....errors import CheckpointError, VocabularyError
+from ....errors import CheckpointError
 from ...family import Options, SourceModel
 from ...plan import Plan, main_dtype
 from .generation import generation_settings
@@ -30,18 +30,13 @@ def companion(checkpoint: Checkpoint, name: str) -> Any:
 
 
 def vocabulary_source(checkpoint: Checkpoint, options: Options) -> str | Path | None:
-    """Where the tokenizer is read from; None when none is wanted. Raises VocabularyError when there is none."""
+    """Where the tokenizer is read from: what the user named, or the checkpoint's folder; None when there is none."""
     if options.vocabulary == NO_VOCABULARY:
         return None
     if options.vocabulary is not None:
         return options.vocabulary
-    if any((checkpoint.folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        return checkpoint.folder
-    raise VocabularyError(
-        f"No tokenizer: {checkpoint.folder} holds no tokenizer.json, and --vocab was not given.\n"
-        "  Pass --vocab with a folder that has one or with a Hub id such as microsoft/Florence-2-base (a fork with "
-        "added tokens needs its own), or --vocab none to write the model without a processor."
-    )
+    found = any((checkpoint.folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    return checkpoint.folder if found else None
 
 
 def source_files(checkpoint: Checkpoint) -> dict[str, Any]:

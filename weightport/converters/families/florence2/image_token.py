@@ -59,10 +59,16 @@ def choose(checkpoint: Checkpoint, options: Options, rows: int) -> ImageToken:
         index, replaced = reusable_token(vocabulary, rows)
         called = "an id without token" if replaced is None else f"the id of {replaced!r}, which no text gives"
         return ImageToken(index, replaced, 0, added, f"<image> is {index}, {called}: no logit changes.")
+    beside = "No tokenizer was asked for" if options.vocabulary else f"{checkpoint.folder} holds no tokenizer.json"
     if rows < RELEASED_ROWS:
         raise VocabularyError(
-            f"Without a tokenizer an unused id is known for the released vocabulary only ({RELEASED_ROWS} tokens); "
-            f"this embedding has {rows} rows. Pass --vocab, or --image-token append."
+            f"{beside}, and without one an unused id is known of the released vocabulary only ({RELEASED_ROWS} "
+            f"tokens; this embedding has {rows} rows).\n"
+            "  Pass --vocab with the folder of the fork's tokenizer or a Hub id such as microsoft/Florence-2-base, or "
+            "--image-token append to convert without a processor."
         )
-    note = f"<image> is {RELEASED_FILLER}, {FILLER_NAME} in the released vocabulary (no tokenizer was read)."
+    note = (
+        f"{beside}: the directory has no processor. Pass --vocab microsoft/Florence-2-base (a fork with added tokens: "
+        f"its own) to write one. <image> is {RELEASED_FILLER}, {FILLER_NAME} in the released vocabulary."
+    )
     return ImageToken(RELEASED_FILLER, FILLER_NAME, 0, added, note)
