@@ -76,7 +76,8 @@ class Dropped:
 class Filled:
     """A target tensor that the source does not hold: every element `value`, or computed. An export leaves it out.
 
-    `compute` takes the target's shape and gives its values (then `value` is not used). `dtype` None is the floating-point dtype of the model.
+    `compute` takes the target's shape and gives its values (then `value` is not used). `dtype` None is the
+    floating-point dtype of the model.
     """
 
     target: Pattern
