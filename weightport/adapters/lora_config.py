@@ -1,0 +1,172 @@
+"""adapter_config.json of a LoRA adapter that is to be merged: what it says, and what of it no merge can give."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.sharded import read_json
+from ..converters.lora_settings import LoraSettings
+from ..errors import AdapterError
+
+CONFIG = "adapter_config.json"
+
+# Settings of peft 0.21 under which an adapter is more than B·A beside a weight: field → what it does.
+_NOT_MERGEABLE: Mapping[str, str] = {
+    "layer_replication": "repeats layers of the base, so the merged model would have another architecture",
+    "use_qalora": "pools its inputs in groups (QA-LoRA)",
+    "use_bdlora": "is block-diagonal (BD-LoRA)",
+    "arrow_config": "chooses among adapters token by token (Arrow)",
+    "kasa_config": "subtracts a part of the base's singular values first (KaSA)",
+    "monteclora_config": "draws its weights at random (MonteCLoRA)",
+    "alora_invocation_tokens": "acts only after its invocation tokens (activated LoRA)",
+    "megatron_config": "is for Megatron's parallel layers",
+}
+
+# Initialisations that take a part out of the base's weights before training begins.
+_CHANGES_BASE = re.compile(r"(pissa|olora|corda|loftq|lora_ga)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class MergeSettings(LoraSettings):
+    """The settings of a LoRA adapter that can be merged."""
+
+    where: str = CONFIG
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        return bool(self.data.get("fan_in_fan_out"))
+
+    @property
+    def use_dora(self) -> bool:
+        return bool(self.data.get("use_dora"))
+
+    @property
+    def ensure_weight_tying(self) -> bool:
+        return bool(self.data.get("ensure_weight_tying"))
+
+    @property
+    def target_parameters(self) -> tuple[str, ...]:
+        return tuple(self.data.get("target_parameters") or ())
+
+    @property
+    def base_model(self) -> str | None:
+        return self.data.get("base_model_name_or_path") or None
+
+    def trained_tokens(self, module: str) -> list[int] | None:
+        """Rows of the embedding `module` that were trained one by one (trainable_token_indices)."""
+        found = self.data.get("trainable_token_indices")
+        if isinstance(found, Mapping):
+            return next((list(rows) for name, rows in found.items() if _ends(module, name)), None)
+        return list(found) if found is not None else None
+
+    def targets(self, module: str) -> bool:
+        """Whether target_modules, exclude_modules and the layer options choose `module`, as peft decides it."""
+        excluded = self.data.get("exclude_modules")
+        if isinstance(excluded, str) and re.fullmatch(excluded, module):
+            return False
+        if isinstance(excluded, Sequence) and any(_ends(module, name) for name in excluded):
+            return False
+        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.data.get("modules_to_save") or ()):
+            return False
+        wanted = self.data.get("target_modules")
+        if isinstance(wanted, str):
+            return wanted != "all-linear" and re.fullmatch(wanted, module) is not None
+        if not wanted or not any(_ends(module, name) for name in wanted):
+            return False
+        return module in wanted or self._in_chosen_layer(module)
+
+    def _in_chosen_layer(self, module: str) -> bool:
+        layers = self.data.get("layers_to_transform")
+        if layers is None or layers == []:
+            return True
+        patterns = self.data.get("layers_pattern") or [r"[^.]*"]
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        # The first number is the layer's; a later one may be an expert's.
+        found = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module) for pattern in patterns)
+        index = next((int(match[1]) for match in found if match), None)
+        return index is not None and index in ([layers] if isinstance(layers, int) else layers)
+
+
+def _ends(module: str, name: str) -> bool:
+    return module == name or module.endswith(f".{name}")
+
+
+def read_merge_settings(adapter: Path) -> MergeSettings:
+    """The settings in the adapter's folder. Raises AdapterError for another method, or what no merge can give."""
+    path = adapter / CONFIG
+    if not path.is_file():
+        raise AdapterError(
+            f"{adapter} is not an adapter: it has no {CONFIG}. Give the folder that peft's save_pretrained wrote."
+        )
+    return parse_merge_settings(read_json(path), str(path))
+
+
+def parse_merge_settings(data: Any, where: str) -> MergeSettings:
+    """Validate the contents of an adapter_config.json. Raises AdapterError."""
+    if not isinstance(data, Mapping):
+        raise AdapterError(f"{where} should hold a JSON object; found {type(data).__name__}.")
+    kind = data.get("peft_type")
+    if kind != "LORA":
+        raise AdapterError(
+            f"{where} says that the adapter's peft_type is {kind!r}; only LORA adapters are merged. "
+            "Merge this one with peft's merge_and_unload."
+        )
+    for field, what in _NOT_MERGEABLE.items():
+        if data.get(field):
+            raise AdapterError(f"{where}: {field} is set. Such an adapter {what}; no merged weight does the same.")
+    start = data.get("init_lora_weights", True)
+    if isinstance(start, str) and _CHANGES_BASE.match(start):
+        raise AdapterError(
+            f"{where}: init_lora_weights is {start!r}, which took a part out of the base's weights before training, so "
+            "the adapter does not belong to the base as it is. Save it with peft's "
+            "path_initial_model_for_weight_conversion, which makes it an ordinary LoRA adapter, and merge that."
+        )
+    for field, check, expected in _FIELDS:
+        value = data.get(field)
+        if value is not None and not check(value):
+            raise AdapterError(f"{where}: {field} is {value!r}; expected {expected}.")
+    settings = MergeSettings(data, where)
+    for pattern in (*(data.get("rank_pattern") or ()), *(data.get("alpha_pattern") or ())):
+        _require_pattern(pattern, where)
+    if isinstance(data.get("target_modules"), str):
+        _require_pattern(data["target_modules"], where)
+    return settings
+
+
+def _require_pattern(pattern: str, where: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise AdapterError(f"{where}: {pattern!r} is not a regular expression ({error}).") from error
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _pattern_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, Mapping) and all(check(item) for item in value.values())
+
+
+_FIELDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("r", _whole, "a rank of at least 1"),
+    ("lora_alpha", _number, "a number"),
+    ("rank_pattern", _pattern_of(_whole), "ranks by module name"),
+    ("alpha_pattern", _pattern_of(_number), "numbers by module name"),
+    ("target_modules", lambda value: isinstance(value, str) or _names(value), "module names or a regular expression"),
+    ("target_parameters", _names, "parameter names"),
+    ("modules_to_save", _names, "module names"),
+    ("bias", lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
+)

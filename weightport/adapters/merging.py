@@ -1,0 +1,317 @@
+"""merge_lora(): LoRA adapters into a model directory, on files. No model is built, neither transformers nor peft imported.
+
+Tensors that no adapter touches are copied byte for byte; the others are computed in rows, in a wider dtype than they are
+stored in, and rounded once. Files are laid out as the base's are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..checkpoints import open_checkpoint
+from ..checkpoints.sharded import read_json
+from ..converters.hashing import BackgroundDigests, FileDigest
+from ..converters.output import check_absent, whole_directory
+from ..converters.plan import TensorSpec
+from ..converters.writing import Advance, HashedFile, WrittenFile, as_bytes, chunks, safetensors_header
+from ..errors import AdapterError, CheckpointError, ConfigurationError, UsageError
+from .combination import Combination, check_combination
+from .companions import (
+    RECORD,
+    adapter_tokenizer,
+    changed_dtype,
+    require_tokenizer_fits,
+    resized_vocabulary,
+    write_companions,
+)
+from .edits import Norms, Output, edited_chunks
+from .lora_tensors import LoraAdapter, open_adapter
+from .merge_plan import Base, MergePlan, plan_merge, unresolved
+from .quantized import KINDS
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """What a user may ask of a merge. `dtype` None keeps the base's; `quantized_base` is "nf4" or "nf4-double"."""
+
+    dtype: torch.dtype | None = None
+    combination: Combination = Combination()
+    untie: bool = False
+    quantized_base: str | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A finished merge. `record` is the content of merge.json."""
+
+    directory: Path
+    record: Mapping[str, Any]
+
+
+def merge_lora(
+    base: str | Path,
+    adapters: Sequence[tuple[str | Path, float]],
+    out: str | Path,
+    options: MergeOptions = MergeOptions(),
+    *,
+    announce: Callable[[MergePlan], None] = lambda plan: None,
+    advance: Advance = lambda count: None,
+    check: Callable[[Path], Mapping[str, Any] | None] = lambda folder: None,
+) -> Merge:
+    """Write the model directory `base` with `adapters` (folder, weight) merged into it to the directory `out`.
+
+    `check` sees the finished files before they take their place; what it returns is recorded, and what it raises leaves
+    nothing behind. Raises AdapterError for an adapter that does not belong to the base or cannot be merged,
+    CheckpointError, ConfigurationError, NonFiniteError, UsageError, OutputError.
+    """
+    base, out = Path(base), Path(out)
+    check_absent(out, overwrite=options.overwrite)
+    _require_options(adapters, options)
+    source = open_base(base)
+    with ExitStack() as stack:
+        opened = [_open(Path(path), source, stack) for path, _ in adapters]
+        weights = [weight for _, weight in adapters]
+        _require_same_base(source, opened)
+        plan = plan_merge(
+            source, opened, weights, options.dtype, options.combination, options.untie, options.quantized_base
+        )
+        tokenizer, config_changes = _configuration(source, plan, opened, options)
+        announce(plan)
+        needs = plan.nbytes + (1 << 20)
+        with (
+            BackgroundDigests(source.checkpoint.files) as digests,
+            whole_directory(out, overwrite=options.overwrite, needs=needs) as folder,
+        ):
+            files, tensors = _write(plan, source, folder, advance)
+            write_companions(folder, base, tokenizer, source.config, config_changes)
+            record = _record(source, opened, adapters, plan, options, files, tensors, digests.result())
+            _write_record(folder, record)
+            verification = check(folder)
+            if verification is not None:
+                record = {**record, "verification": dict(verification)}
+                _write_record(folder, record)
+    return Merge(out, record)
+
+
+def open_base(base: Path) -> Base:
+    """The model directory to merge into. Raises CheckpointError, ConfigurationError for a quantised one."""
+    if not base.is_dir() or not (base / "config.json").is_file():
+        raise CheckpointError(
+            f"{base} is not a model directory: expected a folder with config.json and weights, as a conversion or "
+            "save_pretrained wrote it."
+        )
+    if (base / "adapter_config.json").is_file() and not any(base.glob("model*.safetensors")):
+        raise CheckpointError(f"{base} is an adapter. The base comes first: port-merge-lora BASE ADAPTER OUT.")
+    config = read_json(base / "config.json")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{base / 'config.json'} should hold a JSON object.")
+    if config.get("quantization_config"):
+        raise ConfigurationError(
+            f"{base} holds quantised weights (quantization_config in config.json). Merge into the unquantised model; "
+            "--quantized-base nf4 rounds it to the values that a 4-bit training saw."
+        )
+    checkpoint = open_checkpoint(base)
+    return Base(base, checkpoint, config)
+
+
+def _require_options(adapters: Sequence[tuple[str | Path, float]], options: MergeOptions) -> None:
+    if not adapters:
+        raise UsageError("Name at least one adapter.")
+    for path, weight in adapters:
+        if not math.isfinite(weight):
+            raise UsageError(f"{path} has the weight {weight}; expected a number.")
+    if options.quantized_base is not None and options.quantized_base not in KINDS:
+        raise UsageError(f"{options.quantized_base!r} is no kind of 4-bit base; known are {', '.join(KINDS)}.")
+    if options.dtype is not None and not options.dtype.is_floating_point:
+        raise UsageError(f"{options.dtype} is no floating-point dtype.")
+
+
+def _open(path: Path, base: Base, stack: ExitStack) -> LoraAdapter:
+    """The adapter, brought to the base's module names first where it has the original's."""
+    if not path.is_dir():
+        raise AdapterError(f"{path} is not an adapter: expected the folder that peft's save_pretrained wrote.")
+    adapter = open_adapter(path)
+    strangers = unresolved(base, adapter)
+    if not strangers or not _originals_names(base, strangers):
+        return adapter
+    from .porting import port_adapter
+
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="weightport-adapter-")))
+    port_adapter(path, folder / "ported", base.path)
+    ported = open_adapter(folder / "ported")
+    return LoraAdapter(path, ported.settings, ported.modules, ported.whole, ported.tokens, adapter.files)
+
+
+def _originals_names(base: Base, names: Sequence[str]) -> bool:
+    """Whether the family's rule table knows one of these modules as the original's."""
+    from ..converters.families import FAMILIES
+
+    if str(base.config.get("model_type")) not in FAMILIES:
+        return False
+    from .porting import read_base
+
+    rules = read_base(base.path).rules
+    return any(next(rules.of_source(f"{name}.weight"), None) is not None for name in names)
+
+
+def _require_same_base(base: Base, adapters: Sequence[LoraAdapter]) -> None:
+    """An adapter that knows its base's hash must meet that base."""
+    from .base_record import recorded_base
+
+    for adapter in adapters:
+        expected = recorded_base(adapter.path)
+        if expected is None:
+            continue
+        with BackgroundDigests([file for file in base.checkpoint.files if file.suffix != ".json"]) as digests:
+            found = {digest.sha256 for digest in digests.result()}
+        if not found <= expected:
+            raise AdapterError(
+                f"{adapter.path} was trained on a base whose weights have another SHA-256 than those in {base.path}. "
+                "Merge it into the base it was trained on; if the weights were only saved again, remove base.json "
+                "from the adapter."
+            )
+
+
+def _configuration(
+    base: Base, plan: MergePlan, adapters: Sequence[LoraAdapter], options: MergeOptions
+) -> tuple[dict[str, Path], dict[str, Any]]:
+    """(the adapters' tokenizer files, the changes to config.json)."""
+    changes: dict[str, Any] = {}
+    if plan.resized is not None:
+        changes |= resized_vocabulary(base.config, *plan.resized)
+    if plan.untied is not None and plan.untied.sets_config:
+        changes["tie_word_embeddings"] = False
+    if options.dtype is not None:
+        for key, value in changed_dtype({**base.config, **changes}, str(options.dtype).removeprefix("torch.")).items():
+            changes[key] = value
+    tokenizer: dict[str, Path] = {}
+    for adapter in adapters:
+        found = adapter_tokenizer(adapter.path)
+        if (
+            found
+            and tokenizer
+            and any(found[n].read_bytes() != p.read_bytes() for n, p in tokenizer.items() if n in found)
+        ):
+            raise AdapterError(
+                f"{adapter.path} and another adapter bring different tokenizers. One model has one; remove the "
+                "tokenizer files from all adapters but one."
+            )
+        tokenizer = tokenizer or found
+        if found and plan.embedding_rows is not None:
+            require_tokenizer_fits(found, plan.embedding_rows, adapter.path)
+    return tokenizer, changes
+
+
+def _write(
+    plan: MergePlan, base: Base, folder: Path, advance: Advance
+) -> tuple[list[WrittenFile], dict[str, dict[str, Any]]]:
+    """Write every shard and the index; returns the files and, by name, what became of each changed tensor."""
+    files: list[WrittenFile] = []
+    changed: dict[str, dict[str, Any]] = {}
+    for shard, outputs in plan.shards.items():
+        with HashedFile(folder / shard) as file:
+            file.write(safetensors_header([TensorSpec(out.name, out.shape, out.dtype) for out in outputs]))
+            for out in outputs:
+                norms = Norms()
+                parts = chunks(out.base.read(), out.dtype) if out.edit is None else edited_chunks(out, norms)
+                for part in parts:
+                    file.write(as_bytes(part))
+                    advance(part.numel() * part.element_size())
+                if out.edit is not None:
+                    changed[out.name] = _change(out, norms)
+        files.append(WrittenFile(shard, file.size, file.sha256))
+    if len(plan.shards) > 1:
+        metadata = (base.checkpoint.document or {}).get("weights", {}).get("metadata", {})
+        index = {
+            "metadata": {**metadata, "total_size": plan.nbytes},
+            "weight_map": {out.name: shard for shard, outputs in plan.shards.items() for out in outputs},
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return files, changed
+
+
+def _change(out: Output, norms: Norms) -> dict[str, Any]:
+    """What merge.json says of a changed tensor: Frobenius norm of the change, that share of the base's norm, and the
+    largest change of one element."""
+    assert out.edit is not None
+    found: dict[str, Any] = {"from": list(out.edit.sources)}
+    if norms.comparable:
+        norm, base = math.sqrt(norms.change), math.sqrt(norms.base)
+        found |= {"change": norm, "share": norm / base if base else None, "largest": norms.largest}
+    else:
+        found |= {"resized": {"from": list(out.base.shape), "to": list(out.shape)}}
+    return found
+
+
+def _record(
+    base: Base,
+    adapters: Sequence[LoraAdapter],
+    given: Sequence[tuple[str | Path, float]],
+    plan: MergePlan,
+    options: MergeOptions,
+    files: Sequence[WrittenFile],
+    changed: Mapping[str, Mapping[str, Any]],
+    digests: Sequence[FileDigest],
+) -> dict[str, Any]:
+    earlier = base.path / RECORD
+    outputs = [out for outputs in plan.shards.values() for out in outputs]
+    return {
+        "format": FORMAT,
+        "base": {
+            "name": base.path.resolve().name,
+            "files": [asdict(digest) for digest in digests],
+            **({"merged": read_json(earlier)} if earlier.is_file() else {}),
+        },
+        "adapters": [
+            {
+                "name": adapter.path.resolve().name,
+                "weight": weight,
+                "files": [asdict(digest) for digest in _digests(adapter.files)],
+                "rank": adapter.settings.default_rank,
+                "alpha": adapter.settings.default_alpha,
+                "rslora": adapter.settings.use_rslora,
+                "dora": adapter.settings.use_dora,
+                "modules": len(adapter.modules),
+                "base_model": adapter.settings.base_model,
+            }
+            for adapter, (_, weight) in zip(adapters, given)
+        ],
+        "combination": {key: value for key, value in asdict(options.combination).items() if value is not None},
+        "quantized_base": options.quantized_base,
+        "dtype": str(options.dtype).removeprefix("torch.") if options.dtype else None,
+        "untied": plan.untied.head if plan.untied else None,
+        "notes": list(plan.notes),
+        "files": [asdict(file) for file in files],
+        "changed": dict(changed),
+        "added": [out.name for out in outputs if out.name not in base.checkpoint.tensors],
+        "unchanged": sum(1 for out in outputs if out.copied),
+        "versions": {
+            "weightport": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "safetensors")},
+        },
+    }
+
+
+def _digests(files: Sequence[Path]) -> tuple[FileDigest, ...]:
+    with BackgroundDigests(files) as digests:
+        return digests.result()
+
+
+def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    (folder / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
