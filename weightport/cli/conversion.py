@@ -237,7 +237,7 @@ def _dropped(plan: Plan) -> list[str]:
     """What is left out, in words: the recomputable together, everything else by its reason."""
     derived = sum(1 for item in plan.dropped if item.derived is not None)
     reasons = Counter(item.because for item in plan.dropped if item.derived is None)
-    shown = [f"{derived} dropped (index buffers, recomputed from the configuration)"] if derived else []
+    shown = [f"{derived} dropped (buffers, recomputed from the configuration)"] if derived else []
     return shown + [f"{number} dropped ({because})" for because, number in reasons.items()]
 
 
