@@ -6,6 +6,7 @@ import click
 
 from .. import __version__
 from .adapters import port_adapter_command
+from .comparing import compare_command
 from .conversion import convert_command
 from .exporting import export_command
 from .generation import generate_command
@@ -24,6 +25,7 @@ for command in (
     inspect_command,
     export_command,
     parity_command,
+    compare_command,
     generate_command,
     port_adapter_command,
 ):
