@@ -52,8 +52,17 @@ def assert_true(base: Path, adapter: Path, merged: Path, *, change: Any = None) 
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float16) for name in ATTENTION),
+        ("llama", torch.bfloat16),
+        ("t5", torch.bfloat16),
+        ("opt", torch.float32),
+        ("bert", torch.float32),
+    ],
+    ids=str,
+)
 def test_merged_model_is_base_with_adapter(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     base = write_base(name, tmp_path / "base", dtype)
     adapter = write_adapter(base, tmp_path / "adapter", config(name, fan_in_fan_out=name == "gpt2"))

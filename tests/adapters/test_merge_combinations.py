@@ -1,0 +1,122 @@
+"""Several adapters in one merge: the exact weighted sum, and peft's combinations under their own names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from tiny_models import load, write_adapter, write_base
+
+from weightport.adapters.combination import COMBINATIONS, Combination
+from weightport.adapters.merging import MergeOptions, merge_lora
+from weightport.errors import AdapterError, UsageError
+
+WEIGHTS = (0.7, -0.4)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base("llama", tmp_path_factory.mktemp("combined") / "base")
+
+
+def two_adapters(base: Path, folder: Path, **second: Any) -> tuple[Path, Path]:
+    first = write_adapter(base, folder / "one", LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "embed_tokens"]))
+    settings = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "o_proj"], **second}
+    return first, write_adapter(base, folder / "two", LoraConfig(**settings), seed=2)
+
+
+def truth(base: Path, adapters: tuple[Path, Path], **options: Any) -> dict[str, torch.Tensor]:
+    """Weights after peft's add_weighted_adapter and merge, in float64."""
+    model = PeftModel.from_pretrained(load(base, torch.float64), adapters[0], "one", autocast_adapter_dtype=False)
+    model.load_adapter(adapters[1], "two", autocast_adapter_dtype=False)
+    model.double()
+    model.add_weighted_adapter(["one", "two"], list(WEIGHTS), "both", **options)
+    model.set_adapter("both")
+    return dict(model.double().merge_and_unload().state_dict())
+
+
+@pytest.mark.parametrize("kind", COMBINATIONS)
+def test_combination_is_pefts_of_the_same_name(kind: str, base: Path, tmp_path: Path) -> None:
+    adapters = two_adapters(base, tmp_path)
+    density = 0.6 if "ties" in kind or "prune" in kind else None
+    expected = truth(base, adapters, combination_type=kind, density=density)
+    options = MergeOptions(combination=Combination(kind, density))
+    merged = merge_lora(base, list(zip(adapters, WEIGHTS)), tmp_path / "out", options).directory
+    for name, weight in load_file(merged / "model.safetensors").items():
+        torch.testing.assert_close(weight.double(), expected[name].double(), rtol=1e-6, atol=2e-7, msg=lambda m, n=name: n + m)
+
+
+def test_sum_takes_adapters_of_different_ranks_and_scalings(base: Path, tmp_path: Path) -> None:
+    adapters = two_adapters(base, tmp_path, r=2, use_rslora=True)
+    merged = merge_lora(base, list(zip(adapters, WEIGHTS)), tmp_path / "out").directory
+    expected = load_file(base / "model.safetensors")["model.layers.1.self_attn.q_proj.weight"].double()
+    for adapter, scale in zip(adapters, (6 / 4 * WEIGHTS[0], 12 / 2**0.5 * WEIGHTS[1])):
+        pair = load_file(adapter / "adapter_model.safetensors")
+        name = "base_model.model.model.layers.1.self_attn.q_proj.lora_{}.weight"
+        expected += scale * pair[name.format("B")].double() @ pair[name.format("A")].double()
+    weight = load_file(merged / "model.safetensors")["model.layers.1.self_attn.q_proj.weight"]
+    assert torch.equal(weight, expected.float())
+
+
+def test_half_the_weight_is_half_the_change(base: Path, tmp_path: Path) -> None:
+    adapter = two_adapters(base, tmp_path)[1]
+    name = "model.layers.0.self_attn.o_proj.weight"
+    before = load_file(base / "model.safetensors")[name].double()
+    half, full = (
+        load_file(merge_lora(base, [(adapter, w)], tmp_path / str(w)).directory / "model.safetensors")[name].double()
+        for w in (0.5, 1.0)
+    )
+    torch.testing.assert_close(half - before, (full - before) / 2, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd"])
+def test_random_combinations_are_refused_by_name(kind: str, base: Path, tmp_path: Path) -> None:
+    adapters = two_adapters(base, tmp_path)
+    with pytest.raises(UsageError, match=kind):
+        merge_lora(base, [(a, 1.0) for a in adapters], tmp_path / "out", MergeOptions(combination=Combination(kind, 0.5)))
+
+
+@pytest.mark.parametrize(
+    ("combination", "second", "what"),
+    [
+        (Combination("ties"), {}, "density"),
+        (Combination("linear", 0.5), {}, "density"),
+        (Combination("ties", 1.5), {}, "density"),
+        (Combination("linear"), {"r": 2}, "ranks 4, 2"),
+        (Combination("svd"), {"use_rslora": True}, "rslora"),
+        (Combination("cat"), {"use_dora": True}, "DoRA"),
+        (Combination("cat"), {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}, None),
+    ],
+)
+def test_combination_that_has_no_meaning_is_refused(
+    combination: Combination, second: dict[str, Any], what: str | None, base: Path, tmp_path: Path
+) -> None:
+    adapters = two_adapters(base, tmp_path, **second)
+    options = MergeOptions(combination=combination)
+    if what is None:
+        merge_lora(base, [(a, 1.0) for a in adapters], tmp_path / "out", options)
+        return
+    with pytest.raises(UsageError, match=what):
+        merge_lora(base, [(a, 1.0) for a in adapters], tmp_path / "out", options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_whole_tensors_for_one_place_are_refused(base: Path, tmp_path: Path) -> None:
+    adapters = [
+        write_adapter(
+            base,
+            tmp_path / name,
+            LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+            seed=seed,
+        )
+        for seed, name in enumerate(("one", "two"))
+    ]
+    with pytest.raises(AdapterError, match="have no sum"):
+        merge_lora(base, [(a, 1.0) for a in adapters], tmp_path / "out")
