@@ -72,6 +72,7 @@ BAD_CONFIGS = {
     "vision_config.window_size": ("12", "window_size is '12'"),
     "model_type": ("llava", "of a 'llava' model"),
     "vision_config": (None, "lacks vision_config"),
+    "text_config.dropout": ("much", "values that transformers does not accept"),
 }
 
 
@@ -216,3 +217,23 @@ def test_dump_with_an_adapter_in_it_is_merged_or_refused_but_never_stripped(sour
 def test_native_directory_is_told_apart_from_an_original(source, tmp_path):
     out = convert(source.folder, tmp_path / "native").directory
     refused(out, tmp_path, UnknownFamilyError, "a native Florence-2 model")
+
+
+@pytest.mark.parametrize(
+    ("file", "path", "value", "error"),
+    [
+        ("tokenizer.json", "added_tokens", "<s>", VocabularyError),
+        ("tokenizer.json", "added_tokens", [{"content": "<s>"}], VocabularyError),
+        ("tokenizer.json", "model.vocab", {"<s>": "0"}, VocabularyError),
+        ("tokenizer.json", "model", None, VocabularyError),
+        ("tokenizer.json", "pre_tokenizer", {"type": "Unknown"}, VocabularyError),
+        ("preprocessor_config.json", "crop_size", [], ConfigurationError),
+        ("preprocessor_config.json", "size", 96, ConfigurationError),
+        ("preprocessor_config.json", "image_seq_length", 577, ConfigurationError),
+    ],
+)
+def test_malformed_companions_are_refused(source, tmp_path, file, path, value, error):
+    folder = source.write(tmp_path / "in", source.state())
+    data = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(changed(data, path, value)))
+    refused(folder, tmp_path, error, r"tokenizer|preprocessor_config\.json")

@@ -78,6 +78,13 @@ def read_florence2_vocabulary(source: str | Path) -> Florence2Vocabulary:
     model = data.get("model")
     if not isinstance(model, Mapping) or not isinstance(model.get("vocab"), Mapping) or "merges" not in model:
         raise VocabularyError(f"{folder / 'tokenizer.json'} is not a byte-pair tokenizer. {_EXPECTED}")
+    added = data.get("added_tokens") or []
+    well_formed = isinstance(added, list) and all(
+        isinstance(each, Mapping) and isinstance(each.get("content"), str) and type(each.get("id")) is int
+        for each in added
+    )
+    if not well_formed or not all(type(index) is int for index in model["vocab"].values()):
+        raise VocabularyError(f"{folder / 'tokenizer.json'} is malformed: every token should have an integer id.")
     extra = _read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").is_file() else {}
     return _with_task_tokens(str(source), data, extra)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ....checkpoints import Checkpoint
-from ....errors import CheckpointError
+from ....errors import CheckpointError, ConfigurationError
 from ...family import Options, SourceModel
 from ...plan import Plan, main_dtype
 from .generation import generation_settings
@@ -75,7 +75,10 @@ def _write_processor(source: str | Path, model: SourceModel, checkpoint: Checkpo
         vocabulary, config.image_token_id, config.text_config.max_position_embeddings
     )
     settings = image_settings(companion(checkpoint, "preprocessor_config.json"), config.vision_config)
-    image_processor = CLIPImageProcessorPil(**settings)
+    try:
+        image_processor = CLIPImageProcessorPil(**settings)
+    except (TypeError, ValueError, LookupError) as error:
+        raise ConfigurationError(f"preprocessor_config.json cannot be used: {error}.") from error
     Florence2Processor(
         image_processor=image_processor,
         tokenizer=tokenizer,

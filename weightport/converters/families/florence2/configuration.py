@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from ....checkpoints import TensorRef
 from ....errors import CheckpointError, ConfigurationError
 from .embeddings import Embedding
@@ -163,7 +165,7 @@ def native_config(sizes: Sizes, *, tied: bool, image_token_id: int, appended: in
             **ids,
             **extra,
         )
-    except (TypeError, ValueError) as error:
+    except (StrictDataclassError, TypeError, ValueError) as error:
         raise ConfigurationError(f"config.json holds values that transformers does not accept: {error}") from error
 
 

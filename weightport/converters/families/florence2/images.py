@@ -42,6 +42,8 @@ def image_settings(stated: Mapping[str, Any] | None, vision: Any) -> dict[str, A
     Raises ConfigurationError when the size does not give a square grid that the position embeddings cover.
     """
     stated = RELEASED if stated is None else stated
+    if not isinstance(stated, Mapping):
+        raise ConfigurationError(f"preprocessor_config.json should be a JSON object; found {type(stated).__name__}.")
     settings = {name: stated.get(name, default) for name, default in RELEASED.items()}
     size = settings["size"]
     sides: list[Any] = [size.get(side) for side in ("height", "width")] if isinstance(size, Mapping) else []
