@@ -27,7 +27,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def two_adapters(base: Path, folder: Path, **second: Any) -> tuple[Path, Path]:
-    first = write_adapter(base, folder / "one", LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "embed_tokens"]))
+    first = write_adapter(
+        base, folder / "one", LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "embed_tokens"])
+    )
     settings = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "o_proj"], **second}
     return first, write_adapter(base, folder / "two", LoraConfig(**settings), seed=2)
 
@@ -50,7 +52,9 @@ def test_combination_is_pefts_of_the_same_name(kind: str, base: Path, tmp_path: 
     options = MergeOptions(combination=Combination(kind, density))
     merged = merge_lora(base, list(zip(adapters, WEIGHTS)), tmp_path / "out", options).directory
     for name, weight in load_file(merged / "model.safetensors").items():
-        torch.testing.assert_close(weight.double(), expected[name].double(), rtol=1e-6, atol=2e-7, msg=lambda m, n=name: n + m)
+        torch.testing.assert_close(
+            weight.double(), expected[name].double(), rtol=1e-6, atol=2e-7, msg=lambda m, n=name: n + m
+        )
 
 
 def test_sum_takes_adapters_of_different_ranks_and_scalings(base: Path, tmp_path: Path) -> None:
@@ -80,7 +84,9 @@ def test_half_the_weight_is_half_the_change(base: Path, tmp_path: Path) -> None:
 def test_random_combinations_are_refused_by_name(kind: str, base: Path, tmp_path: Path) -> None:
     adapters = two_adapters(base, tmp_path)
     with pytest.raises(UsageError, match=kind):
-        merge_lora(base, [(a, 1.0) for a in adapters], tmp_path / "out", MergeOptions(combination=Combination(kind, 0.5)))
+        merge_lora(
+            base, [(a, 1.0) for a in adapters], tmp_path / "out", MergeOptions(combination=Combination(kind, 0.5))
+        )
 
 
 @pytest.mark.parametrize(

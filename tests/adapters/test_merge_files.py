@@ -19,10 +19,10 @@ pytest.importorskip("peft")
 from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import V, applied, load, logits, write_adapter, write_base
+from tiny_models import applied, load, logits, write_adapter, write_base
 
 from weightport.adapters.base_record import record_base
-from weightport.adapters.merging import MergeOptions, merge_lora
+from weightport.adapters.merging import MergeOptions, Written, merge_lora
 from weightport.converters.writing import HashedFile
 from weightport.errors import (
     AdapterError,
@@ -44,7 +44,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(base: Path) -> Path:
-    return write_adapter(base, base.parent / "adapter", LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+    return write_adapter(
+        base, base.parent / "adapter", LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    )
 
 
 @pytest.fixture
@@ -64,7 +66,10 @@ def raw_tensors(path: Path) -> dict[str, tuple[Any, bytes]]:
     start = 8 + length
     header.pop("__metadata__")
     return {
-        name: ((entry["dtype"], entry["shape"]), data[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]])
+        name: (
+            (entry["dtype"], entry["shape"]),
+            data[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]],
+        )
         for name, entry in header.items()
     }
 
@@ -125,7 +130,9 @@ def test_base_in_torch_format_becomes_safetensors(adapter: Path, base: Path, tmp
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_dtype_is_written_to_tensors_and_configuration(dtype: torch.dtype, base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_dtype_is_written_to_tensors_and_configuration(
+    dtype: torch.dtype, base: Path, adapter: Path, tmp_path: Path
+) -> None:
     out = merge_lora(base, [(adapter, 1.0)], tmp_path / "out", MergeOptions(dtype=dtype)).directory
     assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {dtype}
     assert load(out).dtype == dtype
@@ -147,7 +154,9 @@ def test_merged_directory_is_merged_into_again_with_its_history(base: Path, adap
     once = merge_lora(base, [(adapter, 1.0)], tmp_path / "once").directory
     twice = merge_lora(once, [(adapter, -1.0)], tmp_path / "twice")
     assert twice.record["base"]["merged"]["adapters"][0]["weight"] == 1.0
-    before, after = (load_file(folder / "model.safetensors")[f"{Q}.weight"].float() for folder in (base, twice.directory))
+    before, after = (
+        load_file(folder / "model.safetensors")[f"{Q}.weight"].float() for folder in (base, twice.directory)
+    )
     torch.testing.assert_close(before, after, rtol=0.01, atol=1e-3)
 
 
@@ -158,7 +167,9 @@ def test_names_that_transformers_changes_while_loading_are_found(base: Path, ada
     old.mkdir()
     (old / "config.json").write_bytes((base / "config.json").read_bytes())
     tensors = load_file(base / "model.safetensors")
-    save_file({f"language_model.{name}": t for name, t in tensors.items()}, old / "model.safetensors", {"format": "pt"})
+    save_file(
+        {f"language_model.{name}": t for name, t in tensors.items()}, old / "model.safetensors", {"format": "pt"}
+    )
     found = load_file(merge_lora(old, [(adapter, 1.0)], tmp_path / "out").directory / "model.safetensors")
     assert {name.removeprefix("language_model.") for name in found} == set(expected)
     assert all(torch.equal(tensor, found[f"language_model.{name}"]) for name, tensor in expected.items())
@@ -222,7 +233,11 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], type[WeightportError], str]] = {
     ),
     "another rank": (change_config(r=8), AdapterError, "rank 4, but .* says 8"),
     "another module": (
-        change_tensors(lambda t: t.update({key(p, "model.layers.9.self_attn.q_proj"): t[key(p)].clone() for p in ("lora_A", "lora_B")})),
+        change_tensors(
+            lambda t: t.update(
+                {key(p, "model.layers.9.self_attn.q_proj"): t[key(p)].clone() for p in ("lora_A", "lora_B")}
+            )
+        ),
         AdapterError,
         "another base",
     ),
@@ -244,12 +259,24 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], type[WeightportError], str]] = {
         "truncated",
     ),
     "two adapters in one file": (
-        change_tensors(lambda t: t.update({key("lora_A.other"): t[key("lora_A")].clone(), key("lora_A.default"): t.pop(key("lora_A"))})),
+        change_tensors(
+            lambda t: t.update(
+                {key("lora_A.other"): t[key("lora_A")].clone(), key("lora_A.default"): t.pop(key("lora_A"))}
+            )
+        ),
         AdapterError,
         "twice|adapters",
     ),
-    "tensor of nothing known": (change_tensors(lambda t: t.update({"base_model.model.x.y": torch.ones(2)})), AdapterError, "x"),
-    "a vector for a pair": (change_tensors(lambda t: t.update({key("lora_A"): torch.ones(4)})), AdapterError, "no pair"),
+    "tensor of nothing known": (
+        change_tensors(lambda t: t.update({"base_model.model.x.y": torch.ones(2)})),
+        AdapterError,
+        "x",
+    ),
+    "a vector for a pair": (
+        change_tensors(lambda t: t.update({key("lora_A"): torch.ones(4)})),
+        AdapterError,
+        "no pair",
+    ),
 }
 
 
@@ -326,8 +353,8 @@ def test_interrupted_merge_and_refused_check_leave_what_was_there(base: Path, ad
     with pytest.raises(OutputError, match="exists"):
         merge_lora(base, [(adapter, 1.0)], out)
 
-    def interrupt(folder: Path) -> None:
-        assert (folder / "merge.json").is_file()
+    def interrupt(written: Written) -> None:
+        assert (written.folder / "merge.json").is_file()
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -346,4 +373,3 @@ def test_keys_with_the_adapters_own_name_are_read(base: Path, adapter: Path, tmp
     save_file(named, adapter / "adapter_model.safetensors")
     found = merge_lora(base, [(adapter, 1.0)], tmp_path / "b").directory / "model.safetensors"
     assert found.read_bytes() == expected.read_bytes()
-    assert V

@@ -32,7 +32,9 @@ def test_dynamic_levels_are_those_of_bitsandbytes() -> None:
     assert levels.shape == (256,) and bool((levels.diff() > 0).all())
     assert levels[-1] == 1 and levels[127] == 0
     # Its table ends and begins with these.
-    torch.testing.assert_close(levels[-3:], torch.tensor([0.9789062738418579, 0.992968738079071, 1.0]), rtol=0, atol=1e-7)
+    torch.testing.assert_close(
+        levels[-3:], torch.tensor([0.9789062738418579, 0.992968738079071, 1.0]), rtol=0, atol=1e-7
+    )
     torch.testing.assert_close(levels[:2], torch.tensor([-0.992968738079071, -0.9789062738418579]), rtol=0, atol=1e-7)
 
 
@@ -65,7 +67,10 @@ def test_round_trip_takes_the_nearest_level_of_each_block(dtype: torch.dtype, do
     weight[3] = 0
     weight.view(-1)[128:192] = 0
     torch.testing.assert_close(
-        nf4_round_trip(weight, double=double), one_by_one(weight, double), rtol=1e-6 if dtype == torch.float32 else 0, atol=1e-7
+        nf4_round_trip(weight, double=double),
+        one_by_one(weight, double),
+        rtol=1e-6 if dtype == torch.float32 else 0,
+        atol=1e-7,
     )
 
 
@@ -78,7 +83,13 @@ def test_blocks_of_conv1d_run_along_the_inputs() -> None:
 def test_linear_layers_are_rounded_and_nothing_else() -> None:
     assert is_quantized_layer("model.layers.0.mlp.gate_proj.weight", (8, 8))
     assert is_quantized_layer("model.visual.blocks.0.attn.qkv.weight", (8, 8))
-    for name in ("model.embed_tokens.weight", "lm_head.weight", "shared.weight", "transformer.wte.weight", "a.q_proj.bias"):
+    for name in (
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+        "shared.weight",
+        "transformer.wte.weight",
+        "a.q_proj.bias",
+    ):
         assert not is_quantized_layer(name, (8, 8))
     assert not is_quantized_layer("model.norm.weight", (8,))
 

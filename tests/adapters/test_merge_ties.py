@@ -102,9 +102,7 @@ def grown(model: Any) -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma", "bart"])
 def test_resized_vocabulary_comes_with_the_adapter(name: str, tmp_path: Path) -> None:
     base = write_base(name, tmp_path / "base")
-    adapter = write_adapter(
-        base, tmp_path / "adapter", LoraConfig(r=4, target_modules=["q_proj"]), change=grown
-    )
+    adapter = write_adapter(base, tmp_path / "adapter", LoraConfig(r=4, target_modules=["q_proj"]), change=grown)
     merged = merge_lora(base, [(adapter, 1.0)], tmp_path / "out").directory
     assert json.loads((merged / "config.json").read_text())["vocab_size"] == V + 6
     assert_same_logits(base, adapter, merged, change=grown)
@@ -122,7 +120,11 @@ def test_resized_embedding_without_the_head_is_refused(tmp_path: Path) -> None:
 
 def write_tokenizer(folder: Path, size: int) -> None:
     vocabulary = {f"t{index}": index for index in range(size)}
-    content = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "t0"}}
+    content = {
+        "version": "1.0",
+        "added_tokens": [],
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "t0"},
+    }
     (folder / "tokenizer.json").write_text(json.dumps(content))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
 

@@ -50,7 +50,8 @@ class LoraAdapter:
     """An adapter, opened: nothing of its weights is read yet.
 
     `modules` are low-rank pairs, `whole` tensors that take the place of the base's (biases, modules_to_save, resized
-    embeddings), `tokens` single rows of embeddings; names are the adapter's.
+    embeddings), `tokens` single rows of embeddings; names are the adapter's. `ported`: where a copy with the native
+    model's module names stands, for an adapter that came with the original's.
     """
 
     path: Path
@@ -59,6 +60,12 @@ class LoraAdapter:
     whole: Mapping[str, TensorRef] = field(default_factory=dict)
     tokens: Mapping[str, TensorRef] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
+    ported: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The folder that peft can load beside the base: the given one, or the one it was ported to."""
+        return self.ported or self.path
 
 
 def open_adapter(folder: Path) -> LoraAdapter:

@@ -26,6 +26,7 @@ from .quantized import is_quantized_layer
 from .ties import TiedHead, is_head_module, tied_head, token_embedding
 
 SHOWN = 10
+WEIGHTED_SUM = Combination()
 _OUTPUT_BIAS = re.compile(r"(.*\.)?(final_logits_bias|(lm_head|predictions|predictions\.decoder)\.bias)")
 
 
@@ -104,7 +105,7 @@ def plan_merge(
     adapters: Sequence[LoraAdapter],
     weights: Sequence[float],
     dtype: torch.dtype | None = None,
-    combination: Combination = Combination(),
+    combination: Combination = WEIGHTED_SUM,
     untie: bool = False,
     quantized_base: str | None = None,
 ) -> MergePlan:

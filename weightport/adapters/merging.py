@@ -12,7 +12,7 @@ import platform
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from ..converters.output import check_absent, whole_directory
 from ..converters.plan import TensorSpec
 from ..converters.writing import Advance, HashedFile, WrittenFile, as_bytes, chunks, safetensors_header
 from ..errors import AdapterError, CheckpointError, ConfigurationError, UsageError
-from .combination import Combination, check_combination
+from .combination import Combination
 from .companions import (
     RECORD,
     adapter_tokenizer,
@@ -49,10 +49,22 @@ class MergeOptions:
     """What a user may ask of a merge. `dtype` None keeps the base's; `quantized_base` is "nf4" or "nf4-double"."""
 
     dtype: torch.dtype | None = None
-    combination: Combination = Combination()
+    combination: Combination = field(default_factory=Combination)
     untie: bool = False
     quantized_base: str | None = None
     overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Written:
+    """A merge whose files are finished, but do not have their place yet: what a check may look at."""
+
+    folder: Path
+    base: Path
+    adapters: tuple[LoraAdapter, ...]
+    weights: tuple[float, ...]
+    plan: MergePlan
+    options: MergeOptions
 
 
 @dataclass(frozen=True)
@@ -67,11 +79,11 @@ def merge_lora(
     base: str | Path,
     adapters: Sequence[tuple[str | Path, float]],
     out: str | Path,
-    options: MergeOptions = MergeOptions(),
+    options: MergeOptions | None = None,
     *,
     announce: Callable[[MergePlan], None] = lambda plan: None,
     advance: Advance = lambda count: None,
-    check: Callable[[Path], Mapping[str, Any] | None] = lambda folder: None,
+    check: Callable[[Written], Mapping[str, Any] | None] = lambda written: None,
 ) -> Merge:
     """Write the model directory `base` with `adapters` (folder, weight) merged into it to the directory `out`.
 
@@ -79,6 +91,7 @@ def merge_lora(
     nothing behind. Raises AdapterError for an adapter that does not belong to the base or cannot be merged,
     CheckpointError, ConfigurationError, NonFiniteError, UsageError, OutputError.
     """
+    options = options or MergeOptions()
     base, out = Path(base), Path(out)
     check_absent(out, overwrite=options.overwrite)
     _require_options(adapters, options)
@@ -101,7 +114,7 @@ def merge_lora(
             write_companions(folder, base, tokenizer, source.config, config_changes)
             record = _record(source, opened, adapters, plan, options, files, tensors, digests.result())
             _write_record(folder, record)
-            verification = check(folder)
+            verification = check(Written(folder, base, tuple(opened), tuple(weights), plan, options))
             if verification is not None:
                 record = {**record, "verification": dict(verification)}
                 _write_record(folder, record)
@@ -154,7 +167,7 @@ def _open(path: Path, base: Base, stack: ExitStack) -> LoraAdapter:
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="weightport-adapter-")))
     port_adapter(path, folder / "ported", base.path)
     ported = open_adapter(folder / "ported")
-    return LoraAdapter(path, ported.settings, ported.modules, ported.whole, ported.tokens, adapter.files)
+    return replace(ported, path=path, files=adapter.files, ported=ported.path)
 
 
 def _originals_names(base: Base, names: Sequence[str]) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from .app import main
 from .conversion import port_florence2, port_ofa
+from .merging import port_merge_lora
 from .parity import port_parity
 
-__all__ = ["main", "port_florence2", "port_ofa", "port_parity"]
+__all__ = ["main", "port_florence2", "port_merge_lora", "port_ofa", "port_parity"]

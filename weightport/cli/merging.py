@@ -1,0 +1,182 @@
+"""`port-merge-lora` and `weightport extract-lora`: adapters into weights, and weights into adapters."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .conversion import DTYPES
+from .display import Lines, count, size
+from .running import command_body, json_option, quiet_option
+
+if TYPE_CHECKING:
+    from ..adapters.merge_plan import MergePlan
+    from ..adapters.merging import Written
+
+COMBINATIONS = ("cat", "linear", "svd", "ties", "ties_svd", "magnitude_prune", "magnitude_prune_svd")
+RANDOM = ("dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd")
+
+
+class WeightedAdapter(click.ParamType):
+    """FOLDER or FOLDER=0.7: an adapter and its weight."""
+
+    name = "adapter"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Path, float]:
+        """(folder, weight); the weight is 1 when none is given."""
+        if isinstance(value, tuple):
+            return value
+        folder, equals, weight = str(value).rpartition("=")
+        if not equals or Path(str(value)).exists():
+            return Path(str(value)), 1.0
+        try:
+            return Path(folder), float(weight)
+        except ValueError:
+            self.fail(f"{value!r} should be a folder, or a folder and its weight: adapter=0.7.", param, ctx)
+
+
+@click.command("port-merge-lora", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("adapters", metavar="ADAPTER[=WEIGHT]...", nargs=-1, required=True, type=WeightedAdapter())
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="keep",
+    show_default=True,
+    help="Floating-point type of the output; keep: each tensor's own.",
+)
+@click.option(
+    "--combination",
+    type=click.Choice((*COMBINATIONS, *RANDOM)),
+    default="cat",
+    show_default=True,
+    help="How several adapters are combined. cat: the exact weighted sum of their changes; the others: what peft's "
+    "add_weighted_adapter makes under the same name.",
+)
+@click.option("--density", type=float, help="Share of values that ties and magnitude_prune keep (0 to 1).")
+@click.option("--svd-rank", type=click.IntRange(min=1), help="Rank that svd keeps; by default the adapters' largest.")
+@click.option(
+    "--majority-sign",
+    type=click.Choice(("total", "frequency")),
+    default="total",
+    show_default=True,
+    help="How ties elects a sign.",
+)
+@click.option(
+    "--untie",
+    is_flag=True,
+    help="Write the head as a matrix of its own where an adapter changes a head tied to the token embedding.",
+)
+@click.option(
+    "--quantized-base",
+    type=click.Choice(("nf4", "nf4-double")),
+    help="Round the base's linear layers to the 4-bit values that a QLoRA training saw (nf4-double: with double "
+    "quantisation) before adding the adapter. By default the adapter is added to the unquantised base.",
+)
+@click.option(
+    "--verify/--no-verify",
+    default=None,
+    help="Run base + adapter in peft and the merged model, and refuse a difference. By default where both fit in memory.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@quiet_option
+@json_option
+@command_body
+def port_merge_lora(
+    base: Path,
+    adapters: tuple[tuple[Path, float], ...],
+    out: Path,
+    dtype: str,
+    combination: str,
+    density: float | None,
+    svd_rank: int | None,
+    majority_sign: str,
+    untie: bool,
+    quantized_base: str | None,
+    verify: bool | None,
+    overwrite: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Merge LoRA adapters into the model directory BASE and write the directory OUT, on files: no model is built, and
+    memory is bounded by the largest tensor. Adapters trained on an original's module names are ported on the way."""
+    from ..adapters.combination import Combination
+    from ..adapters.merging import MergeOptions, merge_lora
+    from ..converters import parse_dtype
+
+    options = MergeOptions(
+        dtype=parse_dtype(dtype),
+        combination=Combination(combination, density, majority_sign, svd_rank),
+        untie=untie,
+        quantized_base=quantized_base,
+        overwrite=overwrite,
+    )
+    lines = Lines(quiet=quiet or as_json)
+    begun = time.monotonic()
+    with lines.progress("write") as (start, advance):
+
+        def announce(plan: MergePlan) -> None:
+            _show_plan(lines, base, adapters, plan)
+            start(plan.nbytes)
+
+        def check(written: Written) -> Mapping[str, Any] | None:
+            lines.line("written", f"{size(written.plan.nbytes)} in {time.monotonic() - begun:.1f} s")
+            return _verified(lines, written, verify)
+
+        result = merge_lora(base, adapters, out, options, announce=announce, advance=advance, check=check)
+    if as_json:
+        click.echo(json.dumps({"directory": str(result.directory), **result.record}, ensure_ascii=False))
+        return
+    lines.line(f"{out}/", " · ".join(sorted(path.name for path in out.iterdir())))
+    lines.line("next", f"weightport generate {out} IMAGE · port-release {out} --repo ORG/NAME --dry-run")
+
+
+def _show_plan(lines: Lines, base: Path, adapters: tuple[tuple[Path, float], ...], plan: MergePlan) -> None:
+    outputs = plan.outputs
+    parameters = sum(out.nbytes // out.dtype.itemsize for out in outputs)
+    lines.heading(f"{base} · {count(parameters)} parameters · {len(outputs)} tensors")
+    for folder, weight in adapters:
+        lines.line("adapter", f"{folder}" + (f" · weight {weight:g}" if weight != 1 else ""))
+    changed = [out for out in outputs if out.edit is not None]
+    copied = sum(1 for out in outputs if out.copied)
+    lines.line("plan", f"{len(changed)} tensors change ({size(sum(o.nbytes for o in changed))}) · {copied} copied")
+    for note in plan.notes:
+        lines.line("note", note)
+
+
+def _verified(lines: Lines, written: Written, verify: bool | None) -> Mapping[str, Any] | None:
+    """The record of the check; None when it was not asked for or cannot be had."""
+    from ..adapters.verification import verify_merge, why_not_verified, worst
+    from ..errors import UsageError
+
+    if verify is False:
+        return None
+    reason = why_not_verified(written)
+    if reason is not None:
+        if verify:
+            raise UsageError(f"--verify: the check cannot run: {reason}. Pass --no-verify to merge without it.")
+        lines.line("verify", f"not run: {reason}")
+        return None
+    result = verify_merge(written)
+    shown = {seam.seam: seam for seam in (worst(result.seams), *(s for s in result.seams if s.seam == "logits"))}
+    for seam in shown.values():
+        lines.line(
+            "verify",
+            f"{seam.seam}: {seam.difference:.1e} off at a scale of {seam.scale:.1e} (rounding explains {seam.allowed:.1e})",
+        )
+    lines.line(
+        "verify",
+        f"{len(result.seams)} seams agree · {result.weights} weights within {result.weight_steps:.2f} roundings of peft's",
+    )
+    return result.record()
+
+
+merge_lora_command = click.Command(
+    "merge-lora", params=port_merge_lora.params, callback=port_merge_lora.callback, help=port_merge_lora.help
+)
