@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def convert(
     check_absent(out, overwrite=options.overwrite)
     checkpoint = open_checkpoint(Path(source))
     _refuse_own_source(checkpoint, out)
-    with BackgroundDigests(checkpoint.files) as digests:
+    with BackgroundDigests(checkpoint.files) as digests, _one_thread():
         reader = recognise(checkpoint, family)
         model = reader.read(checkpoint, options)
         made = make_plan(reader, model, options)
@@ -78,6 +79,17 @@ def convert(
             record = conversion_record(checkpoint, model, made, files, digests.result())
             write_record(folder, record)
     return Conversion(out, made, model, record)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Streaming is bound by memory and disk: torch's own threads would only take turns with the one that hashes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def make_plan(family: Family, model: SourceModel, options: Options) -> Plan:
