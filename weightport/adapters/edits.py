@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..checkpoints import TensorRef
+from ..converters.writing import chunks
 from ..errors import NonFiniteError
 from .changes import Change, matrix_shape
 from .quantized import nf4_round_trip
@@ -91,10 +92,14 @@ def arithmetic_dtype(*dtypes: torch.dtype) -> torch.dtype:
 
 def edited_chunks(output: Output, norms: Norms) -> Iterator[torch.Tensor]:
     """The tensor's values in its dtype, in flat chunks of whole rows. Raises NonFiniteError."""
-    edit = output.edit
-    assert edit is not None
-    wide = arithmetic_dtype(output.base.dtype, output.dtype)
+    edit = output.edit or Edit(())
     origin = edit.replacement or output.base
+    if not output.dtype.is_floating_point:
+        # Counters of a module that was saved as a whole.
+        norms.add(output.base.read().double(), origin.read().double())
+        yield from chunks(origin.read(), output.dtype)
+        return
+    wide = arithmetic_dtype(output.base.dtype, output.dtype)
     rows, columns = matrix_shape(origin.shape, stacked=edit.stacked)
     source = origin.read()
     if edit.quantized:

@@ -174,6 +174,8 @@ def _gather(base: Base, adapters: Sequence[LoraAdapter], tied: TiedHead | None) 
             name = names.find(key)
             if name is None and tied is not None and is_head_module(key.rpartition(".")[0]):
                 name = tied.head
+            if name is None and tied is not None and key in tied.places:
+                name = tied.embedding
             if name is None:
                 lost.append(_lost(names, key))
             else:
@@ -287,9 +289,10 @@ def _settle_ties(
 
 def _one_change(head: _Touched, embedding: _Touched) -> bool:
     """Whether the head is changed exactly as the embedding is."""
-    if len(head.whole) != len(embedding.whole) or len(head.pairs) != len(embedding.pairs):
+    if bool(head.whole) != bool(embedding.whole) or len(head.pairs) != len(embedding.pairs):
         return False
-    same_whole = all(same_bits(a.read(), b.read()) for (_, a), (_, b) in zip(head.whole, embedding.whole))
+    whole = [ref for _, ref in (*head.whole, *embedding.whole)]
+    same_whole = all(same_bits(whole[0].read(), ref.read()) for ref in whole[1:])
     return same_whole and all(
         torch.equal(a.a.read(), b.b.read().T) and torch.equal(a.b.read(), b.a.read().T)
         for (_, a), (_, b) in zip(head.pairs, embedding.pairs)

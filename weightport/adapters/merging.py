@@ -261,8 +261,7 @@ def _write(
 def _change(out: Output, norms: Norms) -> dict[str, Any]:
     """What merge.json says of a changed tensor: Frobenius norm of the change, that share of the base's norm, and the
     largest change of one element."""
-    assert out.edit is not None
-    found: dict[str, Any] = {"from": list(out.edit.sources)}
+    found: dict[str, Any] = {"from": list(out.edit.sources) if out.edit else []}
     if norms.comparable:
         norm, base = math.sqrt(norms.change), math.sqrt(norms.base)
         found |= {"change": norm, "share": norm / base if base else None, "largest": norms.largest}

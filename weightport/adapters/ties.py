@@ -32,12 +32,24 @@ _SETTING_MEANS_ELSE = frozenset({"t5", "mt5", "umt5", "longt5", "pix2struct", "s
 
 @dataclass(frozen=True)
 class TiedHead:
-    """The one matrix of a tied model: `embedding` is its name in the base, `head` the name that an own head has."""
+    """The one matrix of a tied model: `embedding` is its name in the base, `head` the name that an own head has.
+
+    `aliases`: what must be written beside an own head, by its source. `sets_config`: whether the tie is undone in
+    config.json too.
+    """
 
     embedding: str
     head: str
     aliases: Mapping[str, str]
     sets_config: bool
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Further names of the matrix in the running model: of `shared`, the encoder's and the decoder's embedding."""
+        start = self.embedding.removesuffix("shared.weight")
+        if start == self.embedding:
+            return ()
+        return (f"{start}encoder.embed_tokens.weight", f"{start}decoder.embed_tokens.weight")
 
 
 def tied_head(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> TiedHead | None:

@@ -11,7 +11,7 @@ from .conversion import convert_command
 from .exporting import export_command
 from .generation import generate_command
 from .inspection import inspect_command
-from .merging import merge_lora_command
+from .merging import extract_lora_command, merge_lora_command
 from .parity import parity_command
 
 
@@ -30,5 +30,6 @@ for command in (
     generate_command,
     port_adapter_command,
     merge_lora_command,
+    extract_lora_command,
 ):
     main.add_command(command)

@@ -180,3 +180,34 @@ def _verified(lines: Lines, written: Written, verify: bool | None) -> Mapping[st
 merge_lora_command = click.Command(
     "merge-lora", params=port_merge_lora.params, callback=port_merge_lora.callback, help=port_merge_lora.help
 )
+
+
+@click.command("extract-lora")
+@click.argument("tuned", type=click.Path(path_type=Path))
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--rank", required=True, type=click.IntRange(min=1), help="Largest rank of a pair.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@quiet_option
+@json_option
+@command_body
+def extract_lora_command(
+    tuned: Path, base: Path, out: Path, rank: int, overwrite: bool, quiet: bool, as_json: bool
+) -> None:
+    """Write what fine-tuning changed from the model directory BASE to TUNED as a LoRA adapter OUT: of each matrix the
+    best approximation of the rank, everything else as a whole."""
+    from ..adapters.extraction import extract_lora, largest_loss
+
+    lines = Lines(quiet=quiet or as_json)
+    with lines.progress("compare") as (start, advance):
+        result = extract_lora(tuned, base, out, rank, overwrite=overwrite, announce=start, advance=advance)
+    if as_json:
+        found = {"directory": str(out), "share": result.share, "kept": dict(result.kept), "whole": list(result.whole)}
+        click.echo(json.dumps(found, ensure_ascii=False))
+        return
+    lines.heading(f"{out} · rank {rank} · {len(result.kept)} pairs · {len(result.whole)} tensors saved as a whole")
+    lines.line("kept", f"{result.share:.1%} of the squared change of the pairs' weights")
+    worst_kept = largest_loss(result)
+    if worst_kept is not None:
+        lines.line("least", f"{worst_kept[0]}: {worst_kept[1]:.1%}")
+    lines.line("next", f"port-merge-lora {base} {out} MERGED")
