@@ -9,6 +9,16 @@ import click
 from .running import command_body, quiet_option
 
 FAILED = 1
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
+
+
+def attention_names(value: str | None) -> tuple[str, ...]:
+    """`eager,sdpa` as names; none when the option is not given."""
+    names = tuple(name.strip() for name in (value or "").split(",") if name.strip())
+    unknown = [name for name in names if name not in ATTENTIONS]
+    if unknown:
+        raise click.BadParameter(f"{', '.join(unknown)} is not one of {', '.join(ATTENTIONS)}.")
+    return names
 
 
 @click.command("port-parity", context_settings={"help_option_names": ["-h", "--help"]})
@@ -23,14 +33,29 @@ FAILED = 1
     "--dtype",
     "dtypes",
     multiple=True,
-    type=click.Choice(("float32", "float64")),
+    type=click.Choice(("float32", "float64", "float16", "bfloat16")),
     help="Run in this type only. By default float32, and float64 too when the model fits in memory. Repeatable.",
 )
 @click.option(
-    "--attn", type=click.Choice(("eager", "sdpa")), help="Attention implementation; by default the model's own."
+    "--attn",
+    metavar="NAMES",
+    callback=lambda context, parameter, value: attention_names(value),
+    help="Attention implementations, each held against the reference: eager, sdpa, flash_attention_2; separated by "
+    "commas. By default the model's own.",
 )
 @click.option("--device", default="cpu", show_default=True, help="Where to run the model.")
 @click.option("--no-cache", is_flag=True, help="Generate without cached keys and values.")
+@click.option(
+    "--invariance",
+    is_flag=True,
+    help="Also hold each sample alone against itself in the batch, behind more padding, and decoded step by step.",
+)
+@click.option(
+    "--report",
+    "page_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also write the report as one HTML page to this file.",
+)
 @click.option(
     "--json", "json_file", type=click.Path(path_type=Path), help="Also write the report as JSON to this file."
 )
@@ -40,9 +65,11 @@ def port_parity(
     directory: Path,
     reference: Path,
     dtypes: tuple[str, ...],
-    attn: str | None,
+    attn: tuple[str, ...],
     device: str,
     no_cache: bool,
+    invariance: bool,
+    page_file: Path | None,
     json_file: Path | None,
     quiet: bool,
 ) -> None:
@@ -50,7 +77,10 @@ def port_parity(
     original gave there. The exit status is 1 when a seam departs, 2 when the reference does not fit."""
     import torch
     from rich.console import Console
+    from transformers.utils import logging
 
+    # A reference's generation settings stand beside the directory's own: transformers warns of each pair.
+    logging.set_verbosity_error()
     from ..parity import check_parity, render
 
     report = check_parity(
@@ -60,12 +90,15 @@ def port_parity(
         device=device,
         attn_implementation=attn,
         use_cache=not no_cache,
+        invariance=invariance,
     )
-    if json_file is not None:
-        from ..converters.output import whole_file
+    from ..converters.output import whole_file
+    from ..parity.page import page
 
-        with whole_file(json_file, overwrite=True) as path:
-            path.write_text(report.to_json(), encoding="utf-8")
+    for file, write in ((json_file, lambda: report.to_json()), (page_file, lambda: page(report))):
+        if file is not None:
+            with whole_file(file, overwrite=True) as path:
+                path.write_text(write(), encoding="utf-8")
     if not quiet:
         render(report, Console())
     if not report.passed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,17 +13,29 @@ from transformers import PreTrainedModel
 
 from ..errors import ReferenceFileError
 from .compare import Comparison, Place, compare, compare_generation
+from .evidence import Evidence, Hypotheses, evidence_of, hypotheses, tokenizer_of
 from .family import Family
+from .invariance import INVARIANCES, check_invariances
 from .loading import element_count, family_of, load_native
+from .localisation import Localisation, last_agreeing, localise
 from .noise import GRADIENT_FLOOR, scale_of
 from .originals import Originals, originals_of
 from .reference import Expected, Reference, Run, read_reference
 from .report import NotCompared, ParityReport
-from .runner import execute
+from .runner import execute, native_arguments
 from .seams import Missed, Observed, base_seam
 from .training import GRADIENT, GRADIENT_NORM, TOTAL_NORM
 
 DTYPES = (torch.float32, torch.float64)
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Hypotheses of both sides: ids [batch, returned, length]."""
+
+    original: torch.Tensor
+    native: torch.Tensor
 
 
 def check_parity(
@@ -31,14 +44,16 @@ def check_parity(
     *,
     dtypes: Sequence[torch.dtype] | None = None,
     device: str = "cpu",
-    attn_implementation: str | None = None,
+    attn_implementation: str | Sequence[str] | None = None,
     use_cache: bool = True,
+    invariance: bool = False,
 ) -> ParityReport:
     """Hold a converted model against a reference file of the original implementation.
 
     Every run is repeated in each of `dtypes` (by default float32, and float64 when it fits into memory) and compared
     with what the original gave in float32 and in float64. Nothing is written. `use_cache`: generate with or without
-    cached keys.
+    cached keys. Several attention implementations are each held against the reference. `invariance`: also hold every
+    forward run against itself alone, behind more padding, and decoded step by step.
 
     Raises ReferenceFileError when the reference is malformed, of another family or version, or does not fit the model;
     CheckpointError when the directory is no model.
@@ -51,25 +66,40 @@ def check_parity(
             f"{path} is a reference of {opened.family!r}, but the model in {directory} is {family.name!r}."
         )
     chosen, notes = (tuple(dtypes), ()) if dtypes else _affordable(directory)
+    implementations = (
+        (attn_implementation,) if isinstance(attn_implementation, str) else attn_implementation or (None,)
+    )
     comparisons: list[Comparison] = []
     missed: dict[NotCompared, None] = {}
+    places: dict[tuple[str, str, str], Localisation] = {}
+    order = _forward_order(family, opened)
+    evidence, tokenizer = Evidence(), tokenizer_of(directory)
+    texts: dict[str, Hypotheses] = {}
     with _exact_arithmetic():
-        for dtype in chosen:
-            model = load_native(
-                directory, dtype, overrides=family.plain, device=device, attn_implementation=attn_implementation
-            )
+        for dtype, attention in ((dtype, attention) for dtype in chosen for attention in implementations):
+            model = load_native(directory, dtype, overrides=family.plain, device=device, attn_implementation=attention)
             originals = originals_of(directory, family.name, model.config)
             for run in opened.runs:
-                for result in _judge(model, family, run, dtype, originals, use_cache):
+                found: list[Comparison] = []
+                for result in _judge(model, family, run, dtype, originals, use_cache, invariance):
                     if isinstance(result, NotCompared):
                         missed[result] = None
+                    elif isinstance(result, Generated):
+                        texts.setdefault(run.name, hypotheses(run.name, result.original, result.native, tokenizer))
                     else:
-                        comparisons.append(result)
+                        shown = (attention or "") if len(implementations) > 1 else ""
+                        found.append(replace(result, attention=shown))
+                comparisons += found
+                place = _place_of(model, family, run, found, order)
+                if place is not None:
+                    places.setdefault((place.run, place.seam, place.dtype), place)
+            if not evidence.environment:
+                evidence = evidence_of(directory, opened, family, model)
             del model
     if not comparisons:
         reasons = "; ".join(sorted({each.reason for each in missed}))
         raise ReferenceFileError(f"{path} holds no seam that can be compared with the model ({reasons}).")
-    return ParityReport(
+    report = ParityReport(
         directory,
         path,
         family.name,
@@ -78,15 +108,39 @@ def check_parity(
         tuple(comparisons),
         tuple(missed),
         {name: version(name) for name in ("weightport", "torch", "transformers")},
-        _forward_order(family, opened),
+        order,
         notes,
+        evidence=replace(evidence, texts=tuple(texts.values())),
     )
+    first = report.first_departure
+    return report if first is None else replace(report, localisation=places.get((first.run, first.seam, first.dtype)))
+
+
+def _place_of(
+    model: PreTrainedModel, family: Family, run: Run, found: Sequence[Comparison], order: Sequence[str]
+) -> Localisation | None:
+    """Where a run that departs starts to; None when it agrees."""
+    place = {seam: i for i, seam in enumerate(order)}
+    wrong = sorted((each for each in found if not each.verdict.passes), key=lambda c: place.get(c.seam, len(place)))
+    if not wrong or run.kind == "generate":
+        return None
+    arguments = native_arguments(family, run, model)
+    return localise(model, family, arguments, wrong[0], last_agreeing(wrong[0], found, order))
 
 
 def _judge(
-    model: PreTrainedModel, family: Family, run: Run, dtype: torch.dtype, originals: Originals, use_cache: bool
-) -> Iterator[Comparison | NotCompared]:
+    model: PreTrainedModel,
+    family: Family,
+    run: Run,
+    dtype: torch.dtype,
+    originals: Originals,
+    use_cache: bool,
+    invariance: bool,
+) -> Iterator[Comparison | NotCompared | Generated]:
     """One run in one dtype: the seams in forward order."""
+    if run.kind == "train" and dtype in HALVES:
+        yield NotCompared(run.name, "loss", "losses and gradients are not compared in half precision")
+        return
     wanted = _against(run, dtype)
     observations = execute(model, family, run, wanted, originals, use_cache=use_cache)
     total = _whole_gradient(run)
@@ -102,11 +156,19 @@ def _judge(
             depth, kinked = family.depth(model.config, seam), family.kinked(model.config, seam)
             yield compare(observed, expected, Place(run.name, dtype, depth, _floor(expected, observed, total), kinked))
     if generated:
-        place = Place(run.name, torch.float32, family.depth(model.config, "logits"))
+        # Searches are decided by log-probabilities, which are float32 whatever is wider.
+        arithmetic = dtype if dtype in HALVES else torch.float32
+        place = Place(run.name, arithmetic, family.depth(model.config, "logits"))
+        if "sequences" in generated:
+            observed, expected = generated["sequences"]
+            yield Generated(expected.tensor.read(), observed.value)
         observed_by = {seam: pair[0] for seam, pair in generated.items()}
         expected_by = {seam: pair[1] for seam, pair in generated.items()}
         for result in compare_generation(observed_by, expected_by, place):
-            yield Comparison(**{**result.__dict__, "dtype": str(dtype).removeprefix("torch.")})
+            yield replace(result, dtype=str(dtype).removeprefix("torch."))
+    if invariance and run.kind == "forward":
+        place = Place(run.name, dtype, family.depth(model.config, "logits"))
+        yield from check_invariances(model, native_arguments(family, run, model), place)
 
 
 def _against(run: Run, dtype: torch.dtype) -> list[Expected]:
@@ -140,7 +202,7 @@ def _stage(family: Family, place: int, layer: str) -> int:
 
 def _forward_order(family: Family, reference: Reference) -> tuple[str, ...]:
     seams = {each.seam for run in reference.runs for each in run.outputs}
-    return tuple(sorted(seams, key=lambda seam: seam_order(family, seam)))
+    return (*sorted(seams, key=lambda seam: seam_order(family, seam)), *INVARIANCES)
 
 
 def _whole_gradient(run: Run) -> float:

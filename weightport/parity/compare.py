@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from enum import Enum
+from enum import StrEnum
 
 import torch
 
@@ -13,7 +13,7 @@ from .reference import Expected
 from .seams import Observed
 
 
-class Verdict(str, Enum):
+class Verdict(StrEnum):
     """What a comparison says. `TIED` agrees: choices of equal score in another order."""
 
     AGREES = "agrees"
@@ -30,7 +30,8 @@ class Comparison:
     """A seam's figures. Errors are absolute, in the seam's own units; `scale` is the reference's root mean square.
 
     `dtype` is what the native model ran in, `against` what the original did. For ids, `agreement` is the part of them
-    that is equal; for logits, the part of positions with the same argmax. `note` says what a figure cannot.
+    that is equal; for logits, the part of positions with the same argmax. `note` says what a figure
+    cannot. `attention` is the native model's attention implementation, where several were asked for.
     """
 
     run: str
@@ -45,6 +46,7 @@ class Comparison:
     allowed: float | None = None
     agreement: float | None = None
     note: str = ""
+    attention: str = ""
 
     @property
     def relative(self) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ TOLERANCE = 1e-6
 """Relative to the root mean square of A's tensor: what a merge or a re-save in float32 may leave."""
 
 
-class Sameness(str, Enum):
+class Sameness(StrEnum):
     """How two tensors of one name compare. Only `EQUAL` and `CLOSE` pass."""
 
     EQUAL = "equal"

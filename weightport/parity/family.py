@@ -34,13 +34,15 @@ class Seam:
 
     `name` and `module` may hold one `*`, the layer number. `pick` takes what the module returned (or, with
     `side="input"`, its first argument) to the tensor the original would have given: same axes, same order; None where
-    the model has no such value.
+    the model has no such value. `parts` names the modules that make the value, where they are not those that run
+    between the seam before and this one.
     """
 
     name: str
     module: str
     pick: Callable[[Any], torch.Tensor | None] = lambda value: value
     side: Literal["input", "output"] = "output"
+    parts: tuple[str, ...] = ()
 
     def layer_of(self, name: str) -> str | None:
         """What `*` stands for in `name`, "" where there is no `*`, None where this is another seam."""
@@ -100,3 +102,11 @@ class Family:
         default_factory=dict
     )
     exact_loss: Callable[..., torch.Tensor] | None = None
+
+
+def stack_and_layer(seam: str) -> tuple[str, str]:
+    """(`encoder.layers`, `3`) of `encoder.layers.3` and of every seam inside that layer; ("", "") of any other."""
+    for place, part in enumerate(parts := seam.split(".")):
+        if part.isdecimal() and place:
+            return ".".join(parts[:place]), part
+    return "", ""

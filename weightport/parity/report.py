@@ -13,6 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .compare import Comparison, Verdict
+from .evidence import Evidence
+from .localisation import Localisation
 
 GROUPS = ("grad.", "grad_norm.", "after.")
 """Seams with one line a parameter; the table shows a line for all of them, and names those that depart."""
@@ -42,6 +44,8 @@ class ParityReport:
     versions: Mapping[str, str] = field(default_factory=dict)
     order: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    localisation: Localisation | None = None
+    evidence: Evidence = field(default_factory=Evidence)
 
     @property
     def departures(self) -> tuple[Comparison, ...]:
@@ -67,7 +71,7 @@ class ParityReport:
         if first is None:
             seams = len({(c.run, c.seam) for c in self.comparisons})
             return f"same model: {seams} seams of {runs} runs agree within the noise of arithmetic"
-        return f"departs from the original, first at {first.seam} (run {first.run}, {first.dtype}){_why(first)}"
+        return f"departs from the original, first at {first.seam} (run {first.run}, {first.dtype}){why(first)}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: everything that the table is made of."""
@@ -76,6 +80,9 @@ class ParityReport:
             "passed": self.passed,
             "verdict": self.verdict,
             "first_departure": None if first is None else {"run": first.run, "seam": first.seam, "dtype": first.dtype},
+            "localisation": None
+            if self.localisation is None
+            else {**asdict(self.localisation), "sentence": self.localisation.sentence},
             "model": self.model.name,
             "reference": self.reference.name,
             "family": self.family,
@@ -93,6 +100,7 @@ class ParityReport:
                 for c in self.comparisons
             ],
             "not_compared": [asdict(each) for each in self.not_compared],
+            "evidence": asdict(self.evidence),
         }
 
     def to_json(self) -> str:
@@ -115,14 +123,16 @@ def render(report: ParityReport, console: Console) -> None:
     if console.is_terminal and table.width is not None and table.width > console.width:
         table = _table(report, tuple(column for column in COLUMNS if not column.spare))
     console.print(table, crop=False, no_wrap=True)
-    for line in _left_out(report.not_compared):
+    for line in left_out(report.not_compared):
         say(line, "yellow")
     for note in report.notes:
         say(note)
     for departure in report.departures[1:6]:
-        say(f"departs  {departure.seam} (run {departure.run}, {departure.dtype}){_why(departure)}")
+        say(f"departs  {departure.seam} (run {departure.run}, {departure.dtype}){why(departure)}")
     if len(report.departures) > 6:
         say(f"         … and {len(report.departures) - 6} more")
+    if report.localisation is not None:
+        say(f"starts at  {report.localisation.sentence}")
     say(report.verdict, "bold green" if report.passed else "bold red")
 
 
@@ -136,11 +146,14 @@ class Column:
 
 
 GAP = 2
-SHORT = {"float32": "f32", "float64": "f64"}
+SHORT = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16"}
 
 COLUMNS = (
     Column("runs", lambda rows, worst: str(len({row.run for row in rows})), spare=True),
-    Column("native/original", lambda rows, worst: f"{SHORT.get(worst.dtype, worst.dtype)}/{SHORT[worst.against]}"),
+    Column(
+        "native/original",
+        lambda rows, worst: f"{SHORT.get(worst.dtype, worst.dtype)}/{SHORT.get(worst.against, worst.against)}",
+    ),
     Column("largest", lambda rows, worst: _number(worst.largest)),
     Column("mean", lambda rows, worst: _number(worst.mean), spare=True),
     Column("scale", lambda rows, worst: _number(worst.scale), spare=True),
@@ -154,8 +167,8 @@ COLUMNS = (
 def _table(report: ParityReport, columns: Sequence[Column]) -> Table:
     """The table, as wide as its figures need."""
     lines, styles = [("seam", *(column.title for column in columns))], []
-    for seam, rows in _grouped(report):
-        worst = max(rows, key=_badness)
+    for seam, rows in grouped(report):
+        worst = worst_of(rows)
         lines.append((seam, *(column.show(rows, worst) for column in columns)))
         styles.append("" if worst.verdict.passes else "bold red")
     widths = [max(map(len, cells)) for cells in zip(*lines)]
@@ -175,18 +188,24 @@ def _lowest_agreement(rows: Sequence[Comparison]) -> str:
     return f"{min(agreements):.2%}" if agreements else ""
 
 
-def _grouped(report: ParityReport) -> list[tuple[str, list[Comparison]]]:
+def grouped(report: ParityReport) -> list[tuple[str, list[Comparison]]]:
     """Comparisons by line of the table, in forward order."""
     place = {seam: i for i, seam in enumerate(report.order)}
-    lines: dict[tuple[str, str, str], list[Comparison]] = {}
+    lines: dict[tuple[str, str, str, str], list[Comparison]] = {}
     for comparison in sorted(report.comparisons, key=lambda c: place.get(c.seam, len(place))):
         name = next((prefix + "*" for prefix in GROUPS if comparison.seam.startswith(prefix)), comparison.seam)
-        lines.setdefault((name, comparison.dtype, comparison.against), []).append(comparison)
+        lines.setdefault((name, comparison.dtype, comparison.against, comparison.attention), []).append(comparison)
     labelled = []
-    for (name, _, _), rows in lines.items():
+    for (name, _, _, attention), rows in lines.items():
         count = len({row.seam for row in rows})
-        labelled.append((f"{name} ({count})" if name.endswith("*") else name, rows))
+        label = f"{name} ({count})" if name.endswith("*") else name
+        labelled.append((f"{label} · {attention}" if attention else label, rows))
     return labelled
+
+
+def worst_of(rows: Sequence[Comparison]) -> Comparison:
+    """What a line of the table shows: the comparison that departs, or comes closest to."""
+    return max(rows, key=_badness)
 
 
 def _badness(comparison: Comparison) -> tuple[bool, float]:
@@ -195,7 +214,7 @@ def _badness(comparison: Comparison) -> tuple[bool, float]:
     return not comparison.verdict.passes, comparison.largest / comparison.allowed
 
 
-def _left_out(not_compared: Sequence[NotCompared]) -> list[str]:
+def left_out(not_compared: Sequence[NotCompared]) -> list[str]:
     reasons: dict[str, set[str]] = {}
     for each in not_compared:
         reasons.setdefault(each.reason, set()).add(each.seam)
@@ -207,7 +226,7 @@ def _left_out(not_compared: Sequence[NotCompared]) -> list[str]:
     return lines
 
 
-def _why(comparison: Comparison) -> str:
+def why(comparison: Comparison) -> str:
     if comparison.note:
         return f": {comparison.note}"
     if comparison.largest is not None and comparison.allowed is not None:

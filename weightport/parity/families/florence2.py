@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 from ...converters.families.florence2.images import image_vectors
 from ...errors import ReferenceFileError
-from ..family import Argument, Family, Generation, Seam, Tensors
+from ..family import Argument, Family, Generation, Seam, Tensors, stack_and_layer
 from ..reference import Kind
 
 PAD = 1
@@ -37,14 +37,30 @@ ARGUMENTS = (
 a run with an `attention_mask` is one whose outputs are those of its rows without padding, as a model that honours the
 mask computes them."""
 
+
+def first(output: Any) -> torch.Tensor:
+    """What an attention returns beside its weights; anything else as it is."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def inside_layers(stack: str, modules: tuple[str, ...]) -> tuple[Seam, ...]:
+    """Seams inside a text layer, which both implementations call the same."""
+    return tuple(
+        Seam(f"{stack}.layers.*.{name}", f"model.language_model.{stack}.layers.*.{name}", first) for name in modules
+    )
+
+
 SEAMS = (
+    Seam("vision.stages.*.embedding", "model.vision_tower.convs.*", as_tokens),
     Seam("vision.stages.*", "model.vision_tower.blocks.*.-1", as_tokens),
     Seam("vision", "model.vision_tower", lambda output: as_tokens(output.last_hidden_state)),
     Seam("projector", "model.multi_modal_projector"),
     Seam("encoder.embeddings", "model.language_model.encoder.layers.0", side="input"),
+    *inside_layers("encoder", ("self_attn", "fc1", "fc2")),
     Seam("encoder.layers.*", "model.language_model.encoder.layers.*"),
     Seam("encoder", "model.language_model.encoder", attrgetter("last_hidden_state")),
     Seam("decoder.embeddings", "model.language_model.decoder.layers.0", side="input"),
+    *inside_layers("decoder", ("self_attn", "encoder_attn", "fc1", "fc2")),
     Seam("decoder.layers.*", "model.language_model.decoder.layers.*"),
     Seam("logits", "lm_head"),
     Seam("loss", "", attrgetter("loss")),
@@ -106,7 +122,7 @@ def depth(config: PreTrainedConfig, seam: str) -> int:
     tower, text = sum(stages), config.text_config
     encoder = tower + text.encoder_layers
     whole = encoder + text.decoder_layers
-    head, _, layer = seam.rpartition(".")
+    head, layer = stack_and_layer(seam)
     if head == "vision.stages":
         return sum(stages[: int(layer) + 1])
     if head == "encoder.layers":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, LogitsProcessor, PreTraine
 
 from ...errors import ReferenceFileError
 from ...modeling.ofa.generation_ofa import ConstraintRangeLogitsProcessor
-from ..family import Argument, Family, Generation, Seam, Tensors
+from ..family import Argument, Family, Generation, Seam, Tensors, stack_and_layer
 from ..generation import AfterSoftmax, Forced
 from ..reference import Kind
 
@@ -42,15 +42,39 @@ ARGUMENTS = (
     Argument("prefix_tokens", "prefix", "tokens"),
 )
 
+POSITION_PARTS = ("embed_positions", "pos_ln", "embed_image_positions", "image_pos_ln")
+
+
+def feed_forward(stack: str) -> tuple[Seam, ...]:
+    """The seams inside a layer's feed-forward part, in order, whether norms come before or after."""
+    names = {"fc1": "fc1", "ffn_layernorm": "ffn_layer_norm", "fc2": "fc2"}
+    return tuple(Seam(f"{stack}.layers.*.{name}", f"model.{stack}.layers.*.{own}") for name, own in names.items())
+
+
 SEAMS = (
     Seam("vision", "model.encoder.vision_tower", attrgetter("last_hidden_state")),
     Seam("projector", "model.encoder.image_proj"),
-    Seam("encoder.mask", "model.encoder", lambda output: ~output.attention_mask.bool()),
-    Seam("encoder.positions", "model.encoder", attrgetter("position_embeddings")),
+    Seam(
+        "encoder.mask", "model.encoder", lambda output: ~output.attention_mask.bool(), parts=("model.encoder (masks)",)
+    ),
+    Seam(
+        "encoder.positions",
+        "model.encoder",
+        attrgetter("position_embeddings"),
+        parts=tuple(f"model.encoder.{name}" for name in POSITION_PARTS),
+    ),
     Seam("encoder.embeddings", "model.encoder.layers.0", side="input"),
+    Seam("encoder.layers.*.self_attn", "model.encoder.layers.*.self_attn", itemgetter(0)),
+    Seam("encoder.layers.*.attn_ln", "model.encoder.layers.*.self_attn_output_norm"),
+    *feed_forward("encoder"),
     Seam("encoder.layers.*", "model.encoder.layers.*"),
     Seam("encoder", "model.encoder", attrgetter("last_hidden_state")),
     Seam("decoder.embeddings", "model.decoder.layers.0", side="input"),
+    Seam("decoder.layers.*.self_attn", "model.decoder.layers.*.self_attn", itemgetter(0)),
+    Seam("decoder.layers.*.self_attn_ln", "model.decoder.layers.*.self_attn_output_norm"),
+    Seam("decoder.layers.*.encoder_attn", "model.decoder.layers.*.cross_attn", itemgetter(0)),
+    Seam("decoder.layers.*.cross_attn_ln", "model.decoder.layers.*.cross_attn_output_norm"),
+    *feed_forward("decoder"),
     Seam("decoder.layers.*", "model.decoder.layers.*"),
     Seam("decoder", "model.decoder", attrgetter("last_hidden_state")),
     Seam("logits", "lm_head"),
@@ -173,7 +197,7 @@ def depth(config: PreTrainedConfig, seam: str) -> int:
     tower = sum(vision.depths) if hasattr(vision, "depths") else vision.num_hidden_layers
     encoder = tower + config.encoder_layers
     whole = encoder + config.decoder_layers
-    head, _, layer = seam.rpartition(".")
+    head, layer = stack_and_layer(seam)
     if head == "encoder.layers":
         return tower + int(layer) + 1
     if head == "decoder.layers":

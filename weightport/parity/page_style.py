@@ -1,0 +1,80 @@
+"""The style of the report page: one column, system fonts, light and dark by the reader's own setting."""
+
+STYLE = """\
+:root {
+  color-scheme: light dark;
+  --paper: #ffffff; --card: #f6f7f9; --ink: #1b1f24; --soft: #57606a; --line: #d8dee4;
+  --good: #1a7f37; --bad: #cf222e; --s0: #0969da; --s1: #8250df; --s2: #1a7f6b; --s3: #9a6700;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --paper: #0d1117; --card: #161b22; --ink: #e6edf3; --soft: #9aa4af; --line: #30363d;
+    --good: #3fb950; --bad: #ff7b72; --s0: #58a6ff; --s1: #bc8cff; --s2: #39c5a3; --s3: #d29922;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0 auto; padding: 1rem; max-width: 72rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "Noto Sans", "Noto Sans CJK SC", sans-serif;
+}
+h1 { font-size: 1.4rem; line-height: 1.25; margin: .5rem 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
+p { margin: .4rem 0; }
+code, td.figure, .seam-name { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+code { overflow-wrap: anywhere; font-size: .92em; }
+.soft { color: var(--soft); }
+.verdict { padding: .8rem 1rem; border-radius: .5rem; background: var(--card); border-left: .35rem solid var(--good); }
+.verdict.bad { border-left-color: var(--bad); }
+.verdict strong { font-size: 1.1rem; color: var(--good); overflow-wrap: anywhere; }
+.verdict.bad strong { color: var(--bad); }
+.verdict p { overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; -webkit-overflow-scrolling: touch; }
+figure { margin: 0; }
+.plot { display: block; min-width: min-content; }
+.plot text { fill: var(--soft); font-size: 12px; }
+.plot .tick { text-anchor: end; }
+.plot .seam { text-anchor: end; font-size: 11px; }
+.plot .grid { stroke: var(--line); }
+.plot .axis { stroke: var(--soft); }
+.plot polyline { fill: none; stroke-width: 2; }
+.plot .noise { stroke-dasharray: 5 4; stroke-width: 1.5; opacity: .7; }
+.s0 { stroke: var(--s0); --own: var(--s0); } .s1 { stroke: var(--s1); --own: var(--s1); }
+.s2 { stroke: var(--s2); --own: var(--s2); } .s3 { stroke: var(--s3); --own: var(--s3); }
+.point { fill: var(--own); stroke: none; }
+.point.wrong { fill: var(--bad); stroke: var(--paper); stroke-width: 2; }
+.legend {
+  list-style: none; display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding: 0; margin: .5rem 0; font-size: .9rem;
+}
+.swatch {
+  display: inline-block; width: 1.4rem; border-top: 3px solid var(--own, var(--soft)); margin-right: .4rem;
+  vertical-align: middle;
+}
+.swatch.floor { border-top-style: dashed; }
+.swatch.wrong { width: .8rem; height: .8rem; border: 0; border-radius: 50%; background: var(--bad); }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; }
+th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--soft); font-weight: 600; white-space: nowrap; }
+.seams th, .seams td { white-space: nowrap; }
+.seams th:nth-child(n+4), td.figure { text-align: right; font-variant-numeric: tabular-nums; }
+tr.wrong td { color: var(--bad); font-weight: 600; }
+dl {
+  display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .2rem 1rem; margin: 0; font-size: .95rem;
+}
+dt { color: var(--soft); }
+dd { margin: 0; overflow-wrap: anywhere; }
+.images { display: flex; flex-wrap: wrap; gap: .8rem; }
+.images figure { max-width: 10rem; }
+.images img {
+  display: block; width: 10rem; max-width: 100%; border-radius: .3rem; border: 1px solid var(--line);
+}
+.images figcaption { color: var(--soft); font-size: .85rem; overflow-wrap: anywhere; }
+.texts td { overflow-wrap: anywhere; min-width: 9rem; }
+details { margin: .4rem 0; }
+summary { cursor: pointer; }
+footer { margin: 2.5rem 0 1rem; color: var(--soft); font-size: .85rem; }
+@media (max-width: 40rem) {
+  body { padding: .8rem; }
+  dl { grid-template-columns: 1fr; gap: 0; }
+  dd { margin-bottom: .4rem; }
+}
+"""
