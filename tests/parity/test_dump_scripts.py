@@ -1,0 +1,202 @@
+"""The scripts that run in an original's environment: what they write is what the product reads.
+
+The originals cannot be installed here. Stand-ins with their module names and layouts take their place: they show that
+hooks, axes and names are right, and say nothing about the originals' numbers.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from weightport.parity import read_reference
+from weightport.parity.families import FAMILIES
+
+SCRIPTS = Path(__file__).parents[2] / "scripts" / "reference"
+BATCH, SOURCE, TARGET, WIDTH, VOCABULARY = 2, 4, 3, 8, 11
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class StandInLayer(nn.Module):
+    """Stands in for a layer: an attention that returns a pair, and two projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn, self.fc1, self.fc2 = StandInAttention(), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return x + self.fc2(self.fc1(self.self_attn(x)[0])), None
+
+
+class StandInAttention(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return super().forward(x), None
+
+
+class StandInStack(nn.Module):
+    """Stands in for fairseq's encoder or decoder: [length, batch, channels] inside, a dictionary outside."""
+
+    def __init__(self, *, time_first: bool) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(VOCABULARY, WIDTH)
+        self.layers = nn.ModuleList([StandInLayer(), StandInLayer()])
+        self.time_first = time_first
+
+    def forward(self, tokens: torch.Tensor):
+        x = self.embed_tokens(tokens)
+        x = x.transpose(0, 1) if self.time_first else x
+        for layer in self.layers:
+            x = layer(x)[0]
+        return {"encoder_out": [x]} if self.time_first else (x,)
+
+
+class StandInOFA(nn.Module):
+    """Stands in for the original OFA: only its names, its layout and its call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = StandInStack(time_first=True), StandInStack(time_first=True)
+
+    def forward(self, src_tokens, src_lengths, prev_output_tokens):
+        encoded = self.encoder(src_tokens)["encoder_out"][0].mean(0)
+        decoded = self.decoder(prev_output_tokens)["encoder_out"][0].transpose(0, 1) + encoded[:, None]
+        return decoded @ self.decoder.embed_tokens.weight.T, {}
+
+
+class StandInFlorence2(nn.Module):
+    """Stands in for Florence-2's remote code: only its names and its call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        text = nn.Module()
+        text.encoder, text.decoder = StandInStack(time_first=False), StandInStack(time_first=False)
+        self.language_model = nn.Module()
+        self.language_model.model = text
+
+    def forward(self, input_ids, decoder_input_ids=None, labels=None):
+        text = self.language_model.model
+        ids = labels if decoder_input_ids is None else decoder_input_ids
+        decoded = text.decoder(ids)[0] + text.encoder(input_ids)[0].mean(1, keepdim=True)
+        logits = decoded @ text.decoder.embed_tokens.weight.T
+        loss = None if labels is None else nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return SimpleNamespace(logits=logits, loss=loss)
+
+    def generate(self, input_ids, **settings):
+        return input_ids
+
+
+def ids(length: int) -> torch.Tensor:
+    return torch.arange(BATCH * length).reshape(BATCH, length) % (VOCABULARY - 2) + 2
+
+
+@pytest.fixture
+def ofa(tmp_path) -> Path:
+    dump, model = script("dump_ofa"), StandInOFA()
+    inputs = {
+        "src_tokens": ids(SOURCE), "src_lengths": torch.full((BATCH,), SOURCE), "prev_output_tokens": ids(TARGET),
+    }  # fmt: skip
+    stated = {name: inputs[name] for name in ("src_tokens", "prev_output_tokens")}
+    hypotheses = [[{"tokens": torch.tensor([5, 6, 2]), "score": torch.tensor(-1.0)},
+                   {"tokens": torch.tensor([5, 2]), "score": torch.tensor(-2.0)}]] * BATCH  # fmt: skip
+    generator = SimpleNamespace(generate=lambda models, sample: hypotheses)
+    tensors = {**dump.given("forward", stated), **dump.given("train", {**stated, "target": ids(TARGET)})}
+    tensors |= {**dump.forward(model, inputs), **dump.train(model, inputs, ids(TARGET), 0.1)}
+    tensors |= {**dump.given("beam", {"src_tokens": ids(SOURCE)}), **dump.generate(generator, model, inputs, "beam")}
+    model.double()
+    tensors |= dump.forward(model, inputs, float64=True)
+    runs = {"forward": {"kind": "forward"},
+            "train": {"kind": "train", "options": {"mode": "eval", "label_smoothing": 0.1}},
+            "beam": {"kind": "generate", "options": {"beam": 2}}}  # fmt: skip
+    dump.write(str(tmp_path / "ofa.safetensors"), "ofa", {"project": "stand-in"}, runs, tensors)
+    return tmp_path / "ofa.safetensors"
+
+
+@pytest.fixture
+def florence2(tmp_path) -> Path:
+    dump, model = script("dump_florence2"), StandInFlorence2()
+    inputs = {"input_ids": ids(SOURCE), "decoder_input_ids": ids(TARGET)}
+    given = {"input_ids": ids(SOURCE), "labels": ids(TARGET)}
+    tensors = {**dump.given("forward", inputs), **dump.given("train", given), **dump.forward(model, inputs)}
+    tensors |= {**dump.train(model, given), **dump.generate(model, {"input_ids": ids(SOURCE)}, "beam", num_beams=2)}
+    tensors |= dump.given("beam", {"input_ids": ids(SOURCE)})
+    runs = {"forward": {"kind": "forward"}, "train": {"kind": "train", "options": {"mode": "eval"}},
+            "beam": {"kind": "generate", "options": {"num_beams": 2}}}  # fmt: skip
+    dump.write(str(tmp_path / "florence2.safetensors"), "florence2", {"project": "stand-in"}, runs, tensors)
+    return tmp_path / "florence2.safetensors"
+
+
+@pytest.mark.parametrize("name", ["ofa", "florence2"])
+def test_what_a_script_writes_is_a_reference_that_the_family_knows(name: str, request) -> None:
+    reference = read_reference(request.getfixturevalue(name))
+    family = FAMILIES[name]
+    assert reference.family == name
+    assert {run.kind for run in reference.runs} == {"forward", "train", "generate"}
+    seams = {each.seam for run in reference.runs for each in run.outputs}
+    assert {
+        "encoder.embeddings",
+        "encoder.layers.1",
+        "encoder.layers.1.self_attn",
+        "encoder",
+        "logits",
+        "loss",
+    } <= seams
+    later = ("grad_norm.", "grad.", "sequences", "scores", *family.losses)
+    unknown = [
+        seam
+        for seam in seams
+        if not seam.startswith(later) and not any(each.layer_of(seam) is not None for each in family.seams)
+    ]
+    assert not unknown
+    for run in reference.runs:
+        assert set(run.inputs) <= {argument.original for argument in family.arguments}
+        assert set(family.required[run.kind]) <= set(run.inputs)
+        assert set(run.options) <= set(family.options[run.kind])
+
+
+@pytest.mark.parametrize("name", ["ofa", "florence2"])
+def test_every_seam_of_a_layer_is_batch_first(name: str, request) -> None:
+    reference = read_reference(request.getfixturevalue(name))
+    for each in reference.runs[0].outputs:
+        length = TARGET if each.seam.startswith(("decoder", "logits")) else SOURCE
+        assert each.tensor.shape[:2] == (BATCH, length), each.seam
+
+
+def test_float64_run_stands_beside_the_float32_one(ofa) -> None:
+    outputs = read_reference(ofa).runs[0].outputs
+    assert {each.dtype for each in outputs if each.seam == "logits"} == {torch.float32, torch.float64}
+    assert all(each.tensor.dtype == each.dtype for each in outputs)
+
+
+def test_hypotheses_are_padded_and_ordered(ofa) -> None:
+    beam = next(run for run in read_reference(ofa).runs if run.name == "beam")
+    found = {each.seam: each.tensor.read() for each in beam.outputs}
+    assert found["sequences"].tolist() == [[[5, 6, 2], [5, 2, 1]]] * BATCH
+    assert found["scores"].tolist() == [[-1.0, -2.0]] * BATCH
+
+
+@pytest.mark.parametrize("path", sorted(SCRIPTS.glob("*.py")), ids=lambda path: path.name)
+def test_script_stands_alone_in_old_pythons(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 7))
+    imported = {alias.name.partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import)
+                for alias in node.names}  # fmt: skip
+    imported |= {(node.module or "").partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert "weightport" not in imported
+    family = path.stem.removeprefix("dump_")
+    assert (SCRIPTS / f"requirements-{family}.txt").is_file() and f"requirements-{family}.txt" in ast.get_docstring(
+        tree
+    )
