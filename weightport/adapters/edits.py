@@ -77,11 +77,14 @@ class Norms:
     largest: float = 0.0
     comparable: bool = field(default=True)
 
-    def add(self, before: torch.Tensor, after: torch.Tensor) -> None:
-        change = after - before
+    def add(self, before: torch.Tensor, change: torch.Tensor) -> None:
+        """Count a block: the base's values and what was added to them, of one shape and dtype."""
+        if not before.numel():
+            return
         self.change += float(torch.linalg.vector_norm(change)) ** 2
         self.base += float(torch.linalg.vector_norm(before)) ** 2
-        self.largest = max(self.largest, float(torch.linalg.vector_norm(change, ord=math.inf)))
+        low, high = torch.aminmax(change)
+        self.largest = max(self.largest, -float(low), float(high))
 
 
 def arithmetic_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -96,7 +99,8 @@ def edited_chunks(output: Output, norms: Norms) -> Iterator[torch.Tensor]:
     origin = edit.replacement or output.base
     if not output.dtype.is_floating_point:
         # Counters of a module that was saved as a whole.
-        norms.add(output.base.read().double(), origin.read().double())
+        before = output.base.read().double()
+        norms.add(before, origin.read().double() - before)
         yield from chunks(origin.read(), output.dtype)
         return
     wide = arithmetic_dtype(output.base.dtype, output.dtype)
@@ -115,8 +119,17 @@ def edited_chunks(output: Output, norms: Norms) -> Iterator[torch.Tensor]:
     factor = None
     if magnitude is not None and edit.dora is not None and edit.dora.by_column:
         factor = magnitude / _column_norms(source, changes, step, wide)
+    # What was added is known as it stands, unless the sum is changed again.
+    only_added = bool(changes) and before is source and magnitude is None and not edit.rows
     for start in range(0, rows, step):
         stop = min(start + step, rows)
+        if only_added:
+            values = source[start:stop].to(wide, copy=True)
+            added = _added(changes, start, stop)
+            norms.add(values, added)
+            values += added
+            yield _rounded(values, output)
+            continue
         values = _sum(source, changes, start, stop, wide)
         if factor is not None:
             values *= factor
@@ -126,15 +139,23 @@ def edited_chunks(output: Output, norms: Norms) -> Iterator[torch.Tensor]:
             for place, index in enumerate(indices):
                 if start <= index < stop:
                     values[index - start] = replaced.read()[place].to(wide)
-        norms.add(before[start:stop].to(wide), values)
+        unchanged = before[start:stop].to(wide)
+        norms.add(unchanged, values - unchanged)
         yield _rounded(values, output)
 
 
 def _sum(source: torch.Tensor, changes: Sequence[Change], start: int, stop: int, wide: torch.dtype) -> torch.Tensor:
     values = source[start:stop].to(wide, copy=True)
-    for change in changes:
-        values += change.rows(start, stop)
+    if changes:
+        values += _added(changes, start, stop)
     return values
+
+
+def _added(changes: Sequence[Change], start: int, stop: int) -> torch.Tensor:
+    added = changes[0].rows(start, stop)
+    for change in changes[1:]:
+        added += change.rows(start, stop)
+    return added
 
 
 def _column_norms(source: torch.Tensor, changes: Sequence[Change], step: int, wide: torch.dtype) -> torch.Tensor:
@@ -154,7 +175,7 @@ def _rounded(values: torch.Tensor, output: Output) -> torch.Tensor:
             "be of a training that did not diverge."
         )
     rounded = values.to(output.dtype)
-    if largest > torch.finfo(output.dtype).max and not bool(torch.isfinite(rounded).all()):
+    if largest > 0.99 * torch.finfo(output.dtype).max and not bool(torch.isfinite(rounded).all()):
         raise NonFiniteError(
             f"{output.name}: the merged weight reaches {largest:.3g}, more than {output.dtype} holds. "
             "Merge with --dtype bfloat16 or float32."

@@ -10,8 +10,8 @@ import json
 import math
 import platform
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -110,7 +110,8 @@ def merge_lora(
             BackgroundDigests(source.checkpoint.files) as digests,
             whole_directory(out, overwrite=options.overwrite, needs=needs) as folder,
         ):
-            files, tensors = _write(plan, source, folder, advance)
+            with one_thread():
+                files, tensors = _write(plan, source, folder, advance)
             write_companions(folder, base, tokenizer, source.config, config_changes)
             record = _record(source, opened, adapters, plan, options, files, tensors, digests.result())
             _write_record(folder, record)
@@ -119,6 +120,18 @@ def merge_lora(
                 record = {**record, "verification": dict(verification)}
                 _write_record(folder, record)
     return Merge(out, record)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread while the block runs: blocks of rows fit a core's cache, where a second thread costs more in
+    waiting than it computes, and hashing takes the other cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def open_base(base: Path) -> Base:
