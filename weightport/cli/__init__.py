@@ -9,5 +9,6 @@ from .app import main
 from .conversion import port_florence2, port_ofa
 from .merging import port_merge_lora
 from .parity import port_parity
+from .releasing import port_release
 
-__all__ = ["main", "port_florence2", "port_merge_lora", "port_ofa", "port_parity"]
+__all__ = ["main", "port_florence2", "port_merge_lora", "port_ofa", "port_parity", "port_release"]

@@ -13,6 +13,7 @@ from .generation import generate_command
 from .inspection import inspect_command
 from .merging import extract_lora_command, merge_lora_command
 from .parity import parity_command
+from .releasing import release_command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -31,5 +32,6 @@ for command in (
     port_adapter_command,
     merge_lora_command,
     extract_lora_command,
+    release_command,
 ):
     main.add_command(command)

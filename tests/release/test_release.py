@@ -1,0 +1,169 @@
+"""port-release: what is refused, what the card says, and what the Hub is asked for."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from huggingface_hub import ModelCard, ModelCardData
+from safetensors.torch import load_file, save_file
+
+from weightport import cli
+from weightport.errors import CheckpointError, ConfigurationError, CoverageError, OutputError, UsageError, WeightportError
+from weightport.release import ReleaseOptions, release
+
+REPO = "somebody/ofa-tiny"
+
+
+class StandIn:
+    """The part of huggingface_hub.HfApi that a release uses, which writes down what it was asked for."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self._error = error
+
+    def create_repo(self, repo: str, **options: Any) -> None:
+        self.calls.append(("create_repo", {"repo": repo, **options}))
+
+    def create_branch(self, repo: str, **options: Any) -> None:
+        self.calls.append(("create_branch", {"repo": repo, **options}))
+
+    def upload_folder(self, **options: Any) -> None:
+        if self._error is not None:
+            raise self._error
+        self.calls.append(("upload_folder", options))
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def test_dry_run_shows_files_and_card_and_changes_nothing(model: Path, offline: None) -> None:
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    result = CliRunner().invoke(cli.port_release, [str(model), "--repo", REPO, "--dry-run"])
+    assert result.exit_code == 0, result.output
+    for text in ("model.safetensors", "modeling_ofa.py", "README.md", "license:", "nothing was written"):
+        assert text in result.output
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+
+
+def test_card_has_metadata_that_the_hub_reads(model: Path) -> None:
+    card = ModelCard(release(model, ReleaseOptions(REPO, base_model="OFA-Sys/ofa-tiny", language=("zh",), dry_run=True)).card)
+    data = card.data
+    assert isinstance(data, ModelCardData)
+    assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "transformers", "image-to-text")
+    assert data.base_model == "OFA-Sys/ofa-tiny" and data.language == ["zh"]
+    assert "custom_code" in data.tags
+
+
+def test_card_says_what_the_records_say_and_nothing_else(model: Path) -> None:
+    source = json.loads((model / "conversion.json").read_text())["source"]["files"][0]["sha256"]
+    card = release(model, ReleaseOptions(REPO, dry_run=True)).card
+    assert source in card and "trust_remote_code=True" in card
+    assert "Not measured here: parity with the original and quality on a task" in card
+    (model / "metrics.json").write_text(json.dumps({"CIDEr": 1.25}))
+    card = release(model, ReleaseOptions(REPO, dry_run=True)).card
+    assert "| CIDEr | 1.25 |" in card and "Not measured here: parity with the original." in card
+
+
+def test_upload_makes_the_repository_and_sends_exactly_the_listed_files(model: Path) -> None:
+    (model / "optimizer.pt").write_bytes(b"x")
+    (model / ".secret").write_text("x")
+    api = StandIn()
+    result = release(model, ReleaseOptions(REPO, private=True, revision="v1"), api=api)
+    assert [name for name, _ in api.calls] == ["create_repo", "create_branch", "upload_folder"]
+    assert api.calls[0][1] == {"repo": REPO, "private": True, "exist_ok": True}
+    sent = api.calls[2][1]
+    assert sent["revision"] == "v1" and sent["allow_patterns"] == list(result.files)
+    assert {"modeling_ofa.py", "config.json", "README.md", "model.safetensors"} <= set(result.files)
+    assert not {"optimizer.pt", ".secret"} & set(result.files)
+    assert all((model / name).is_file() for name in result.files)
+    assert (model / "README.md").read_text() == result.card
+    assert "auto_map" in json.loads((model / "config.json").read_text())
+    assert result.url == f"https://huggingface.co/{REPO}/tree/v1"
+
+
+def test_released_directory_loads_with_its_own_code(model: Path) -> None:
+    release(model, ReleaseOptions(REPO), api=StandIn())
+    from transformers import AutoModelForSeq2SeqLM
+
+    assert AutoModelForSeq2SeqLM.from_pretrained(model).num_parameters() > 0
+
+
+def test_unreachable_hub_leaves_the_directory_ready_and_says_how_to_go_on(model: Path) -> None:
+    with pytest.raises(OutputError, match=r"is ready(.|\n)*port-release .* --repo somebody/ofa-tiny --private"):
+        release(model, ReleaseOptions(REPO, private=True), api=StandIn(ConnectionError("no route to host")))
+    assert (model / "README.md").is_file() and (model / "modeling_ofa.py").is_file()
+
+
+def without_tensor(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+
+def changed_weight(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    name = next(name for name, tensor in tensors.items() if tensor.dtype == torch.float32)
+    tensors[name] += 1
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+
+SPOILED: dict[str, tuple[Callable[[Path], Any], type[WeightportError], str]] = {
+    "no config": (lambda m: (m / "config.json").unlink(), CheckpointError, "config.json"),
+    "no weights": (lambda m: (m / "model.safetensors").unlink(), CheckpointError, "weights"),
+    "no tokenizer": (lambda m: [p.unlink() for p in (*m.glob("vocab*"), *m.glob("tokenizer*"))], CheckpointError, "tokenizer"),
+    "a tensor is missing": (without_tensor, CoverageError, "is missing"),
+    "weights changed since": (changed_weight, CheckpointError, "changed since"),
+    "truncated": (
+        lambda m: (m / "model.safetensors").write_bytes((m / "model.safetensors").read_bytes()[:-4]),
+        CheckpointError,
+        "truncated",
+    ),
+    "config of nothing": (lambda m: (m / "config.json").write_text("{}"), ConfigurationError, "model_type"),
+    "an adapter": (lambda m: (m / "adapter_config.json").write_text("{}"), CheckpointError, "adapter"),
+}
+
+
+@pytest.mark.parametrize("what", SPOILED)
+def test_directory_that_should_not_be_published_is_refused(what: str, model: Path) -> None:
+    spoil, error, message = SPOILED[what]
+    spoil(model)
+    api = StandIn()
+    with pytest.raises(error, match=message):
+        release(model, ReleaseOptions(REPO), api=api)
+    assert not api.calls and not (model / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [ReleaseOptions("no-owner"), ReleaseOptions("a/b/c"), ReleaseOptions(REPO, licence="Do What You Want!")],
+)
+def test_names_that_the_hub_does_not_take_are_refused(options: ReleaseOptions, model: Path) -> None:
+    with pytest.raises(UsageError):
+        release(model, options, api=StandIn())
+
+
+def test_licence_is_asked_for_where_the_family_has_none(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UsageError, match="--licence"):
+        release(tmp_path, ReleaseOptions(REPO, dry_run=True))
+    found = release(tmp_path, ReleaseOptions(REPO, licence="mit", dry_run=True))
+    assert "trust_remote_code" not in found.card and not any(name.endswith(".py") for name in found.files)

@@ -1,0 +1,166 @@
+"""The model card, from what the directory knows: where the model comes from, what was done to it, and how it was proven."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .checking import CheckedDirectory
+
+_TASKS = {"ofa": "image-to-text", "florence2": "image-text-to-text", "paligemma": "image-text-to-text", "blip-2": "image-to-text"}  # fmt: skip
+# Licences that the original authors gave the released checkpoints.
+LICENCES = {"ofa": "apache-2.0", "florence2": "mit", "paligemma": "gemma", "moondream": "apache-2.0"}
+
+
+@dataclass(frozen=True)
+class CardOptions:
+    """What only the user can say. `base_model` is a Hub id; `language` codes as the Hub has them."""
+
+    repo: str
+    licence: str
+    base_model: str | None = None
+    language: Sequence[str] = ()
+
+
+def model_card(found: CheckedDirectory, options: CardOptions) -> str:
+    """README.md: the Hub's metadata as YAML, then what the records say. No sentence claims what no record holds."""
+    sections = [
+        _metadata(found, options),
+        f"# {options.repo.rpartition('/')[2]}\n\n{_summary(found)}",
+        _usage(found, options),
+        _provenance(found),
+        _merge(found),
+        _parity(found),
+        _metrics(found),
+        _files(found),
+        _limits(found),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _metadata(found: CheckedDirectory, options: CardOptions) -> str:
+    model_type = str(found.config.get("model_type"))
+    merged = "merge.json" in found.records
+    fields: dict[str, Any] = {
+        "license": options.licence,
+        "library_name": "transformers",
+        "pipeline_tag": _TASKS.get(model_type),
+        "base_model": options.base_model,
+        "base_model_relation": ("merge" if merged else "finetune") if options.base_model else None,
+        "language": list(options.language) or None,
+        "tags": [model_type, "weightport", *(["custom_code"] if found.needs_code else [])],
+    }
+    # JSON strings and lists are YAML too, and need no other quoting rules.
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items() if value is not None]
+    return "---\n" + "\n".join(lines) + "\n---"
+
+
+def _summary(found: CheckedDirectory) -> str:
+    conversion = found.records.get("conversion.json", {})
+    title = conversion.get("title") or (found.config.get("architectures") or ["A model"])[0]
+    dtype = str(found.dtype).removeprefix("torch.")
+    return f"{title}, {found.parameters / 1e6:,.1f} M parameters, {dtype}, for transformers 5."
+
+
+def _usage(found: CheckedDirectory, options: CardOptions) -> str:
+    processor = any(path.name in ("processor_config.json", "preprocessor_config.json") for path in found.files)
+    reader = "AutoProcessor" if processor else "AutoTokenizer"
+    automodel = "AutoModelForImageTextToText" if processor else "AutoModel"
+    remote = ", trust_remote_code=True" if found.needs_code else ""
+    note = (
+        "\n\nTransformers has no class for this family: the modeling code is in the repository and is run with "
+        "`trust_remote_code=True`. Read it first, or install weightport and leave the argument out."
+        if found.needs_code
+        else ""
+    )
+    return (
+        "## Use\n\n```python\n"
+        f"from transformers import {automodel}, {reader}\n\n"
+        f'model = {automodel}.from_pretrained("{options.repo}"{remote})\n'
+        f'processor = {reader}.from_pretrained("{options.repo}"{remote})\n'
+        f"```{note}"
+    )
+
+
+def _provenance(found: CheckedDirectory) -> str:
+    record = found.records.get("conversion.json")
+    if not record:
+        return ""
+    source = record.get("source", {})
+    rows = [(str(file.get("name")), f"{file.get('size', 0):,}", f"`{file.get('sha256')}`") for file in source.get("files", ())]
+    notes = "".join(f"\n- {note}" for note in record.get("notes", ()))
+    return (
+        f"## Where it comes from\n\nConverted by weightport {record.get('versions', {}).get('weightport', '')} from the "
+        f"original checkpoint ({source.get('format')}):\n\n{_table(('file', 'bytes', 'SHA-256'), rows)}"
+        + (f"\n{notes}" if notes else "")
+        + "\n\n`conversion.json` names every tensor's source."
+    )
+
+
+def _merge(found: CheckedDirectory) -> str:
+    record = found.records.get("merge.json")
+    if not record:
+        return ""
+    rows = [
+        (str(a.get("name")), f"{a.get('weight'):g}", str(a.get("rank")), f"{a.get('alpha'):g}", str(a.get("modules")))
+        for a in record.get("adapters", ())
+    ]
+    text = (
+        f"## What was merged\n\n{len(record.get('changed', {}))} tensors changed, {record.get('unchanged')} are the "
+        f"base's bytes.\n\n{_table(('adapter', 'weight', 'rank', 'alpha', 'modules'), rows)}"
+    )
+    checked = record.get("verification")
+    if checked:
+        seams = {seam["seam"]: seam for seam in checked["seams"]}
+        shown = [seams[name] for name in ("logits", *(n for n in seams if n != "logits")) if name in seams][:6]
+        text += "\n\nBase with adapter in peft against the merged weights, in float32:\n\n" + _table(
+            ("output", "largest difference", "scale"),
+            [(seam["seam"], f"{seam['difference']:.1e}", f"{seam['scale']:.1e}") for seam in shown],
+        )
+    return text
+
+
+def _parity(found: CheckedDirectory) -> str:
+    record = found.records.get("parity.json")
+    seams = record.get("seams") if isinstance(record, Mapping) else None
+    if not isinstance(seams, list) or not seams:
+        return ""
+    columns = [key for key, value in seams[0].items() if isinstance(value, (str, int, float, bool))][:6]
+    rows = [tuple(_shown(seam.get(key)) for key in columns) for seam in seams if isinstance(seam, Mapping)]
+    return "## Parity with the original implementation\n\n" + _table(columns, rows)
+
+
+def _metrics(found: CheckedDirectory) -> str:
+    record = found.records.get("metrics.json")
+    if not isinstance(record, Mapping):
+        return ""
+    rows = [(str(name), _shown(value)) for name, value in record.items() if isinstance(value, (int, float))]
+    return "## Metrics\n\n" + _table(("metric", "value"), rows) if rows else ""
+
+
+def _files(found: CheckedDirectory) -> str:
+    return "## Weights\n\n" + _table(("file", "SHA-256"), [(name, f"`{value}`") for name, value in found.hashes.items()])
+
+
+def _limits(found: CheckedDirectory) -> str:
+    unknown = [
+        what
+        for name, what in (("parity.json", "parity with the original"), ("metrics.json", "quality on a task"))
+        if name not in found.records
+    ]
+    measured = f" Not measured here: {' and '.join(unknown)}." if unknown else ""
+    return (
+        "## Limits\n\nThe model has the limits and biases of the model it was made from; see that model's card."
+        f"{measured}"
+    )
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join(lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows])
