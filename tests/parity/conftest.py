@@ -38,8 +38,14 @@ def whole_reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reference(whole_reference: Path, tmp_path: Path) -> Callable[..., Path]:
     """A reference of some runs: `reference("text")`; `change(runs, tensors, slices)` may edit them before writing."""
 
+    return subset(whole_reference, tmp_path / "some.safetensors")
+
+
+def subset(whole: Path, path: Path) -> Callable[..., Path]:
+    """Writes some runs of a reference file to `path`."""
+
     def write(*names: str, change: Callable[..., None] = lambda runs, tensors, slices: None) -> Path:
-        opened = read_reference(whole_reference)
+        opened = read_reference(whole)
         chosen = [run for run in opened.runs if run.name in names]
         assert len(chosen) == len(names)
         runs = {run.name: {"kind": run.kind, "options": dict(run.options)} for run in chosen}
@@ -47,7 +53,7 @@ def reference(whole_reference: Path, tmp_path: Path) -> Callable[..., Path]:
         tensors |= {each.tensor.name: each.tensor.read() for run in chosen for each in run.outputs}
         slices = {each.tensor.name: each.selection for run in chosen for each in run.outputs if each.selection.given}
         change(runs, tensors, slices)
-        return write_reference(tmp_path / "some.safetensors", "ofa", opened.source, runs, tensors, slices)
+        return write_reference(path, opened.family, opened.source, runs, tensors, slices)
 
     return write
 

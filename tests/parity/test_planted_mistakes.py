@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from weightport.modeling.ofa import modeling_ofa
-from weightport.parity import check_parity, loading
+from weightport.parity import check_parity, loading, read_reference
+from weightport.parity.runner import native_arguments
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Mistake:
     plant: Callable[[torch.nn.Module], None]
     first: str
     runs: tuple[str, ...] = ("image_text",)
+    module: str = ""
 
 
 def on(path: str, change: Callable[[torch.nn.Module], None]) -> Callable[[torch.nn.Module], None]:
@@ -28,6 +30,14 @@ def on(path: str, change: Callable[[torch.nn.Module], None]) -> Callable[[torch.
 
 def transpose(module: torch.nn.Module) -> None:
     module.weight.copy_(module.weight.T.clone())
+
+
+def roll(module: torch.nn.Module) -> None:
+    module.weight.copy_(module.weight.roll(1, 0))
+
+
+def without_head_scale(attention: torch.nn.Module) -> None:
+    attention.c_attn.fill_(1.0)
 
 
 def swap_rows(module: torch.nn.Module) -> None:
@@ -76,7 +86,15 @@ MISTAKES = [
     Mistake("layer_norm_epsilon_of_bert", every(torch.nn.LayerNorm, epsilon(1e-12)), "encoder.positions"),
     Mistake("image_projection_scaled", on(f"{ENCODER}.image_proj", scale(1.001)), "projector"),
     Mistake("type_rows_swapped", on(f"{ENCODER}.type_embedding", swap_rows), "encoder.embeddings"),
-    Mistake("query_transposed", on(f"{ENCODER}.layers.1.self_attn.q_proj", transpose), "encoder.layers.1"),
+    Mistake("query_transposed", on(f"{ENCODER}.layers.1.self_attn.q_proj", transpose), "encoder.layers.1",
+            module=f"{ENCODER}.layers.1.self_attn.q_proj"),
+    Mistake("query_and_key_swapped",
+            swap(f"{DECODER}.layers.1.self_attn.q_proj", f"{DECODER}.layers.1.self_attn.k_proj"),
+            "decoder.layers.1", module=f"{DECODER}.layers.1.self_attn.k_proj"),
+    Mistake("positions_offset_by_one", on(f"{ENCODER}.embed_positions", roll),
+            "encoder.positions", module=f"{ENCODER}.embed_positions"),
+    Mistake("head_scale_missing", on(f"{ENCODER}.layers.0.self_attn", without_head_scale),
+            "encoder.layers.0", module=f"{ENCODER}.layers.0.self_attn.out_proj"),
     Mistake(
         "attention_scaled_as_usual",
         every(modeling_ofa.OFAAttention, lambda m: setattr(m, "scaling", m.scaling * HEAD_DIM_SCALE)),
@@ -103,6 +121,10 @@ def test_mistake_is_found_where_it_begins(mistake: Mistake, native, reference, p
     assert not report.passed
     assert report.first_departure.seam == mistake.first
     assert mistake.first in report.verdict
+    place = report.localisation
+    assert place.seam == mistake.first and place.sentence.startswith(f"{mistake.first}: ")
+    assert place.input_error is None or place.input_error < 1e-5
+    assert not mistake.module or mistake.module in (*place.modules, *place.inside)
 
 
 def test_the_same_runs_agree_without_a_mistake(native, reference) -> None:
@@ -129,6 +151,46 @@ def test_dropped_patch_masks_show_in_the_source_mask(native, reference, monkeypa
     monkeypatch.setitem(loading.FAMILIES, "ofa", replace(family, complete=without_masks))
     report = check_parity(native, reference("patch_masks"), dtypes=[torch.float32])
     assert report.first_departure.seam == "encoder.mask"
+
+
+def test_inverted_padding_mask_shows_in_the_source_mask(native, reference, monkeypatch) -> None:
+    family = loading.FAMILIES["ofa"]
+
+    def inverted(*args):
+        arguments = family.complete(*args)
+        return {**arguments, "attention_mask": 1 - arguments["attention_mask"]}
+
+    monkeypatch.setitem(loading.FAMILIES, "ofa", replace(family, complete=inverted))
+    report = check_parity(native, reference("patch_masks"), dtypes=[torch.float32])
+    assert report.first_departure.seam == "encoder.mask"
+    assert report.localisation.modules == ("model.encoder (masks)",)
+
+
+FINER = ("encoder.layers.1.self_attn", "encoder.layers.1.fc1", "encoder.layers.1.fc2", "decoder.layers.0.encoder_attn")
+
+
+def test_finer_seams_narrow_the_place_down(native, reference, plant) -> None:
+    """What the original gives inside its layers stands in no golden case: the model that agrees with it stands in."""
+    family, model = loading.FAMILIES["ofa"], loading.load_native(native, torch.float32)
+    run = next(run for run in read_reference(reference("image_text")).runs)
+    values: dict[str, torch.Tensor] = {}
+    for name in FINER:
+        seam, layer = next((s, n) for s in family.seams if (n := s.layer_of(name)) is not None)
+
+        def keep(module, args, output, name=name, seam=seam) -> None:
+            values[f"image_text/out/{name}"] = seam.pick(output).clone()
+
+        model.get_submodule(seam.module.replace("*", layer)).register_forward_hook(keep)
+    with torch.no_grad():
+        model(**native_arguments(family, run, model), use_cache=False)
+    finer = reference("image_text", change=lambda runs, tensors, slices: tensors.update(values))
+    plant(on(f"{ENCODER}.layers.1", lambda module: setattr(module, "activation_fn", torch.nn.GELU("tanh"))))
+    report = check_parity(native, finer, dtypes=[torch.float32])
+    assert report.first_departure.seam == "encoder.layers.1.fc2"
+    place = report.localisation
+    assert place.input_seam == "encoder.layers.1.fc1" and place.input_error < 1e-6 < place.output_error
+    assert place.modules == tuple(f"{ENCODER}.layers.1.{each}" for each in ("activation_fn", "ffn_layer_norm", "fc2"))
+    assert "encoder.layers.1.fc2: input (encoder.layers.1.fc1) equal" in place.sentence
 
 
 def test_missing_label_smoothing_shows_in_the_loss_and_not_before(native, reference, monkeypatch) -> None:

@@ -20,7 +20,7 @@ from .compare import Comparison
 from .family import Family, Seam
 from .seams import base_seam
 
-NAMED = 8
+NAMED = 16
 
 
 @dataclass(frozen=True)
