@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 FAILED = 1
 SHOWN = 40
+PIPED = 200
+"""Columns of the table where no terminal says how many it has."""
 
 
 @click.command("compare")
@@ -53,6 +55,9 @@ def _show(report: WeightsReport) -> None:
     from ..parity.difference import Sameness
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=PIPED)
+    kinds = [kind for kind in Sameness if report.count(kind)]
     unequal = {
         module: rows
         for module, rows in report.by_module().items()
@@ -61,11 +66,11 @@ def _show(report: WeightsReport) -> None:
     if unequal:
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column("module", overflow="fold")
-        for kind in Sameness:
+        for kind in kinds:
             table.add_column(kind.value, justify="right", no_wrap=True)
         table.add_column("largest difference", overflow="fold")
         for module, rows in list(unequal.items())[:SHOWN]:
-            counts = [sum(each.sameness is kind for each in rows) for kind in Sameness]
+            counts = [sum(each.sameness is kind for each in rows) for kind in kinds]
             passed = all(each.sameness.passes for each in rows)
             worst = max(rows, key=_badness)
             table.add_row(
@@ -74,7 +79,7 @@ def _show(report: WeightsReport) -> None:
                 Text(_said(worst)),
                 style="" if passed else "red",
             )
-        console.print(table, crop=console.is_terminal, width=None if console.is_terminal else 240)
+        console.print(table)
     if len(unequal) > SHOWN:
         console.print(f"… and {len(unequal) - SHOWN} more modules (--json has them all)")
     console.print(Text(report.verdict, style="bold green" if report.passed else "bold red"), soft_wrap=True)
