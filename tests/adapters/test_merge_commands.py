@@ -11,7 +11,9 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
+
+import peft
 
 from weightport import cli
 from weightport.adapters import verification
@@ -67,7 +69,9 @@ def test_from_the_original_checkpoint_to_a_published_model(ofa: Path, adapter: P
 
 
 def test_adapters_take_weights_and_json_is_all_that_is_printed(ofa: Path, adapter: Path, tmp_path: Path) -> None:
-    done = run(cli.port_merge_lora, ofa, f"{adapter}=0.7", f"{adapter}=-0.2", tmp_path / "out", "--no-verify", "--json")
+    done = run(
+        cli.port_merge_lora, ofa, f"{adapter}=0.7", f"{adapter}=-0.2", tmp_path / "out", "--no-verify", "--json"
+    )
     assert done.exit_code == 0, done.output
     assert [entry["weight"] for entry in json.loads(done.output)["adapters"]] == [0.7, -0.2]
 

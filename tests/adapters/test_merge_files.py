@@ -1,4 +1,5 @@
-"""What a merge leaves on disk: the base's layout, the base's bytes where nothing changed, a record, or nothing at all."""
+"""What a merge leaves on disk: the base's layout, the base's bytes where nothing changed, a record, or nothing at
+all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Merged models hold what base and adapter give in peft, at least as close to the float64 truth as peft's own merge."""
+"""Merged models hold what base and adapter give in peft, at least as close to the float64 truth as peft's own
+merge."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Small random models of plain transformers architectures, adapters that peft makes for them, and peft as the judge."""
+"""Small random models of plain transformers architectures, adapters that peft makes for them, and peft as the
+judge."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Adapters trained on an original, merged into the converted directory on files: the original's numbers, or a refusal."""
+"""Adapters trained on an original, merged into the converted directory on files: the original's numbers, or a
+refusal."""
 
 from __future__ import annotations
 

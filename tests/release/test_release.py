@@ -15,7 +15,14 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file, save_file
 
 from weightport import cli
-from weightport.errors import CheckpointError, ConfigurationError, CoverageError, OutputError, UsageError, WeightportError
+from weightport.errors import (
+    CheckpointError,
+    ConfigurationError,
+    CoverageError,
+    OutputError,
+    UsageError,
+    WeightportError,
+)
 from weightport.release import ReleaseOptions, release
 
 REPO = "somebody/ofa-tiny"
@@ -58,7 +65,9 @@ def test_dry_run_shows_files_and_card_and_changes_nothing(model: Path, offline: 
 
 
 def test_card_has_metadata_that_the_hub_reads(model: Path) -> None:
-    card = ModelCard(release(model, ReleaseOptions(REPO, base_model="OFA-Sys/ofa-tiny", language=("zh",), dry_run=True)).card)
+    card = ModelCard(
+        release(model, ReleaseOptions(REPO, base_model="OFA-Sys/ofa-tiny", language=("zh",), dry_run=True)).card
+    )
     data = card.data
     assert isinstance(data, ModelCardData)
     assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "transformers", "image-to-text")
@@ -122,7 +131,11 @@ def changed_weight(model: Path) -> None:
 SPOILED: dict[str, tuple[Callable[[Path], Any], type[WeightportError], str]] = {
     "no config": (lambda m: (m / "config.json").unlink(), CheckpointError, "config.json"),
     "no weights": (lambda m: (m / "model.safetensors").unlink(), CheckpointError, "weights"),
-    "no tokenizer": (lambda m: [p.unlink() for p in (*m.glob("vocab*"), *m.glob("tokenizer*"))], CheckpointError, "tokenizer"),
+    "no tokenizer": (
+        lambda m: [p.unlink() for p in (*m.glob("vocab*"), *m.glob("tokenizer*"))],
+        CheckpointError,
+        "tokenizer",
+    ),
     "a tensor is missing": (without_tensor, CoverageError, "is missing"),
     "weights changed since": (changed_weight, CheckpointError, "changed since"),
     "truncated": (

@@ -1,8 +1,8 @@
 """Where the modules that an adapter names stand in the base's files.
 
-transformers renames tensors while it loads: a file may say `language_model.model.layers.0…` for what the running model,
-and so the adapter, calls `model.language_model.layers.0…`. A module is found by its exact name, or else by the one
-tensor whose name ends the same way and whose beginning holds the same words; anything less certain is refused.
+transformers renames tensors while it loads: a file may say `language_model.model.layers.0…` for what the running
+model, and so the adapter, calls `model.language_model.layers.0…`. A module is found by its exact name, or else by the
+one tensor whose name ends the same way and whose beginning holds the same words; anything less certain is refused.
 """
 
 from __future__ import annotations

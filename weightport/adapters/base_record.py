@@ -23,7 +23,8 @@ def record_base(adapter: str | Path, base: str | Path) -> None:
 
 
 def recorded_base(adapter: Path) -> set[str] | None:
-    """The SHA-256 of every weight file of the adapter's base; None when nothing is recorded. Raises CheckpointError."""
+    """The SHA-256 of every weight file of the adapter's base; None when nothing is recorded. Raises
+    CheckpointError."""
     path = adapter / FILE
     if not path.is_file():
         return None

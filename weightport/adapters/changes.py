@@ -1,7 +1,7 @@
 """What an adapter adds to a weight, as rows of a matrix that are computed when they are needed.
 
-A weight [rows, …] is seen as the matrix [rows, columns]. Linear weights are [out, in], so the change is B·A; the weights
-of GPT-2's Conv1D [in, out] and of embeddings [rows, dim] are the other way round, so there it is (B·A)ᵀ.
+A weight [rows, …] is seen as the matrix [rows, columns]. Linear weights are [out, in], so the change is B·A; the
+weights of GPT-2's Conv1D [in, out] and of embeddings [rows, dim] are the other way round, so there it is (B·A)ᵀ.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class Vector:
 
 @dataclass(frozen=True)
 class Pair:
-    """The two matrices of one module, before any scaling: a [r, in], b [out, r]. `flipped`: the weight is [in, out]."""
+    """The two matrices of one module, before any scaling: a [r, in], b [out, r]. `flipped`: the weight is [in,
+    out]."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -75,7 +76,8 @@ class Pair:
 
 
 def matrix_shape(shape: Sequence[int], *, stacked: bool = False) -> tuple[int, int]:
-    """[rows, columns] of a weight seen as a matrix; a vector is one column, a stack of matrices one matrix of all rows."""
+    """[rows, columns] of a weight seen as a matrix; a vector is one column, a stack of matrices one matrix of all
+    rows."""
     if stacked:
         return prod(shape[:-1]), shape[-1]
     return (shape[0], prod(shape[1:])) if shape else (1, 1)
@@ -130,8 +132,8 @@ def _misfit(module: ModuleAdapter, shape: tuple[int, ...]) -> str:
     wanted = list(pair_shapes(module)[0])
     if len(shape) > 2 and len(a) == len(shape) and shape[1] != a[1] and b[0] == shape[0]:
         return (
-            f"{module.module}: the pair is a dense convolution {wanted} beside one in groups {list(shape)}; there is no "
-            "weight that it could be added to"
+            f"{module.module}: the pair is a dense convolution {wanted} beside one in groups {list(shape)}; there is "
+            "no weight that it could be added to"
         )
     return f"{module.module}: the pair is for a weight {wanted}, the base's is {list(shape)}: another base"
 

@@ -1,8 +1,9 @@
 """Several adapters in one merge: their weighted sum, or one of peft's other combinations (add_weighted_adapter).
 
-`cat` is the weighted sum of the changes, W + Σ wᵢ·sᵢ·Bᵢ·Aᵢ, exactly; every other combination is peft's approximation of
-the same name, computed as peft 0.21 does: on A and on B apart (linear, ties, magnitude_prune), or on the product, of which
-a truncated singular value decomposition keeps the largest rank among the adapters (svd, ties_svd, magnitude_prune_svd).
+`cat` is the weighted sum of the changes, W + Σ wᵢ·sᵢ·Bᵢ·Aᵢ, exactly; every other combination is peft's approximation
+of the same name, computed as peft 0.21 does: on A and on B apart (linear, ties, magnitude_prune), or on the product,
+of which a truncated singular value decomposition keeps the largest rank among the adapters (svd, ties_svd,
+magnitude_prune_svd).
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ def check_combination(combination: Combination, ranks: Sequence[int], *, rslora:
         )
     if kind != SUM and rslora:
         raise UsageError(
-            f"{kind} of rank-stabilised adapters (use_rslora) comes out √r too strong in peft, so there is no number to "
-            f"agree with. Use {SUM}, the exact weighted sum."
+            f"{kind} of rank-stabilised adapters (use_rslora) comes out √r too strong in peft, so there is no number "
+            f"to agree with. Use {SUM}, the exact weighted sum."
         )
 
 

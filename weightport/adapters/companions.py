@@ -13,18 +13,23 @@ from ..errors import AdapterError
 
 RECORD = "merge.json"
 
-_WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".h5", ".msgpack", ".gguf", ".onnx", ".ot"})  # fmt: skip
+_WEIGHTS = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".h5", ".msgpack", ".gguf", ".onnx", ".ot"}
+)  # fmt: skip
 # What describes the base as it was and would be wrong of the merged model.
 _STALE = frozenset({"README.md", "parity.json", "parity.html", "metrics.json", "training_args.json"})
 
 _TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt",
+    "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
+    "chat_template.json",
 )  # fmt: skip
 
 
 def companions(base: Path) -> tuple[Path, ...]:
-    """The base's files that the merged directory keeps: configuration, tokenizer, processor, code, licence, records."""
+    """The base's files that the merged directory keeps: configuration, tokenizer, processor, code, licence,
+    records."""
     return tuple(
         path
         for path in sorted(base.iterdir())
@@ -57,15 +62,16 @@ def require_tokenizer_fits(files: Mapping[str, Path], rows: int, adapter: Path) 
     if highest >= rows:
         raise AdapterError(
             f"{adapter} brings a tokenizer with ids up to {highest}, but the merged embedding has {rows} rows. The "
-            "resized embedding was not saved with the adapter: save it again with save_embedding_layers=True, or train "
-            "with modules_to_save=['embed_tokens', 'lm_head']."
+            "resized embedding was not saved with the adapter: save it again with save_embedding_layers=True, or "
+            "train with modules_to_save=['embed_tokens', 'lm_head']."
         )
 
 
 def write_companions(
     folder: Path, base: Path, tokenizer: Mapping[str, Path], config: Mapping[str, Any], changes: Mapping[str, Any]
 ) -> None:
-    """Copy what is kept into `folder`; `tokenizer` files take the place of the base's, `changes` go into config.json."""
+    """Copy what is kept into `folder`; `tokenizer` files take the place of the base's, `changes` go into
+    config.json."""
     kept = companions(base)
     if tokenizer:
         kept = tuple(path for path in kept if path.name not in _TOKENIZER)
@@ -77,7 +83,8 @@ def write_companions(
 
 
 def resized_vocabulary(config: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
-    """The changes to config.json for an embedding that grew from `old` to `new` rows, at every level that says `old`."""
+    """The changes to config.json for an embedding that grew from `old` to `new` rows, at every level that says
+    `old`."""
     changes: dict[str, Any] = {"vocab_size": new} if config.get("vocab_size") == old else {}
     for name in ("text_config", "decoder", "llm_config", "language_config"):
         inner = config.get(name)

@@ -1,4 +1,5 @@
-"""One tensor of the merged model: the base's, and what adapters do to it, computed chunk by chunk with one rounding."""
+"""One tensor of the merged model: the base's, and what adapters do to it, computed chunk by chunk with one
+rounding."""
 
 from __future__ import annotations
 
@@ -33,9 +34,9 @@ class Dora:
 class Edit:
     """What happens to one tensor of the base.
 
-    `replacement` is taken instead of the base's values; `quantized` ("nf4", "nf4-double") rounds these first; `changes`
-    builds what is added, in the dtype of the arithmetic; `rows` then replaces single rows: index and value. `stacked`: a
-    matrix for each expert, [experts, rows, columns].
+    `replacement` is taken instead of the base's values; `quantized` ("nf4", "nf4-double") rounds these first;
+    `changes` builds what is added, in the dtype of the arithmetic; `rows` then replaces single rows: index and value.
+    `stacked`: a matrix for each expert, [experts, rows, columns].
     """
 
     sources: tuple[str, ...]
@@ -88,8 +89,8 @@ class Norms:
 
 
 def arithmetic_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """What products and sums are computed in, for operands and a result of `dtypes`: float32 for 16-bit weights, float64
-    for wider ones, so that the result is rounded once."""
+    """What products and sums are computed in, for operands and a result of `dtypes`: float32 for 16-bit weights,
+    float64 for wider ones, so that the result is rounded once."""
     return torch.float64 if any(dtype.itemsize > 2 for dtype in dtypes) else torch.float32
 
 
@@ -171,8 +172,8 @@ def _rounded(values: torch.Tensor, output: Output) -> torch.Tensor:
     largest = max(-float(low), float(high))
     if not math.isfinite(largest):
         raise NonFiniteError(
-            f"{output.name}: the merged weight would hold NaN or infinity. Check the base and the adapter: both should "
-            "be of a training that did not diverge."
+            f"{output.name}: the merged weight would hold NaN or infinity. Check the base and the adapter: both "
+            "should be of a training that did not diverge."
         )
     rounded = values.to(output.dtype)
     if largest > 0.99 * torch.finfo(output.dtype).max and not bool(torch.isfinite(rounded).all()):

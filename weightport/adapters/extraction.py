@@ -139,7 +139,8 @@ def _is_factorable(name: str, ref: TensorRef, base: Base) -> bool:
 def _factors(
     new: torch.Tensor, old: torch.Tensor, rank: int, *, flipped: bool
 ) -> tuple[torch.Tensor, torch.Tensor, float, float]:
-    """(A [r, in, …], B [out, r, …], squared norm of the change, squared norm of what the rank leaves out), in float32."""
+    """(A [r, in, …], B [out, r, …], squared norm of the change, squared norm of what the rank leaves out), in
+    float32."""
     change = new.to(torch.float32) - old.to(torch.float32)
     matrix = change.T if flipped else change.flatten(1)
     rank = min(rank, *matrix.shape)
@@ -171,8 +172,9 @@ def _save_whole(
     for module in sorted(modules):
         if any(name.startswith(f"{module}.") and name.rpartition(".")[0] != module for name in names):
             raise CoverageError(
-                f"{', '.join(name for name in changed if name.rpartition('.')[0] == module)} changed, and is a parameter "
-                "of a module that holds other modules: an adapter has no place for it. Ship the tuned model itself."
+                f"{', '.join(name for name in changed if name.rpartition('.')[0] == module)} changed, and is a "
+                "parameter of a module that holds other modules: an adapter has no place for it. "
+                "Ship the tuned model itself."
             )
         for name in names:
             if name.rpartition(".")[0] == module and name not in changed and module not in ranks:

@@ -121,8 +121,8 @@ def parse_merge_settings(data: Any, where: str) -> MergeSettings:
     start = data.get("init_lora_weights", True)
     if isinstance(start, str) and _CHANGES_BASE.match(start):
         raise AdapterError(
-            f"{where}: init_lora_weights is {start!r}, which took a part out of the base's weights before training, so "
-            "the adapter does not belong to the base as it is. Save it with peft's "
+            f"{where}: init_lora_weights is {start!r}, which took a part out of the base's weights before training, "
+            "so the adapter does not belong to the base as it is. Save it with peft's "
             "path_initial_model_for_weight_conversion, which makes it an ordinary LoRA adapter, and merge that."
         )
     for field, check, expected in _FIELDS:

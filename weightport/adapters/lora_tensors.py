@@ -69,7 +69,8 @@ class LoraAdapter:
 
 
 def open_adapter(folder: Path) -> LoraAdapter:
-    """The LoRA adapter in `folder`. Raises AdapterError for one that is incomplete, not finite, or of another method."""
+    """The LoRA adapter in `folder`. Raises AdapterError for one that is incomplete, not finite, or of another
+    method."""
     settings = read_merge_settings(folder)
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
@@ -132,8 +133,8 @@ def _module(path: Path, name: str, depth: int, parts: Mapping[str, TensorRef]) -
     if absent:
         have = ", ".join(sorted(parts))
         raise AdapterError(
-            f"{path}: {name} has {have}, but no {absent[0]}. The adapter is incomplete: a half of a pair says nothing. "
-            "Save it again; under DeepSpeed or FSDP gather the parameters first."
+            f"{path}: {name} has {have}, but no {absent[0]}. The adapter is incomplete: a half of a pair says "
+            "nothing. Save it again; under DeepSpeed or FSDP gather the parameters first."
         )
     return ModuleAdapter(
         name,
@@ -153,8 +154,9 @@ def _check(adapter: LoraAdapter, tensors: Mapping[str, TensorRef]) -> None:
         a, b = module.a.shape, module.b.shape
         if len(a) < 2 or len(b) != len(a) or 0 in a or 0 in b or a[0] != b[1]:
             raise AdapterError(
-                f"{module.a.name} {list(a)} and {module.b.name} {list(b)} are no pair of low rank: the first size of A "
-                "and the second of B should be the rank. Parameters of DeepSpeed or FSDP must be gathered before saving."
+                f"{module.a.name} {list(a)} and {module.b.name} {list(b)} are no pair of low rank: the first size of "
+                "A and the second of B should be the rank. Parameters of DeepSpeed or FSDP must be gathered "
+                "before saving."
             )
         rank = settings.rank(module.module)
         of_parameter = any(_of_parameter(name, module.module) for name in settings.target_parameters)
@@ -175,8 +177,8 @@ def _check(adapter: LoraAdapter, tensors: Mapping[str, TensorRef]) -> None:
     for name, ref in tensors.items():
         if ref.dtype.is_floating_point and not is_finite(ref.read()):
             raise NonFiniteError(
-                f"{adapter.path}: {name} holds NaN or infinity. A training run that diverged leaves such an adapter; take "
-                "an earlier checkpoint of it."
+                f"{adapter.path}: {name} holds NaN or infinity. A training run that diverged leaves such an adapter; "
+                "take an earlier checkpoint of it."
             )
 
 

@@ -1,7 +1,7 @@
 """plan_merge(): every tensor of the merged model, with what happens to it, before a byte is written.
 
-Whatever cannot be done is listed in one error: modules that the base does not have, pairs that do not fit, adapters that
-lack layers, changes to one of two tied places.
+Whatever cannot be done is listed in one error: modules that the base does not have, pairs that do not fit, adapters
+that lack layers, changes to one of two tied places.
 """
 
 from __future__ import annotations
@@ -227,8 +227,8 @@ def _require_weights(adapters: Sequence[LoraAdapter], weights: Sequence[float], 
     for adapter, weight in zip(adapters, weights):
         if adapter.settings.use_dora and (weight != 1 or len(adapters) > 1 or combination.kind != SUM):
             raise UsageError(
-                f"{adapter.path} is a DoRA adapter: it sets the length of each row of the merged weights, so it has no "
-                "weight and no sum with another adapter. Merge it alone."
+                f"{adapter.path} is a DoRA adapter: it sets the length of each row of the merged weights, so it has "
+                "no weight and no sum with another adapter. Merge it alone."
             )
 
 
@@ -275,10 +275,10 @@ def _settle_ties(
     if not untie:
         where = "head" if embedding is None else "token embedding" if head is None else "head and the token embedding"
         raise AdapterError(
-            f"The adapter changes the {where} of a base that keeps both in one matrix ({tied.embedding}); merged into it, "
-            "the change would act in both places, which is not the model that was trained.\n"
-            f"  Pass --untie to write the head as a matrix of its own ({tied.head}, {tensors[tied.embedding].nbytes:,} "
-            "bytes more)."
+            f"The adapter changes the {where} of a base that keeps both in one matrix ({tied.embedding}); merged into "
+            "it, the change would act in both places, which is not the model that was trained.\n"
+            f"  Pass --untie to write the head as a matrix of its own ({tied.head}, "
+            f"{tensors[tied.embedding].nbytes:,} bytes more)."
         )
     if embedding is not None and embedding.tokens:
         # peft trains single rows of tied places together.
@@ -429,7 +429,8 @@ def _output(name: str, ref: TensorRef, edit: Edit | None, dtype: torch.dtype | N
 def _resized(
     base: Base, outputs: Mapping[str, Output], embedding: str | None, tied: TiedHead | None
 ) -> tuple[int, int] | None:
-    """Rows of the vocabulary before and after. Raises CoverageError when only one of embedding and own head changed."""
+    """Rows of the vocabulary before and after. Raises CoverageError when only one of embedding and own head
+    changed."""
     grown = {out.name: (out.base.shape[0], out.shape[0]) for out in outputs.values() if out.shape != out.base.shape}
     if not grown:
         return None

@@ -1,7 +1,8 @@
-"""merge_lora(): LoRA adapters into a model directory, on files. No model is built, neither transformers nor peft imported.
+"""merge_lora(): LoRA adapters into a model directory, on files. No model is built, neither transformers nor peft
+imported.
 
-Tensors that no adapter touches are copied byte for byte; the others are computed in rows, in a wider dtype than they are
-stored in, and rounded once. Files are laid out as the base's are.
+Tensors that no adapter touches are copied byte for byte; the others are computed in rows, in a wider dtype than they
+are stored in, and rounded once. Files are laid out as the base's are.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ def merge_lora(
 ) -> Merge:
     """Write the model directory `base` with `adapters` (folder, weight) merged into it to the directory `out`.
 
-    `check` sees the finished files before they take their place; what it returns is recorded, and what it raises leaves
-    nothing behind. Raises AdapterError for an adapter that does not belong to the base or cannot be merged,
+    `check` sees the finished files before they take their place; what it returns is recorded, and what it raises
+    leaves nothing behind. Raises AdapterError for an adapter that does not belong to the base or cannot be merged,
     CheckpointError, ConfigurationError, NonFiniteError, UsageError, OutputError.
     """
     options = options or MergeOptions()

@@ -1,9 +1,10 @@
 """What a 4-bit base was in training: weights quantised to NormalFloat4 and back, as bitsandbytes does it.
 
-An adapter of QLoRA (arXiv:2305.14314) was trained beside these values. The 16 levels are those of the paper's appendix E
-(quantiles of a normal distribution, normalised to [-1, 1]) as bitsandbytes prints them in float32; weights are scaled by
-the largest magnitude of every 64 consecutive elements. With double quantisation, these scales, less their mean, are in
-turn kept in 8 bits: the nearest of 256 dynamic levels (arXiv:1511.04561) times the largest magnitude of every 256.
+An adapter of QLoRA (arXiv:2305.14314) was trained beside these values. The 16 levels are those of the paper's appendix
+E (quantiles of a normal distribution, normalised to [-1, 1]) as bitsandbytes prints them in float32; weights are
+scaled by the largest magnitude of every 64 consecutive elements. With double quantisation, these scales, less their
+mean, are in turn kept in 8 bits: the nearest of 256 dynamic levels (arXiv:1511.04561) times the largest magnitude of
+every 256.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ _HEAD = re.compile(r"(^|.*\.)(lm_head|embed_out|output_projection|score|classifi
 
 
 def is_quantized_layer(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether bitsandbytes would have held this tensor in 4 bits: the weight of a linear layer that is not the head."""
+    """Whether bitsandbytes would have held this tensor in 4 bits: the weight of a linear layer that is not the
+    head."""
     return (
         len(shape) == 2 and name.endswith(".weight") and not _NOT_LINEAR.fullmatch(name) and not _HEAD.fullmatch(name)
     )

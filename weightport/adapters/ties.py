@@ -15,18 +15,29 @@ from ..converters.writing import same_bits
 
 _EMBEDDINGS = ("shared", "embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
 _HEADS = ("lm_head", "embed_out", "output_projection", "cls.predictions.decoder")
-_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining", "ForSeq2SeqLM", "ForImageTextToText", "ForVision2Seq")  # fmt: skip
+_LANGUAGE_MODELS = (
+    "ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining", "ForSeq2SeqLM",
+    "ForImageTextToText", "ForVision2Seq",
+)  # fmt: skip
 
 # What else transformers ties under the same setting, and so must be written when it is turned off: name → its source.
-_BART = {"model.encoder.embed_tokens.weight": "model.shared.weight", "model.decoder.embed_tokens.weight": "model.shared.weight"}  # fmt: skip
+_EMBEDDED_APART = {f"model.{side}.embed_tokens.weight": "model.shared.weight" for side in ("encoder", "decoder")}
+_OUTPUT_BIAS = {"cls.predictions.decoder.bias": "cls.predictions.bias"}
 _ALSO_TIED: Mapping[str, Mapping[str, str]] = {
-    **dict.fromkeys(("bart", "mbart", "plbart", "m2m_100", "pegasus", "marian", "blenderbot"), _BART),
-    **dict.fromkeys(("bert", "electra"), {"cls.predictions.decoder.bias": "cls.predictions.bias"}),
+    "bart": _EMBEDDED_APART,
+    "mbart": _EMBEDDED_APART,
+    "plbart": _EMBEDDED_APART,
+    "m2m_100": _EMBEDDED_APART,
+    "pegasus": _EMBEDDED_APART,
+    "marian": _EMBEDDED_APART,
+    "blenderbot": _EMBEDDED_APART,
+    "bert": _OUTPUT_BIAS,
+    "electra": _OUTPUT_BIAS,
     "ofa": {"model.decoder.embed_tokens.weight": "model.encoder.embed_tokens.weight"},
 }
 
-# T5's configuration reads tie_word_embeddings as "scale the decoder's output", and its loader keeps a head that the file
-# holds beside the embedding: the setting stays as it is.
+# T5's configuration reads tie_word_embeddings as "scale the decoder's output", and its loader keeps a head that the
+# file holds beside the embedding: the setting stays as it is.
 _SETTING_MEANS_ELSE = frozenset({"t5", "mt5", "umt5", "longt5", "pix2struct", "switch_transformers"})
 
 

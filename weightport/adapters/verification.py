@@ -28,9 +28,9 @@ MODELS_AT_ONCE = 2.5
 """Models in float32 that stand in memory during the check, with what running them takes."""
 
 _ROUNDING_NOISE, _ARITHMETIC_NOISE = 4.0, 48.0
-"""What may move an output, relative to its scale and growing with the root of the depth: units of the stored dtype's eps
-for the rounding of the weights (0.2 to 0.7 were measured on small random models), and of float32's for the arithmetic,
-which adds the same terms in another order in the two models (parity/noise.py has the measurements)."""
+"""What may move an output, relative to its scale and growing with the root of the depth: units of the stored dtype's
+eps for the rounding of the weights (0.2 to 0.7 were measured on small random models), and of float32's for the
+arithmetic, which adds the same terms in another order in the two models (parity/noise.py has the measurements)."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ def available_memory() -> int:
 
 
 def verify_merge(written: Written) -> Verification:
-    """Run base + adapters in peft and the merged directory, both in float32, on the same inputs. Raises ParityError."""
+    """Run base + adapters in peft and the merged directory, both in float32, on the same inputs. Raises
+    ParityError."""
     with _quiet():
         tuned = _tuned(written)
         arguments = sample_inputs(tuned.get_base_model(), written.base)
@@ -156,7 +157,8 @@ def _tuned(written: Written) -> Any:
         scaling = getattr(module, "scaling", None)
         if isinstance(scaling, dict):
             scaling.update({n: scaling[n] * w for n, w in zip(names, written.weights) if n in scaling})
-    tuned.base_model.set_adapter(names if len(names) > 1 else names[0])
+    tuner: Any = tuned.base_model
+    tuner.set_adapter(names if len(names) > 1 else names[0])
     return tuned.eval()
 
 
@@ -165,16 +167,18 @@ def _quantize(model: PreTrainedModel, kind: str) -> None:
     from transformers.pytorch_utils import Conv1D
 
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and is_quantized_layer(f"{name}.weight", tuple(weight.shape)):
+        if not isinstance(module, (torch.nn.Linear, Conv1D)):
+            continue
+        weight = module.weight
+        if is_quantized_layer(f"{name}.weight", tuple(weight.shape)):
             flipped = isinstance(module, Conv1D)
             stored = weight.to(model.config.dtype or torch.float32)
             weight.copy_(nf4_round_trip(stored, double=kind == "nf4-double", flipped=flipped))
 
 
 def sample_inputs(model: PreTrainedModel, directory: Path) -> dict[str, torch.Tensor]:
-    """Arguments of a forward pass: an image and a prompt through the directory's processor where it has one, else token
-    ids (an image alone for models that take nothing else)."""
+    """Arguments of a forward pass: an image and a prompt through the directory's processor where it has one, else
+    token ids (an image alone for models that take nothing else)."""
     found = _processed(model, directory)
     if not found:
         found = _plain_inputs(model)
@@ -211,7 +215,8 @@ def _plain_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def _tokens(model: PreTrainedModel, length: int) -> torch.Tensor:
     """Token ids [1, length], of the lower half of the vocabulary: special tokens for images stand at its end."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    embedding: Any = model.get_input_embeddings()
+    rows = int(embedding.weight.shape[0])
     return torch.randint(min(4, rows - 1), max(rows // 2, 5), (1, length), generator=torch.Generator().manual_seed(0))
 
 
@@ -301,8 +306,8 @@ def _require(result: Verification, expected: Mapping[str, Any], found: Mapping[s
         )
     if result.weight_steps > 1:
         raise ParityError(
-            f"A merged weight lies {result.weight_steps:.1f} roundings from peft's own merge; at most one is explained. "
-            "Nothing was written."
+            f"A merged weight lies {result.weight_steps:.1f} roundings from peft's own merge; at most one is "
+            "explained. Nothing was written."
         )
 
 

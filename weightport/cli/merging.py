@@ -82,7 +82,8 @@ class WeightedAdapter(click.ParamType):
 @click.option(
     "--verify/--no-verify",
     default=None,
-    help="Run base + adapter in peft and the merged model, and refuse a difference. By default where both fit in memory.",
+    help="Run base + adapter in peft and the merged model, and refuse a difference. "
+    "By default where both fit in memory.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @quiet_option
@@ -168,11 +169,13 @@ def _verified(lines: Lines, written: Written, verify: bool | None) -> Mapping[st
     for seam in shown.values():
         lines.line(
             "verify",
-            f"{seam.seam}: {seam.difference:.1e} off at a scale of {seam.scale:.1e} (rounding explains {seam.allowed:.1e})",
+            f"{seam.seam}: {seam.difference:.1e} off at a scale of {seam.scale:.1e} "
+            f"(rounding explains {seam.allowed:.1e})",
         )
     lines.line(
         "verify",
-        f"{len(result.seams)} seams agree · {result.weights} weights within {result.weight_steps:.2f} roundings of peft's",
+        f"{len(result.seams)} seams agree · {result.weights} weights within "
+        f"{result.weight_steps:.2f} roundings of peft's",
     )
     return result.record()
 

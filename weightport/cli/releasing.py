@@ -54,7 +54,9 @@ def port_release(
     options = ReleaseOptions(repo, licence, base_model, language, private, revision, dry_run)
     result = release(directory, options, announce=announce)
     if as_json:
-        click.echo(json.dumps({"files": list(result.files), "card": result.card, "url": result.url}, ensure_ascii=False))
+        click.echo(
+            json.dumps({"files": list(result.files), "card": result.card, "url": result.url}, ensure_ascii=False)
+        )
         return
     for name in result.files:
         path = directory / name

@@ -1,4 +1,5 @@
-"""The model card, from what the directory knows: where the model comes from, what was done to it, and how it was proven."""
+"""The model card, from what the directory knows: where the model comes from, what was done to it, and how it was
+proven."""
 
 from __future__ import annotations
 
@@ -9,7 +10,12 @@ from typing import Any
 
 from .checking import CheckedDirectory
 
-_TASKS = {"ofa": "image-to-text", "florence2": "image-text-to-text", "paligemma": "image-text-to-text", "blip-2": "image-to-text"}  # fmt: skip
+_TASKS = {
+    "ofa": "image-to-text",
+    "florence2": "image-text-to-text",
+    "paligemma": "image-text-to-text",
+    "blip-2": "image-to-text",
+}
 # Licences that the original authors gave the released checkpoints.
 LICENCES = {"ofa": "apache-2.0", "florence2": "mit", "paligemma": "gemma", "moondream": "apache-2.0"}
 
@@ -89,11 +95,14 @@ def _provenance(found: CheckedDirectory) -> str:
     if not record:
         return ""
     source = record.get("source", {})
-    rows = [(str(file.get("name")), f"{file.get('size', 0):,}", f"`{file.get('sha256')}`") for file in source.get("files", ())]
+    rows = [
+        (str(file.get("name")), f"{file.get('size', 0):,}", f"`{file.get('sha256')}`")
+        for file in source.get("files", ())
+    ]
     notes = "".join(f"\n- {note}" for note in record.get("notes", ()))
     return (
-        f"## Where it comes from\n\nConverted by weightport {record.get('versions', {}).get('weightport', '')} from the "
-        f"original checkpoint ({source.get('format')}):\n\n{_table(('file', 'bytes', 'SHA-256'), rows)}"
+        f"## Where it comes from\n\nConverted by weightport {record.get('versions', {}).get('weightport', '')} from "
+        f"the original checkpoint ({source.get('format')}):\n\n{_table(('file', 'bytes', 'SHA-256'), rows)}"
         + (f"\n{notes}" if notes else "")
         + "\n\n`conversion.json` names every tensor's source."
     )
@@ -141,7 +150,9 @@ def _metrics(found: CheckedDirectory) -> str:
 
 
 def _files(found: CheckedDirectory) -> str:
-    return "## Weights\n\n" + _table(("file", "SHA-256"), [(name, f"`{value}`") for name, value in found.hashes.items()])
+    return "## Weights\n\n" + _table(
+        ("file", "SHA-256"), [(name, f"`{value}`") for name, value in found.hashes.items()]
+    )
 
 
 def _limits(found: CheckedDirectory) -> str:

@@ -63,7 +63,9 @@ def check_directory(directory: str | Path) -> CheckedDirectory:
         raise ConfigurationError(f"{directory / 'config.json'} names no model_type.")
     checkpoint = open_checkpoint(directory)
     if not checkpoint.format.startswith("safetensors"):
-        raise CheckpointError(f"{directory} holds {checkpoint.format} weights; publish safetensors, which run no code.")
+        raise CheckpointError(
+            f"{directory} holds {checkpoint.format} weights; publish safetensors, which run no code."
+        )
     _require_model(Base(directory, checkpoint, config))
     files = _published(directory, {path.name for path in checkpoint.files})
     records = {
@@ -163,6 +165,6 @@ def _require_recorded(directory: Path, hashes: Mapping[str, str], records: Mappi
     for entry in recorded or ():
         if entry.get("file") in hashes and hashes[entry["file"]] != entry.get("sha256"):
             raise CheckpointError(
-                f"{directory / entry['file']} has the SHA-256 {hashes[entry['file']][:12]}…, but {name} was written for "
-                f"{str(entry.get('sha256'))[:12]}…: the weights changed since. Remove {name} if that was meant."
+                f"{directory / entry['file']} has the SHA-256 {hashes[entry['file']][:12]}…, but {name} was written "
+                f"for {str(entry.get('sha256'))[:12]}…: the weights changed since. Remove {name} if that was meant."
             )

@@ -51,8 +51,8 @@ def release(
 ) -> Release:
     """Publish the model directory as `options.repo`; with `dry_run` change nothing and use no network.
 
-    `api` is a huggingface_hub.HfApi. Raises UsageError, what check_directory raises, and OutputError when the Hub cannot
-    be reached or refuses: the directory, with its card, stays ready then.
+    `api` is a huggingface_hub.HfApi. Raises UsageError, what check_directory raises, and OutputError when the Hub
+    cannot be reached or refuses: the directory, with its card, stays ready then.
     """
     if not _REPO.fullmatch(options.repo):
         raise UsageError(f"{options.repo!r} is no repository: expected ORG/NAME.")
@@ -75,8 +75,8 @@ def _licence(checked: CheckedDirectory, options: ReleaseOptions) -> str:
     found = options.licence or LICENCES.get(str(checked.config.get("model_type")))
     if found is None:
         raise UsageError(
-            "The licence is not known from the directory: pass --licence, as the Hub names it (apache-2.0, mit, gemma, "
-            "other, …). A fine-tuned model keeps the terms of the one it was made from."
+            "The licence is not known from the directory: pass --licence, as the Hub names it (apache-2.0, mit, "
+            "gemma, other, …). A fine-tuned model keeps the terms of the one it was made from."
         )
     if not _LICENCE.fullmatch(found):
         raise UsageError(f"{found!r} is no licence as the Hub names them: apache-2.0, mit, cc-by-4.0, other, ….")
