@@ -42,6 +42,7 @@ ARGUMENTS = (
     Argument("prefix_tokens", "prefix", "tokens"),
 )
 
+EMBEDDING_PARTS = ("embed_tokens", "layernorm_embedding", "type_embedding", "patch_layernorm_embedding")
 POSITION_PARTS = ("embed_positions", "pos_ln", "embed_image_positions", "image_pos_ln")
 
 
@@ -63,7 +64,12 @@ SEAMS = (
         attrgetter("position_embeddings"),
         parts=tuple(f"model.encoder.{name}" for name in POSITION_PARTS),
     ),
-    Seam("encoder.embeddings", "model.encoder.layers.0", side="input"),
+    Seam(
+        "encoder.embeddings",
+        "model.encoder.layers.0",
+        side="input",
+        parts=tuple(f"model.encoder.{name}" for name in EMBEDDING_PARTS),
+    ),
     Seam("encoder.layers.*.self_attn", "model.encoder.layers.*.self_attn", itemgetter(0)),
     Seam("encoder.layers.*.attn_ln", "model.encoder.layers.*.self_attn_output_norm"),
     *feed_forward("encoder"),
