@@ -8,6 +8,7 @@ byte, and its reference is what OFA's own code computed on it. Untrained weights
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,9 @@ def main() -> None:
     out, back = FOLDER / "out", FOLDER / "back.pt"
     run("weightport", "inspect", checkpoint)
     run("port-ofa", checkpoint, out, "--overwrite")
-    run("port-parity", out, "--reference", FOLDER / "reference.safetensors", "--json", FOLDER / "parity.json")
+    reports = ("--json", out / "parity.json", "--report", FOLDER / "parity.html")
+    run("port-parity", out, "--reference", FOLDER / "reference.safetensors", *reports)
+    photograph(FOLDER / "parity.html", FOLDER / "parity.png")
     run("weightport", "generate", out, FOLDER / "picture.png", "--beams", "3", "--max-new-tokens", "12")
     run("weightport", "export", out, back, "--overwrite")
     compare(checkpoint, back)
@@ -58,6 +61,18 @@ def run(program: str, *arguments: str | Path) -> None:
     print(flush=True)
     if done.returncode:
         sys.exit(done.returncode)
+
+
+def photograph(page: Path, picture: Path) -> None:
+    """A picture of the report, where Chromium is installed: docs/parity.png was made so."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        print(f"open {page} in a browser to see the report (with Chromium installed, its picture is made here)\n")
+        return
+    quiet = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-background-networking")
+    size = ("--window-size=1100,1000", f"--screenshot={picture.resolve()}")
+    subprocess.run([browser, *quiet, *size, page.resolve().as_uri()], check=False, capture_output=True, timeout=60)
+    print(f"{page} · {picture}\n")
 
 
 def compare(checkpoint: Path, back: Path) -> None:

@@ -199,6 +199,9 @@ def test_parity_passes_and_writes_its_report(converted, reference, tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["passed"]
     assert set(report["dtypes"]) == {"float32", "float64"}
+    linked = json.loads((converted / "conversion.json").read_text())["parity"]
+    assert linked["passed"]
+    assert (converted / linked["json"]).resolve() == (tmp_path / "report.json").resolve()
 
 
 def test_parity_fails_on_a_spoiled_model(converted, reference, tmp_path):

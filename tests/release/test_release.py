@@ -180,3 +180,28 @@ def test_licence_is_asked_for_where_the_family_has_none(tmp_path: Path) -> None:
         release(tmp_path, ReleaseOptions(REPO, dry_run=True))
     found = release(tmp_path, ReleaseOptions(REPO, licence="mit", dry_run=True))
     assert "trust_remote_code" not in found.card and not any(name.endswith(".py") for name in found.files)
+
+
+def test_a_card_shows_the_worst_of_every_main_seam_of_the_parity_report() -> None:
+    from types import SimpleNamespace
+
+    from weightport.release.card import _parity
+
+    def compared(seam: str, relative: float, largest: float) -> dict:
+        return {
+            "seam": seam,
+            "dtype": "float32",
+            "against": "float32",
+            "relative": relative,
+            "largest": largest,
+            "allowed": 1e-5,
+            "verdict": "agrees",
+        }
+
+    comparisons = [compared("logits", 1e-7, 2e-7), compared("logits", 3e-7, 6e-7), compared("grad_norm.x", 1.0, 1.0)]
+    record = {"verdict": "same model", "source": {"project": "OFA-Sys/OFA"}, "comparisons": comparisons}
+    text = _parity(SimpleNamespace(records={"parity.json": record}))
+    assert "same model (OFA-Sys/OFA)." in text
+    assert "| logits | float32 / float32 | 6.0e-07 | 1.0e-05 | agrees |" in text
+    assert "grad_norm" not in text
+    assert _parity(SimpleNamespace(records={})) == ""

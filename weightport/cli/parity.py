@@ -93,12 +93,15 @@ def port_parity(
         invariance=invariance,
     )
     from ..converters.output import whole_file
+    from ..converters.record import link_parity
     from ..parity.page import page
 
     for file, write in ((json_file, lambda: report.to_json()), (page_file, lambda: page(report))):
         if file is not None:
             with whole_file(file, overwrite=True) as path:
                 path.write_text(write(), encoding="utf-8")
+    written = {"json": json_file, "page": page_file}
+    link_parity(directory, report.passed, report.verdict, {kind: file for kind, file in written.items() if file})
     if not quiet:
         render(report, Console())
     if not report.passed:

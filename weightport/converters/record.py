@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from ..checkpoints import Checkpoint
 from ..errors import CheckpointError
 from .family import SourceModel
 from .hashing import FileDigest
+from .output import whole_file
 from .plan import Plan, main_dtype
 from .writing import WrittenFile
 
@@ -79,7 +81,22 @@ def versions() -> dict[str, str]:
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write `record` into `folder`."""
-    (folder / FILE).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / FILE).write_text(_text(record), encoding="utf-8")
+
+
+def _text(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+
+
+def link_parity(folder: Path, passed: bool, verdict: str, files: Mapping[str, Path]) -> None:
+    """Note in a directory's record what a parity check found, and where its reports stand; nothing without either."""
+    record = read_record(folder)
+    if record is None or not files:
+        return
+    links = {kind: os.path.relpath(file, folder) for kind, file in files.items()}
+    record["parity"] = {"passed": passed, "verdict": verdict, **links}
+    with whole_file(folder / FILE, overwrite=True) as path:
+        path.write_text(_text(record), encoding="utf-8")
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

@@ -131,14 +131,38 @@ def _merge(found: CheckedDirectory) -> str:
     return text
 
 
+CARD_SEAMS = ("vision", "projector", "encoder", "logits", "loss", "sequences", "scores")
+"""Seams of a parity report that a card shows; the report itself has all."""
+
+
 def _parity(found: CheckedDirectory) -> str:
+    """The report that `port-parity --json` wrote beside the model: its verdict, and the worst of every main seam."""
     record = found.records.get("parity.json")
-    seams = record.get("seams") if isinstance(record, Mapping) else None
-    if not isinstance(seams, list) or not seams:
+    if not isinstance(record, Mapping) or not isinstance(record.get("comparisons"), list):
         return ""
-    columns = [key for key, value in seams[0].items() if isinstance(value, (str, int, float, bool))][:6]
-    rows = [tuple(_shown(seam.get(key)) for key in columns) for seam in seams if isinstance(seam, Mapping)]
-    return "## Parity with the original implementation\n\n" + _table(columns, rows)
+    worst: dict[tuple[str, str, str], Mapping[str, Any]] = {}
+    for each in record["comparisons"]:
+        key = (each["seam"], each["dtype"], each["against"])
+        if each["seam"] in CARD_SEAMS and (each["relative"] or 0.0) >= (worst.get(key, {}).get("relative") or 0.0):
+            worst[key] = each
+    rows = [
+        (
+            each["seam"],
+            f"{each['dtype']} / {each['against']}",
+            "" if each["largest"] is None else f"{each['largest']:.1e}",
+            "" if each["allowed"] is None else f"{each['allowed']:.1e}",
+            each["verdict"],
+        )
+        for _, each in sorted(worst.items(), key=lambda item: (CARD_SEAMS.index(item[0][0]), item[0][1:]))
+    ]
+    source = record.get("source") or {}
+    against = ", ".join(str(source[key]) for key in ("project", "commit") if key in source)
+    return (
+        f"## Parity with the original implementation\n\n{record.get('verdict', '')}"
+        + (f" ({against})" if against else "")
+        + ".\n\n"
+        + _table(("seam", "native / original", "largest difference", "allowed", "verdict"), rows)
+    )
 
 
 def _metrics(found: CheckedDirectory) -> str:
