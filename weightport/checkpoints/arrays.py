@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from math import prod
 from typing import Any
@@ -16,7 +17,7 @@ from weightport.errors import CheckpointError
 _TYPE_CODE = re.compile(r"[<>|=]?(?:[biufc][0-9]{1,2}|[SU][0-9]{1,6})", re.ASCII)
 
 
-class Pending:
+class Pending(ABC):
     """An object that a pickle names before it describes it. `finish(state)` gives the value that takes its place."""
 
     __slots__ = ("memo_keys",)
@@ -24,8 +25,9 @@ class Pending:
     def __init__(self) -> None:
         self.memo_keys: list[int] = []
 
+    @abstractmethod
     def finish(self, state: Any) -> Any:
-        raise NotImplementedError
+        """The finished object, from the state that the pickle gives it."""
 
 
 class PendingType(Pending):

@@ -76,11 +76,13 @@ def _bar(label: str) -> Iterator[tuple[Callable[[int], None], Callable[[int], No
 
 def _plain(label: str) -> tuple[Callable[[int], None], Callable[[int], None]]:
     state = {"total": 0, "done": 0}
-    begun = time.monotonic()
-    last = begun
+    begun = last = time.monotonic()
 
     def start(total: int) -> None:
+        # The rate is that of the work, not of what came before it.
+        nonlocal begun, last
         state["total"] = total
+        begun = last = time.monotonic()
 
     def advance(amount: int) -> None:
         nonlocal last
