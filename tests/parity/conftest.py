@@ -13,9 +13,10 @@ sys.path.append(str(Path(__file__).parents[1] / "golden"))
 
 import ofa_cases
 from golden_case import Case
+from reference_subsets import subset
 
 from weightport.converters import Options, convert
-from weightport.parity import check, read_reference, write_reference
+from weightport.parity import check
 
 CASE = Case(Path(__file__).parents[1] / "golden/cases/ofa/cn-tiny", "cn-tiny")
 
@@ -39,23 +40,6 @@ def reference(whole_reference: Path, tmp_path: Path) -> Callable[..., Path]:
     """A reference of some runs: `reference("text")`; `change(runs, tensors, slices)` may edit them before writing."""
 
     return subset(whole_reference, tmp_path / "some.safetensors")
-
-
-def subset(whole: Path, path: Path) -> Callable[..., Path]:
-    """Writes some runs of a reference file to `path`."""
-
-    def write(*names: str, change: Callable[..., None] = lambda runs, tensors, slices: None) -> Path:
-        opened = read_reference(whole)
-        chosen = [run for run in opened.runs if run.name in names]
-        assert len(chosen) == len(names)
-        runs = {run.name: {"kind": run.kind, "options": dict(run.options)} for run in chosen}
-        tensors = {ref.name: ref.read() for run in chosen for ref in run.inputs.values()}
-        tensors |= {each.tensor.name: each.tensor.read() for run in chosen for each in run.outputs}
-        slices = {each.tensor.name: each.selection for run in chosen for each in run.outputs if each.selection.given}
-        change(runs, tensors, slices)
-        return write_reference(path, opened.family, opened.source, runs, tensors, slices)
-
-    return write
 
 
 @pytest.fixture

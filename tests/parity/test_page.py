@@ -50,7 +50,7 @@ class Structure(HTMLParser):
 
 @pytest.fixture(scope="module")
 def report(native, whole_reference, tmp_path_factory) -> ParityReport:
-    from conftest import subset
+    from reference_subsets import subset
 
     chosen = subset(whole_reference, tmp_path_factory.mktemp("page") / "some.safetensors")(*RUNS)
     return check_parity(native, chosen, dtypes=[torch.float32], invariance=True)

@@ -12,8 +12,8 @@ from pathlib import Path
 import florence2_cases
 import pytest
 import torch
-from conftest import subset
 from golden_case import Case
+from reference_subsets import subset
 from test_planted_mistakes import Mistake, attribute, on, roll, scale, swap, transpose
 
 from weightport.converters import Options, convert
