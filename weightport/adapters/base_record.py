@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ..checkpoints import open_checkpoint
 from ..checkpoints.sharded import read_json
-from ..converters.hashing import BackgroundDigests
 from ..errors import CheckpointError
+from ..hashing import BackgroundDigests
 
 FILE = "base.json"
 

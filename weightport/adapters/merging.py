@@ -23,11 +23,11 @@ import torch
 from .. import __version__
 from ..checkpoints import open_checkpoint
 from ..checkpoints.sharded import read_json
-from ..converters.hashing import BackgroundDigests, FileDigest
 from ..converters.output import check_absent, whole_directory
 from ..converters.plan import TensorSpec
 from ..converters.writing import Advance, HashedFile, WrittenFile, as_bytes, chunks, safetensors_header
 from ..errors import AdapterError, CheckpointError, ConfigurationError, UsageError
+from ..hashing import BackgroundDigests, FileDigest
 from .combination import Combination
 from .companions import (
     RECORD,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..hashing import BackgroundDigests
 from .display import Lines, count, size
 from .running import command_body, json_option, quiet_option
 
@@ -158,7 +159,15 @@ def convert_command(family: str | None, **arguments: Any) -> None:
     run(family=family, **arguments)
 
 
-def run(
+def run(family: str | None, source: Path, **arguments: Any) -> None:
+    """Convert, showing what happens."""
+    # A large file takes seconds to hash, and so do the imports: they may as well be done together.
+    with BackgroundDigests((source,) if source.is_file() else ()) as digests:
+        _run(digests, family, source, **arguments)
+
+
+def _run(
+    digests: BackgroundDigests,
     family: str | None,
     source: Path,
     out: Path,
@@ -175,7 +184,6 @@ def run(
     parse_symbols: bool = False,
     image_token: str = "reuse",
 ) -> None:
-    """Convert, showing what happens."""
     from ..converters import Options, convert, parse_dtype
 
     options = Options(
@@ -198,7 +206,7 @@ def run(
             _show_plan(lines, planned)
             start(planned.plan.nbytes)
 
-        result = convert(source, out, family, options, announce=announce, advance=advance)
+        result = convert(source, out, family, options, digests=digests, announce=announce, advance=advance)
     if as_json:
         click.echo(json.dumps(summary(result), ensure_ascii=False))
         return

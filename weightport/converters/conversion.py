@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ import torch
 
 from ..checkpoints import Checkpoint, open_checkpoint
 from ..errors import ConfigurationError, OutputError
+from ..hashing import BackgroundDigests
 from .family import Family, Options, SourceModel
-from .hashing import BackgroundDigests
 from .output import check_absent, whole_directory
 from .patterns import Pattern
 from .plan import Plan, plan
@@ -47,20 +47,23 @@ def convert(
     family: str | None = None,
     options: Options | None = None,
     *,
+    digests: BackgroundDigests | None = None,
     announce: Callable[[Planned], None] = lambda planned: None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Conversion:
     """Convert the checkpoint at `source` into the model directory `out`.
 
-    `family` None recognises it from the tensors. `announce` is called once with the plan before anything is written,
-    `advance` with the number of bytes just written. Raises a WeightportError with nothing written.
+    `family` None recognises it from the tensors. `digests` are of the source's files, if hashing them has begun.
+    `announce` is called once with the plan before anything is written, `advance` with the number of bytes just
+    written. Raises a WeightportError with nothing written.
     """
     options = options or Options()
     out = Path(out)
     check_absent(out, overwrite=options.overwrite)
     checkpoint = open_checkpoint(Path(source))
     _refuse_own_source(checkpoint, out)
-    with BackgroundDigests(checkpoint.files) as digests, _one_thread():
+    begun = nullcontext(digests) if digests and digests.files == checkpoint.files else None
+    with begun or BackgroundDigests(checkpoint.files) as hashed, _one_thread():
         reader = recognise(checkpoint, family)
         model = reader.read(checkpoint, options)
         made = make_plan(reader, model, options)
@@ -76,7 +79,7 @@ def convert(
                 allow_nonfinite=options.allow_nonfinite,
                 advance=advance,
             )
-            record = conversion_record(checkpoint, model, made, files, digests.result())
+            record = conversion_record(checkpoint, model, made, files, hashed.result())
             write_record(folder, record)
     return Conversion(out, made, model, record)
 

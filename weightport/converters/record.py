@@ -14,8 +14,8 @@ from typing import Any
 from .. import __version__
 from ..checkpoints import Checkpoint
 from ..errors import CheckpointError
+from ..hashing import FileDigest
 from .family import SourceModel
-from .hashing import FileDigest
 from .output import whole_file
 from .plan import Plan, main_dtype
 from .writing import WrittenFile

@@ -13,10 +13,10 @@ from ..adapters.merge_plan import Base
 from ..checkpoints import open_checkpoint
 from ..checkpoints.sharded import read_json
 from ..converters.families import FAMILIES
-from ..converters.hashing import BackgroundDigests
 from ..converters.native import loadable_tensors
 from ..converters.portable import AUTO_MAPS
 from ..errors import CheckpointError, ConfigurationError, CoverageError
+from ..hashing import BackgroundDigests
 
 _PUBLISHED = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja", ".py", ".md", ".html", ".tiktoken"})
 _ALSO = frozenset({"LICENSE", "NOTICE"})
