@@ -15,47 +15,15 @@ import argparse
 import json
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+from processes import Timing, timed
+
 START = "import torch, transformers; from transformers import GenerationMixin, PreTrainedModel, ResNetModel"
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One whole process: wall time in seconds, peak private memory in MB."""
-
-    seconds: float
-    megabytes: float
-
-
-def timed(command: list[str]) -> Timing:
-    """Run a command and sample its private memory every 10 ms. Raises CalledProcessError when it fails."""
-    begun = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    peak = 0
-    while process.poll() is None:
-        peak = max(peak, private_kilobytes(process.pid))
-        time.sleep(0.01)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
-    return Timing(time.perf_counter() - begun, peak / 1e3)
-
-
-def private_kilobytes(pid: int) -> int:
-    """RssAnon of a process, or 0 once it has gone."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")), 0)
 
 
 def write_checkpoint(path: Path, layers: int) -> int:

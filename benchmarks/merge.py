@@ -15,18 +15,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from processes import Timing, timed
 
 from weightport.converters.plan import TensorSpec
 from weightport.converters.writing import as_bytes, safetensors_header
@@ -49,39 +45,6 @@ base, adapter, out = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
 PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
 """
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One whole process: wall time in seconds, peak private memory in MB."""
-
-    seconds: float
-    megabytes: float
-
-
-def timed(command: list[str], limit: int | None = None) -> Timing:
-    """Run a command and sample its private memory every 10 ms. Raises CalledProcessError when it fails."""
-    prepare: Callable[[], None] | None = None
-    if limit is not None:
-        prepare = lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))  # noqa: E731
-    begun = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, preexec_fn=prepare)
-    peak = 0
-    while process.poll() is None:
-        peak = max(peak, private_kilobytes(process.pid))
-        time.sleep(0.01)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
-    return Timing(time.perf_counter() - begun, peak / 1e3)
-
-
-def private_kilobytes(pid: int) -> int:
-    """RssAnon of a process, or 0 once it has gone."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")), 0)
 
 
 def write_model(folder: Path, nbytes: float) -> int:
