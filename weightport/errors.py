@@ -62,3 +62,15 @@ class ReferenceFileError(WeightportError):
 
 class ParityError(WeightportError):
     """The converted model departs from the original."""
+
+
+class DataError(WeightportError):
+    """A data set cannot be read: a file or image is missing, broken or empty, or its columns do not fit."""
+
+
+class RecipeError(UsageError):
+    """A recipe or a setting on the command line names what does not exist, or has a value that cannot be meant."""
+
+
+class TrainingError(WeightportError):
+    """A training run cannot start or go on: nothing to train, no space for checkpoints, a loss that is no number."""
