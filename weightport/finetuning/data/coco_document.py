@@ -1,0 +1,116 @@
+"""The one JSON document of a COCO file, checked, and its annotations, read one by one."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import DataError
+from .columns import decode_text, kind_of
+from .files import PinnedFile
+
+Box = tuple[float, float, float, float]
+
+TOLERANCE = 1.0
+"""Pixels by which rounding may move a box over the image's edge; it is cut off there."""
+
+
+@dataclass(frozen=True)
+class CocoDocument:
+    """`categories`: names by id, in the file's order. `groups`: names that serve as the supercategory of others."""
+
+    place: str
+    images: list[dict[str, Any]]
+    annotations: list[dict[str, Any]]
+    categories: dict[Any, str]
+    groups: frozenset[str]
+
+
+def read_coco(file: PinnedFile) -> CocoDocument:
+    """Parses the file. Raises DataError for what is no COCO detection file."""
+    place = str(file.path)
+    text = decode_text(file.read(0, file.size), place).removeprefix("\ufeff")
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place}, line {error.lineno}: broken JSON: {error.msg} (column {error.colno}).") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: broken JSON: {error}.") from error
+    parts = {name: _objects(found, name, place) for name in ("images", "annotations", "categories")}
+    for name in ("images", "categories"):
+        _check_ids(parts[name], name, place)
+    for category in parts["categories"]:
+        if not isinstance(category.get("name"), str) or not category["name"].strip():
+            raise DataError(f"{place}: the category {category['id']} has no name.")
+    groups = {c.get("supercategory") for c in parts["categories"] if c.get("supercategory") != c["name"]}
+    return CocoDocument(
+        place,
+        parts["images"],
+        parts["annotations"],
+        {category["id"]: category["name"] for category in parts["categories"]},
+        frozenset(group for group in groups if isinstance(group, str)),
+    )
+
+
+def _objects(found: Any, name: str, place: str) -> list[dict[str, Any]]:
+    """The list of objects called `name`."""
+    part = found.get(name) if isinstance(found, dict) else None
+    if not isinstance(part, list) or not all(isinstance(item, dict) for item in part):
+        keys = f"an object with {', '.join(map(str, list(found)[:10]))}" if isinstance(found, dict) else kind_of(found)
+        raise DataError(
+            f"{place}: COCO detection JSON is an object with the lists images, annotations and categories; "
+            f"{name} is missing or no list of objects. Found: {keys}."
+        )
+    return part
+
+
+def _check_ids(items: list[dict[str, Any]], name: str, place: str) -> None:
+    seen = set()
+    for position, item in enumerate(items):
+        key = item.get("id")
+        if not isinstance(key, (int, str)):
+            raise DataError(f"{place}: {name}[{position}] has no id.")
+        if key in seen:
+            raise DataError(f"{place}: {name}[{position}] has the id {key}, which another one has already.")
+        seen.add(key)
+
+
+def read_category(annotation: dict[str, Any], document: CocoDocument, place: str) -> str:
+    """The name of an annotation's category."""
+    key = annotation.get("category_id")
+    if not isinstance(key, (int, str)) or key not in document.categories:
+        known = ", ".join(f"{key} {name}" for key, name in list(document.categories.items())[:20])
+        raise DataError(f"{place}: the category {key!r} is not among the file's. Found: {known or 'none'}.")
+    return document.categories[key]
+
+
+def read_size(image: dict[str, Any], place: str) -> tuple[int, int]:
+    """Width and height of an image in pixels."""
+    width, height = image.get("width"), image.get("height")
+    if not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in (width, height)):
+        raise DataError(f"{place}: width and height in pixels were expected, found {width!r} and {height!r}.")
+    return int(width), int(height)  # type: ignore[arg-type]
+
+
+def read_box(annotation: dict[str, Any], size: tuple[int, int] | None, place: str) -> Box:
+    """COCO's [x, y, width, height] as (x0, y0, x1, y1). Raises DataError for no area, and outside of `size`."""
+    found = annotation.get("bbox")
+    if not (isinstance(found, list) and len(found) == 4 and all(_is_number(value) for value in found)):
+        raise DataError(f"{place}: bbox is {found!r}. Four numbers were expected: x, y, width, height.")
+    x, y, width, height = (float(value) for value in found)
+    if width <= 0 or height <= 0:
+        raise DataError(f"{place}: the box {found} has no area.")
+    if size is None:
+        return x, y, x + width, y + height
+    right, bottom = size
+    outside = min(x, y, right - x - width, bottom - y - height) < -TOLERANCE
+    box = max(x, 0.0), max(y, 0.0), min(x + width, float(right)), min(y + height, float(bottom))
+    if outside or box[0] >= box[2] or box[1] >= box[3]:
+        raise DataError(f"{place}: the box {found} leaves the image of {right} x {bottom} pixels.")
+    return box
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,128 @@
+"""Which column holds the image, which the question, which the answer; and how a value is checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import DataError
+from .settings import DataSettings
+
+# Tried in this order. "question", "answers": DocVQA; "text": image and caption pairs; "file_name": imagefolder's
+# metadata.jsonl; "jpg" … "webp": WebDataset's.
+IMAGE_NAMES = ("image", "img", "file_name", "image_path", "picture", "jpg", "jpeg", "png", "webp")
+PREFIX_NAMES = ("prefix", "question", "query", "prompt", "instruction")
+SUFFIX_NAMES = ("suffix", "answers", "answer", "captions", "caption", "text", "response", "label")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns. Without a `prefix` column nothing is asked but what the recipe's prompt says."""
+
+    image: str
+    prefix: str | None
+    suffix: str
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.image, self.prefix, self.suffix) if name is not None)
+
+
+def find_columns(found: Sequence[str], settings: DataSettings, place: str) -> Columns:
+    """The columns that the settings name, or the known ones. Raises DataError listing the columns found."""
+    prefix = _find(found, "prefix", settings.prefix_column, PREFIX_NAMES, place)
+    return Columns(
+        image=_required(found, "image", settings.image_column, IMAGE_NAMES, place),
+        prefix=prefix,
+        suffix=_required(found, "suffix", settings.suffix_column, SUFFIX_NAMES, place),
+    )
+
+
+def _find(found: Sequence[str], role: str, given: str | None, known: Sequence[str], place: str) -> str | None:
+    if given is None:
+        return next((name for name in known if name in found), None)
+    if given not in found:
+        raise DataError(f"{place}: no column {given!r} (data.{role}_column). Found: {', '.join(found) or 'none'}.")
+    return given
+
+
+def _required(found: Sequence[str], role: str, given: str | None, known: Sequence[str], place: str) -> str:
+    name = _find(found, role, given, known, place)
+    if name is None:
+        raise DataError(
+            f"{place}: no column for the {role}: looked for {', '.join(known)}; found {', '.join(found) or 'none'}. "
+            f"Name it with data.{role}_column."
+        )
+    return name
+
+
+def parse_object(content: bytes, place: str) -> dict[str, Any]:
+    """The JSON object that a line holds. Raises DataError for other encodings, broken JSON and other values."""
+    text = decode_text(content, place)
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place}: broken JSON: {error.msg} (column {error.pos + 1}).") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: broken JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{place}: a JSON object was expected, found {kind_of(found)}.")
+    return found
+
+
+def decode_text(content: bytes, place: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = content[error.start]
+        raise DataError(
+            f"{place}: not UTF-8 (byte 0x{byte:02x} at position {error.start + 1}). Save the file as UTF-8."
+        ) from error
+
+
+def value_of(row: dict[str, Any], column: str, place: str) -> Any:
+    try:
+        return row[column]
+    except KeyError as error:
+        raise DataError(f"{place}: no {column!r}. Found: {', '.join(map(repr, row)) or 'nothing'}.") from error
+
+
+def question_of(row: dict[str, Any], column: str | None, place: str) -> str:
+    """The text of the prefix; it may be empty."""
+    return "" if column is None else _text(value_of(row, column, place), column, place)
+
+
+def answers_of(row: dict[str, Any], column: str, place: str) -> tuple[str, ...]:
+    """All answers of a row, which holds one text or a list of texts, none of them blank."""
+    value = value_of(row, column, place)
+    answers = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if not answers or value is None:
+        raise DataError(f"{place}: {column!r} is empty: there is no answer to learn.")
+    for answer in answers:
+        if not _text(answer, column, place).strip():
+            raise DataError(f"{place}: {column!r} holds an empty text: there is no answer to learn.")
+    return answers
+
+
+def _text(value: Any, column: str, place: str) -> str:
+    if not isinstance(value, str):
+        hint = " Write it as a string that holds JSON." if isinstance(value, dict) else ""
+        raise DataError(f"{place}: {column!r} holds {kind_of(value)} where a text was expected.{hint}")
+    check_letters(value, column, place)
+    return value
+
+
+def check_letters(value: str, column: str, place: str) -> None:
+    """JSON's escapes can write half of a surrogate pair, which no tokenizer and no file system takes."""
+    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise DataError(f"{place}: {column!r} holds half of a surrogate pair, which is no character.")
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is called."""
+    if isinstance(value, bool):
+        return "true or false"
+    names = {dict: "an object", list: "a list", str: "a text", int: "a number", float: "a number", type(None): "null"}
+    return names.get(type(value), type(value).__name__)

@@ -1,0 +1,89 @@
+"""JSONL {"image", "prefix", "suffix"} with the images in a folder: the layout of the PaliGemma 2 guide."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import DataError
+from .columns import answers_of, find_columns, parse_object, question_of, value_of
+from .entries import Entry
+from .faults import Faults
+from .files import Line, PinnedFile, index_lines
+from .hashing import fingerprint_of, key_of
+from .image_folder import ImageFolder, find_image_folder
+from .settings import DataSettings
+
+
+class JsonLines:
+    """A JSONL file and its image folder. `suffix` is a text or a list of accepted texts; `prefix` may be left out.
+
+    Opening reads the file once and checks every line and that its image exists; no picture is decoded.
+    """
+
+    each_answer = False
+
+    def __init__(self, path: Path, settings: DataSettings) -> None:
+        self.name = str(path)
+        faults = Faults(settings.skip_bad)
+        file = PinnedFile(path)
+        sample = first_object(file)
+        self.columns = find_columns(tuple(sample), settings, self.name)
+        self.images: ImageFolder = find_image_folder(settings.images, path, sample[self.columns.image])
+        images_seen = hashlib.blake2b()
+
+        def examine(line: Line) -> tuple[int, int]:
+            place = self._place(line)
+            row = parse_object(line.content, place)
+            image = value_of(row, self.columns.image, place)
+            question = question_of(row, self.columns.prefix, place)
+            answers = answers_of(row, self.columns.suffix, place)
+            _, size, modified = self.images.find(image, place)
+            images_seen.update(f"{image}\0{size}\0{modified}\n".encode())
+            return len(answers), key_of(image.encode(), question.encode())
+
+        self.index = index_lines(file, examine, faults)
+        self.skipped = tuple(faults.skipped)
+        self.fingerprint = fingerprint_of(["jsonl", file.identity, asdict(settings), images_seen.hexdigest()])
+
+    @property
+    def answer_counts(self) -> np.ndarray:
+        return self.index.counts
+
+    @property
+    def question_keys(self) -> np.ndarray:
+        return self.index.keys
+
+    def entry(self, row: int) -> Entry:
+        line = self.index.line(row)
+        place = self._place(line)
+        found = parse_object(line.content, place)
+        return Entry(
+            place,
+            self.images.picture(value_of(found, self.columns.image, place), place),
+            question_of(found, self.columns.prefix, place),
+            answers_of(found, self.columns.suffix, place),
+        )
+
+    def _place(self, line: Line) -> str:
+        return f"{self.name}, line {line.number}"
+
+
+def first_object(file: PinnedFile) -> dict[str, Any]:
+    """The first line that holds a JSON object: it says which columns there are.
+
+    Raises DataError where there is none: the file is empty, or what is wrong with its first line.
+    """
+    fault = DataError(f"{file.path} is empty. A JSON object a line was expected.")
+    for count, line in enumerate(line for line in file.lines() if line.content.strip()):
+        try:
+            return parse_object(line.content, f"{file.path}, line {line.number}")
+        except DataError as error:
+            fault = error if count == 0 else fault
+        if count == 100:
+            break
+    raise fault

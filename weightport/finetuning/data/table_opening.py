@@ -1,0 +1,132 @@
+"""Where a table is: a saved folder, parquet files, or the Hub. No script of a data set is ever run."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...errors import DataError, UsageError
+from .settings import DataSettings
+from .splits import names_split, split_named
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def open_table(path: str, settings: DataSettings) -> Dataset:
+    """The table at a folder, file, pattern of files, or Hub id. Raises DataError when it cannot be read."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise UsageError(
+            'Tables need the package "datasets". Install it: pip install "weightport[finetune]"'
+        ) from error
+    folder = Path(path).expanduser()
+    try:
+        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+            return _load_saved(folder, settings)
+        if files := find_parquet(path, settings):
+            _check_columns(files)
+            return datasets.load_dataset("parquet", data_files=files, split="train")
+        if folder.exists():
+            raise DataError(f"{path}: no table here. Looked for *.parquet and for a folder of datasets' save_to_disk.")
+        return _load_from_hub(path, settings)
+    except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
+        raise _explained(path, error) from error
+
+
+def find_parquet(path: str, settings: DataSettings) -> list[str]:
+    """The parquet files that a path means: the file, the files of a pattern, or those of a folder or its data/.
+
+    Where a folder's files speak of several splits, those of the settings' split.
+    """
+    if os.path.isfile(path):
+        return [path]
+    if glob.has_magic(path):
+        found = sorted(name for name in glob.glob(os.path.expanduser(path), recursive=True) if os.path.isfile(name))
+        if not found:
+            raise DataError(f"{path}: no file fits this pattern.")
+        return found
+    folder = Path(path).expanduser()
+    found = sorted(str(file) for place in (folder, folder / "data") for file in place.glob("*.parquet"))
+    splits = sorted({split for file in found if (split := split_named(Path(file).stem)) is not None})
+    if settings.split is None and len(splits) > 1:
+        raise DataError(f"{path} has the splits {', '.join(splits)}. Choose one with data.split.")
+    if settings.split is None or not splits:
+        return found
+    chosen = [file for file in found if names_split(Path(file).stem, settings.split)]
+    if not chosen:
+        raise DataError(f"{path} has no split {settings.split}. Found: {', '.join(splits)}.")
+    return chosen
+
+
+def _check_columns(files: Sequence[str]) -> None:
+    """Raises DataError for a file that is no parquet or has other columns than the first."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    first: list[str] = []
+    for file in files:
+        try:
+            names = pq.read_schema(file).names
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{file} cannot be read as parquet: {error}") from error
+        if first and names != first:
+            raise DataError(f"{file} has the columns {', '.join(names)}; {files[0]} has {', '.join(first)}.")
+        first = first or names
+
+
+def _load_saved(folder: Path, settings: DataSettings) -> Dataset:
+    import datasets
+
+    index = folder / "dataset_dict.json"
+    if index.is_file():
+        splits = [str(split) for split in json.loads(index.read_text("utf-8"))["splits"]]
+        folder = folder / _plain(_choose(splits, settings.split, str(folder)), index)
+    state = folder / "state.json"
+    for file in json.loads(state.read_text("utf-8"))["_data_files"]:
+        _plain(file["filename"], state)
+    found: Any = datasets.load_from_disk(str(folder))
+    return found.with_format(None)
+
+
+def _plain(name: Any, where: Path) -> str:
+    """A name of a file or folder beside `where`, which a data set may not lead away from."""
+    if not isinstance(name, str) or os.path.basename(name) != name or name in ("", ".", ".."):
+        raise DataError(f"{where} names {name!r}, which is no file beside it.")
+    return name
+
+
+def _load_from_hub(name: str, settings: DataSettings) -> Dataset:
+    import datasets
+
+    options = {"revision": settings.revision}
+    split = settings.split
+    if split is None:
+        split = _choose(datasets.get_dataset_split_names(name, settings.subset, **options), None, name)
+    return datasets.load_dataset(name, settings.subset, split=split, **options)
+
+
+def _choose(splits: Sequence[str], wanted: str | None, place: str) -> str:
+    """The split that is wanted or, without a wish, the only one."""
+    if wanted is None and len(splits) == 1:
+        return splits[0]
+    if wanted is None:
+        raise DataError(f"{place} has the splits {', '.join(splits)}. Choose one with data.split.")
+    found = wanted if wanted in splits else next((split for split in splits if names_split(split, wanted)), None)
+    if found is None:
+        raise DataError(f"{place} has no split {wanted}. Found: {', '.join(splits)}.")
+    return found
+
+
+def _explained(path: str, error: Exception) -> DataError:
+    if isinstance(error, ConnectionError) or "offline" in type(error).__name__.lower():
+        return DataError(
+            f"{path} is no file or folder here, and as a data set of the Hub it cannot be reached: {error}. "
+            "Check the path, or the name and the network."
+        )
+    return DataError(f"{path} cannot be read as a table: {error}")

@@ -1,0 +1,175 @@
+"""Tables through `datasets`: local parquet, folders of `save_to_disk`, and data sets of the Hub, memory-mapped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...errors import DataError
+from ..samples import Picture
+from .columns import answers_of, find_columns, question_of
+from .entries import Entry
+from .faults import Faults
+from .hashing import fingerprint_of
+from .image_folder import ImageFile, ImageFolder, find_companion
+from .settings import DataSettings
+from .table_opening import open_table
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class CellImage:
+    """The image in a cell of a table: bytes, or the name of a file in `folder` (or in the cache of `datasets`)."""
+
+    table: Dataset
+    row: int
+    column: str
+    place: str
+    folder: ImageFolder
+
+    def __call__(self) -> bytes:
+        cell = self.table[self.row][self.column]
+        content = cell["bytes"] if isinstance(cell, dict) else cell
+        if isinstance(content, bytes):
+            return content
+        return ImageFile(find_file(cell, self.folder, self.place))()
+
+
+class TableRows:
+    """The rows of a table with an image, a text or a list of texts, and perhaps a question.
+
+    Opening reads the texts once, and of the images only whether they are there.
+    """
+
+    each_answer = False
+
+    def __init__(self, path: str, settings: DataSettings) -> None:
+        self.name = path
+        table = open_table(path, settings)
+        self.columns = find_columns(table.column_names, settings, path)
+        self.images = with_undecoded_images(table.select_columns([self.columns.image]), self.columns.image, path)
+        self.texts = table.select_columns([name for name in self.columns.all if name != self.columns.image])
+        self.folder = _folder_beside(path, settings)
+
+        faults = Faults(settings.skip_bad)
+        rows, counts = [], []
+        for row, (cell, texts) in enumerate(zip(self._image_places(), self._all_texts())):
+            place = self._place(row)
+            try:
+                count = len(answers_of(texts, self.columns.suffix, place))
+                question_of(texts, self.columns.prefix, place)
+                self._check_image(cell, place)
+            except DataError as fault:
+                faults.add(fault)
+                continue
+            rows.append(row)
+            counts.append(count)
+        self.rows = np.array(rows, dtype=np.int64)
+        self.answer_counts = np.array(counts, dtype=np.int32)
+        self.skipped = tuple(faults.skipped)
+        self.fingerprint = fingerprint_of(["table", path, _identity(table), asdict(settings)])
+
+    @property
+    def question_keys(self) -> np.ndarray:
+        return self.rows
+
+    def entry(self, row: int) -> Entry:
+        position = int(self.rows[row])
+        place = self._place(position)
+        texts = self.texts[position]
+        image = CellImage(self.images, position, self.columns.image, place, self.folder)
+        return Entry(
+            place,
+            Picture(f"row {position + 1}", place, image),
+            question_of(texts, self.columns.prefix, place),
+            answers_of(texts, self.columns.suffix, place),
+        )
+
+    def _place(self, row: int) -> str:
+        return f"{self.name}, row {row + 1}"
+
+    def _all_texts(self) -> Iterator[dict[str, Any]]:
+        for batch in self.texts.with_format("arrow").iter(batch_size=_BATCH):
+            yield from batch.to_pylist()
+
+    def _image_places(self) -> Iterator[bool | str | None]:
+        """Of each row, True where its image's bytes are in the table, else the path of the image, else None."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        for batch in self.images.with_format("arrow").iter(batch_size=_BATCH):
+            cells = batch.column(self.columns.image).combine_chunks()
+            if pa.types.is_struct(cells.type):
+                held, paths = cells.field("bytes"), pc.struct_field(cells, "path").to_pylist()
+                there = pc.and_(pc.is_valid(cells), pc.greater(pc.fill_null(pc.binary_length(held), 0), 0)).to_pylist()
+            elif pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
+                there, paths = [False] * len(cells), cells.to_pylist()
+            else:
+                there = pc.greater(pc.fill_null(pc.binary_length(cells), 0), 0).to_pylist()
+                paths = [None] * len(cells)
+            yield from (True if inside else path for inside, path in zip(there, paths))
+
+    def _check_image(self, cell: bool | str | None, place: str) -> None:
+        if cell is None:
+            raise DataError(f"{place}: {self.columns.image!r} holds no image.")
+        if isinstance(cell, str):
+            find_file(cell, self.folder, place)
+
+
+def with_undecoded_images(table: Dataset, column: str, place: str) -> Dataset:
+    """The table with its images as they are stored. Raises DataError for a column that holds no images."""
+    import pyarrow as pa
+    from datasets import Image
+
+    feature = table.features[column]
+    if isinstance(feature, Image):
+        return table.cast_column(column, Image(decode=False))
+    kind = table.data.schema.field(column).type
+    if pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}:
+        return table
+    if any(test(kind) for test in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_string)):
+        return table
+    raise DataError(
+        f"{place}: the column {column!r} holds {kind}. Images were expected: bytes, names of files, or "
+        "{bytes, path}. Name another column with data.image_column."
+    )
+
+
+def find_file(cell: Any, folder: ImageFolder, place: str) -> str:
+    """The file of a cell without bytes: its name is relative to the folder, or leads into the cache of `datasets`."""
+    name = cell["path"] if isinstance(cell, dict) else cell
+    if isinstance(name, str) and os.path.isabs(name):
+        real = os.path.realpath(name)
+        for cache in _caches():
+            if os.path.commonpath((real, cache)) == cache and os.path.isfile(real):
+                return real
+    return folder.find(name, place)[0]
+
+
+def _caches() -> list[str]:
+    from datasets import config
+    from huggingface_hub import constants
+
+    places = (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, constants.HF_HUB_CACHE)
+    return [os.path.realpath(place) for place in places]
+
+
+def _folder_beside(path: str, settings: DataSettings) -> ImageFolder:
+    beside = Path(path) if os.path.isdir(path) else Path(path).parent
+    return ImageFolder(beside if settings.images is None else find_companion(settings.images, beside))
+
+
+def _identity(table: Dataset) -> list[object]:
+    """Names, sizes and times of the mapped files, and the number of rows."""
+    files = [file["filename"] for file in table.cache_files]
+    stats = [os.stat(file) for file in files]
+    return [table.num_rows, [(file, s.st_size, s.st_mtime_ns) for file, s in zip(files, stats)]]
