@@ -1,0 +1,8 @@
+"""Metrics on generations: what a model answered, held against what it should have answered."""
+
+from __future__ import annotations
+
+from .scores import Metric, Scores
+from .table import METRICS, metric_named, score_all
+
+__all__ = ["METRICS", "Metric", "Scores", "metric_named", "score_all"]
