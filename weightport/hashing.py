@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
+import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 # Large: between blocks the thread waits for its turn with the interpreter.
-BLOCK_BYTES = 32 << 20
+BLOCK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,16 @@ class FileDigest:
     name: str
     size: int
     sha256: str
+
+
+def likely_weights(folder: Path) -> tuple[Path, ...]:
+    """The files that opening the model directory `folder` will name, where it is laid out as save_pretrained does it;
+    none where only a look into its files can tell."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return (index, *sorted(folder.glob("model-*-of-*.safetensors")))
+    single = folder / "model.safetensors"
+    return (single,) if single.is_file() else ()
 
 
 class BackgroundDigests:
@@ -52,14 +64,25 @@ class BackgroundDigests:
     def _run(self) -> None:
         try:
             for path in self.files:
-                digest, size = hashlib.sha256(), 0
-                with path.open("rb", buffering=0) as file:
-                    block = memoryview(bytearray(BLOCK_BYTES))
-                    while count := file.readinto(block):
-                        if self._stop.is_set():
-                            return
-                        digest.update(block[:count])
-                        size += count
-                self._digests.append(FileDigest(path.name, size, digest.hexdigest()))
+                found = self._digest(path)
+                if found is None:
+                    return
+                self._digests.append(found)
         except OSError as error:
             self._error = error
+
+    def _digest(self, path: Path) -> FileDigest | None:
+        """The digest of one file, from its pages in the system's cache (no copy is made); None when told to stop."""
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size:
+                with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as content:
+                    for start in range(0, size, BLOCK_BYTES):
+                        if self._stop.is_set():
+                            return None
+                        # Touching a page that the file has lost since would kill the process, so ask first.
+                        if mapped.size() < size:
+                            raise OSError(f"{path} has shrunk from {size} to {mapped.size()} bytes while it was read")
+                        digest.update(content[start : start + BLOCK_BYTES])
+        return FileDigest(path.name, size, digest.hexdigest())

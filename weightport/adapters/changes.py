@@ -19,8 +19,9 @@ from .lora_tensors import ModuleAdapter
 class Change(Protocol):
     """Something added to a weight."""
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows `start` to `stop` of what is added: [stop - start, columns], in the dtype of the arithmetic."""
+    def rows(self, start: int, stop: int, out: torch.Tensor) -> None:
+        """Put rows `start` to `stop` of what is added into `out`: [stop - start, columns], in the dtype of the
+        arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class LowRank:
     left: torch.Tensor
     right: torch.Tensor
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        return self.left[start:stop] @ self.right
+    def rows(self, start: int, stop: int, out: torch.Tensor) -> None:
+        torch.mm(self.left[start:stop], self.right, out=out)
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,13 @@ class OfExperts:
     left: torch.Tensor
     right: torch.Tensor
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
+    def rows(self, start: int, stop: int, out: torch.Tensor) -> None:
         height = self.left.shape[1]
-        parts = []
         for expert in range(start // height, -(-stop // height)):
-            first = max(start - expert * height, 0)
-            last = min(stop - expert * height, height)
-            parts.append(self.left[expert, first:last] @ self.right[expert])
-        return torch.cat(parts)
+            above = expert * height
+            first, last = max(start, above), min(stop, above + height)
+            part = self.left[expert, first - above : last - above]
+            torch.mm(part, self.right[expert], out=out[first - start : last - start])
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Vector:
 
     values: torch.Tensor
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        return self.values[start:stop].unsqueeze(1)
+    def rows(self, start: int, stop: int, out: torch.Tensor) -> None:
+        out.copy_(self.values[start:stop].unsqueeze(1))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ..errors import NonFiniteError
 from .changes import Change, matrix_shape
 from .quantized import nf4_round_trip
 
-CHUNK_ELEMENTS = 1 << 20
+CHUNK_ELEMENTS = 1 << 18
 """Elements that are worked on at a time: they stay in the processor's cache."""
 
 
@@ -94,8 +94,29 @@ def arithmetic_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if any(dtype.itemsize > 2 for dtype in dtypes) else torch.float32
 
 
+@dataclass(frozen=True)
+class _Blocks:
+    """Memory for one block of rows, used again for every block: fresh memory costs more than the arithmetic."""
+
+    values: torch.Tensor
+    added: torch.Tensor
+    rounded: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: int, columns: int, wide: torch.dtype, output: torch.dtype) -> _Blocks:
+        shape = (rows, columns)
+        return cls(torch.empty(shape, dtype=wide), torch.empty(shape, dtype=wide), torch.empty(shape, dtype=output))
+
+    def first(self, rows: int) -> _Blocks:
+        """The first `rows` of each."""
+        return _Blocks(self.values[:rows], self.added[:rows], self.rounded[:rows])
+
+
 def edited_chunks(output: Output, norms: Norms) -> Iterator[torch.Tensor]:
-    """The tensor's values in its dtype, in flat chunks of whole rows. Raises NonFiniteError."""
+    """The tensor's values in its dtype, in flat chunks of whole rows. Raises NonFiniteError.
+
+    A chunk is valid until the next one is asked for.
+    """
     edit = output.edit or Edit(())
     origin = edit.replacement or output.base
     if not output.dtype.is_floating_point:
@@ -115,70 +136,81 @@ def edited_chunks(output: Output, norms: Norms) -> Iterator[torch.Tensor]:
         norms.comparable = output.base.shape == origin.shape
         before = output.base.read().reshape(rows, columns) if norms.comparable else source
     changes = tuple(edit.changes(wide))
-    step = max(1, CHUNK_ELEMENTS // max(columns, 1))
+    step = min(rows, max(1, CHUNK_ELEMENTS // max(columns, 1)))
+    blocks = _Blocks.of(step, columns, wide, output.dtype)
     magnitude = edit.dora.magnitude.read().to(wide).reshape(-1) if edit.dora else None
     factor = None
     if magnitude is not None and edit.dora is not None and edit.dora.by_column:
-        factor = magnitude / _column_norms(source, changes, step, wide)
+        factor = magnitude / _column_norms(source, changes, blocks)
     # What was added is known as it stands, unless the sum is changed again.
     only_added = bool(changes) and before is source and magnitude is None and not edit.rows
-    for start in range(0, rows, step):
+    for start in range(0, rows, max(step, 1)):
         stop = min(start + step, rows)
+        block = blocks.first(stop - start)
+        block.values.copy_(source[start:stop])
         if only_added:
-            values = source[start:stop].to(wide, copy=True)
-            added = _added(changes, start, stop)
-            norms.add(values, added)
-            values += added
-            yield _rounded(values, output)
+            _add_up(changes, start, stop, block.added)
+            norms.add(block.values, block.added)
+            block.values.add_(block.added)
+            yield _rounded(block, output)
             continue
-        values = _sum(source, changes, start, stop, wide)
+        if changes:
+            _add_up(changes, start, stop, block.added)
+            block.values.add_(block.added)
         if factor is not None:
-            values *= factor
+            block.values.mul_(factor)
         elif magnitude is not None:
-            values *= (magnitude[start:stop] / torch.linalg.vector_norm(values, dim=1)).unsqueeze(1)
+            lengths = torch.linalg.vector_norm(block.values, dim=1)
+            block.values.mul_((magnitude[start:stop] / lengths).unsqueeze(1))
         for indices, replaced in edit.rows:
             for place, index in enumerate(indices):
                 if start <= index < stop:
-                    values[index - start] = replaced.read()[place].to(wide)
+                    block.values[index - start] = replaced.read()[place].to(wide)
         unchanged = before[start:stop].to(wide)
-        norms.add(unchanged, values - unchanged)
-        yield _rounded(values, output)
+        norms.add(unchanged, torch.sub(block.values, unchanged, out=block.added))
+        yield _rounded(block, output)
 
 
-def _sum(source: torch.Tensor, changes: Sequence[Change], start: int, stop: int, wide: torch.dtype) -> torch.Tensor:
-    values = source[start:stop].to(wide, copy=True)
-    if changes:
-        values += _added(changes, start, stop)
-    return values
-
-
-def _added(changes: Sequence[Change], start: int, stop: int) -> torch.Tensor:
-    added = changes[0].rows(start, stop)
+def _add_up(changes: Sequence[Change], start: int, stop: int, out: torch.Tensor) -> None:
+    """Put the sum of the changes' rows into `out`."""
+    changes[0].rows(start, stop, out)
     for change in changes[1:]:
-        added += change.rows(start, stop)
-    return added
+        further = torch.empty_like(out)
+        change.rows(start, stop, further)
+        out.add_(further)
 
 
-def _column_norms(source: torch.Tensor, changes: Sequence[Change], step: int, wide: torch.dtype) -> torch.Tensor:
+def _column_norms(source: torch.Tensor, changes: Sequence[Change], blocks: _Blocks) -> torch.Tensor:
+    """The length of each column of source + changes."""
     total = torch.zeros(source.shape[1], dtype=torch.float64)
+    step = blocks.values.shape[0]
     for start in range(0, source.shape[0], step):
-        values = _sum(source, changes, start, min(start + step, source.shape[0]), wide)
-        total += values.double().square().sum(0)
-    return total.sqrt().to(wide)
+        stop = min(start + step, source.shape[0])
+        block = blocks.first(stop - start)
+        block.values.copy_(source[start:stop])
+        if changes:
+            _add_up(changes, start, stop, block.added)
+            block.values.add_(block.added)
+        total += block.values.double().square().sum(0)
+    return total.sqrt().to(blocks.values.dtype)
 
 
-def _rounded(values: torch.Tensor, output: Output) -> torch.Tensor:
-    low, high = torch.aminmax(values)
-    largest = max(-float(low), float(high))
-    if not math.isfinite(largest):
+def _rounded(block: _Blocks, output: Output) -> torch.Tensor:
+    """The block's values in the output's dtype, flat. Raises NonFiniteError."""
+    block.rounded.copy_(block.values)
+    # One value that is not finite makes the sum so; a sum may also overflow on its own, hence the second look.
+    if not math.isfinite(float(block.rounded.sum(dtype=torch.float32))) and not _all_finite(block.rounded):
+        if not _all_finite(block.values):
+            raise NonFiniteError(
+                f"{output.name}: the merged weight would hold NaN or infinity. Check the base and the adapter: both "
+                "should be of a training that did not diverge."
+            )
         raise NonFiniteError(
-            f"{output.name}: the merged weight would hold NaN or infinity. Check the base and the adapter: both "
-            "should be of a training that did not diverge."
+            f"{output.name}: the merged weight reaches {float(block.values.abs().max()):.3g}, more than "
+            f"{output.dtype} holds. Merge with --dtype bfloat16 or float32."
         )
-    rounded = values.to(output.dtype)
-    if largest > 0.99 * torch.finfo(output.dtype).max and not bool(torch.isfinite(rounded).all()):
-        raise NonFiniteError(
-            f"{output.name}: the merged weight reaches {largest:.3g}, more than {output.dtype} holds. "
-            "Merge with --dtype bfloat16 or float32."
-        )
-    return rounded.reshape(-1)
+    return block.rounded.reshape(-1)
+
+
+def _all_finite(values: torch.Tensor) -> bool:
+    return bool(torch.isfinite(values).all())

@@ -82,15 +82,17 @@ def merge_lora(
     out: str | Path,
     options: MergeOptions | None = None,
     *,
+    digests: BackgroundDigests | None = None,
     announce: Callable[[MergePlan], None] = lambda plan: None,
     advance: Advance = lambda count: None,
     check: Callable[[Written], Mapping[str, Any] | None] = lambda written: None,
 ) -> Merge:
     """Write the model directory `base` with `adapters` (folder, weight) merged into it to the directory `out`.
 
-    `check` sees the finished files before they take their place; what it returns is recorded, and what it raises
-    leaves nothing behind. Raises AdapterError for an adapter that does not belong to the base or cannot be merged,
-    CheckpointError, ConfigurationError, NonFiniteError, UsageError, OutputError.
+    `digests` are of the base's files, if hashing them has begun. `check` sees the finished files before they take
+    their place; what it returns is recorded, and what it raises leaves nothing behind. Raises AdapterError for an
+    adapter that does not belong to the base or cannot be merged, CheckpointError, ConfigurationError, NonFiniteError,
+    UsageError, OutputError.
     """
     options = options or MergeOptions()
     base, out = Path(base), Path(out)
@@ -98,23 +100,22 @@ def merge_lora(
     _require_options(adapters, options)
     source = open_base(base)
     with ExitStack() as stack:
+        begun = digests is not None and digests.files == source.checkpoint.files
+        hashed = digests if digests and begun else stack.enter_context(BackgroundDigests(source.checkpoint.files))
         opened = [_open(Path(path), source, stack) for path, _ in adapters]
         weights = [weight for _, weight in adapters]
-        _require_same_base(source, opened)
+        _require_same_base(source, opened, hashed)
         plan = plan_merge(
             source, opened, weights, options.dtype, options.combination, options.untie, options.quantized_base
         )
         tokenizer, config_changes = _configuration(source, plan, opened, options)
         announce(plan)
         needs = plan.nbytes + (1 << 20)
-        with (
-            BackgroundDigests(source.checkpoint.files) as digests,
-            whole_directory(out, overwrite=options.overwrite, needs=needs) as folder,
-        ):
+        with whole_directory(out, overwrite=options.overwrite, needs=needs) as folder:
             with one_thread():
                 files, tensors = _write(plan, source, folder, advance)
             write_companions(folder, base, tokenizer, source.config, config_changes)
-            record = _record(source, opened, adapters, plan, options, files, tensors, digests.result())
+            record = _record(source, opened, adapters, plan, options, files, tensors, hashed.result())
             _write_record(folder, record)
             verification = check(Written(folder, base, tuple(opened), tuple(weights), plan, options))
             if verification is not None:
@@ -196,7 +197,7 @@ def _originals_names(base: Base, names: Sequence[str]) -> bool:
     return any(next(rules.of_source(f"{name}.weight"), None) is not None for name in names)
 
 
-def _require_same_base(base: Base, adapters: Sequence[LoraAdapter]) -> None:
+def _require_same_base(base: Base, adapters: Sequence[LoraAdapter], digests: BackgroundDigests) -> None:
     """An adapter that knows its base's hash must meet that base."""
     from .base_record import recorded_base
 
@@ -204,8 +205,7 @@ def _require_same_base(base: Base, adapters: Sequence[LoraAdapter]) -> None:
         expected = recorded_base(adapter.path)
         if expected is None:
             continue
-        with BackgroundDigests([file for file in base.checkpoint.files if file.suffix != ".json"]) as digests:
-            found = {digest.sha256 for digest in digests.result()}
+        found = {digest.sha256 for digest in digests.result() if not digest.name.endswith(".json")}
         if not found <= expected:
             raise AdapterError(
                 f"{adapter.path} was trained on a base whose weights have another SHA-256 than those in {base.path}. "

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..hashing import BackgroundDigests, likely_weights
 from .conversion import DTYPES
 from .display import Lines, count, size
 from .running import command_body, json_option, quiet_option
@@ -107,35 +110,53 @@ def port_merge_lora(
 ) -> None:
     """Merge LoRA adapters into the model directory BASE and write the directory OUT, on files: no model is built, and
     memory is bounded by the largest tensor. Adapters trained on an original's module names are ported on the way."""
-    from ..adapters.combination import Combination
-    from ..adapters.merging import MergeOptions, merge_lora
-    from ..converters import parse_dtype
+    # A large file takes seconds to hash, and so do the imports: they may as well be done together.
+    with BackgroundDigests(likely_weights(base)) as digests:
+        with _uncollected():
+            from ..adapters.combination import Combination
+            from ..adapters.merging import MergeOptions, merge_lora
+            from ..converters import parse_dtype
+        options = MergeOptions(
+            dtype=parse_dtype(dtype),
+            combination=Combination(combination, density, majority_sign, svd_rank),
+            untie=untie,
+            quantized_base=quantized_base,
+            overwrite=overwrite,
+        )
+        lines = Lines(quiet=quiet or as_json)
+        begun = time.monotonic()
+        with lines.progress("write") as (start, advance):
 
-    options = MergeOptions(
-        dtype=parse_dtype(dtype),
-        combination=Combination(combination, density, majority_sign, svd_rank),
-        untie=untie,
-        quantized_base=quantized_base,
-        overwrite=overwrite,
-    )
-    lines = Lines(quiet=quiet or as_json)
-    begun = time.monotonic()
-    with lines.progress("write") as (start, advance):
+            def announce(plan: MergePlan) -> None:
+                _show_plan(lines, base, adapters, plan)
+                start(plan.nbytes)
 
-        def announce(plan: MergePlan) -> None:
-            _show_plan(lines, base, adapters, plan)
-            start(plan.nbytes)
+            def check(written: Written) -> Mapping[str, Any] | None:
+                lines.line("written", f"{size(written.plan.nbytes)} in {time.monotonic() - begun:.1f} s")
+                return _verified(lines, written, verify)
 
-        def check(written: Written) -> Mapping[str, Any] | None:
-            lines.line("written", f"{size(written.plan.nbytes)} in {time.monotonic() - begun:.1f} s")
-            return _verified(lines, written, verify)
+            result = merge_lora(
+                base, adapters, out, options, digests=digests, announce=announce, advance=advance, check=check
+            )
+        if as_json:
+            click.echo(json.dumps({"directory": str(result.directory), **result.record}, ensure_ascii=False))
+            return
+        lines.line(f"{out}/", " · ".join(sorted(path.name for path in out.iterdir())))
+        lines.line("next", f"weightport generate {out} IMAGE · port-release {out} --repo ORG/NAME --dry-run")
 
-        result = merge_lora(base, adapters, out, options, announce=announce, advance=advance, check=check)
-    if as_json:
-        click.echo(json.dumps({"directory": str(result.directory), **result.record}, ensure_ascii=False))
-        return
-    lines.line(f"{out}/", " · ".join(sorted(path.name for path in out.iterdir())))
-    lines.line("next", f"weightport generate {out} IMAGE · port-release {out} --repo ORG/NAME --dry-run")
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Imports without garbage collection, which would walk through all that they build, again and again and once more
+    at the end of the process, to free nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _show_plan(lines: Lines, base: Path, adapters: tuple[tuple[Path, float], ...], plan: MergePlan) -> None:

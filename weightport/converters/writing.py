@@ -6,11 +6,8 @@ sequential pass. Memory is bounded by one chunk of one tensor; every value is ch
 
 from __future__ import annotations
 
-import hashlib
 import json
-import queue
 import struct
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ..errors import CoverageError, NonFiniteError
+from .hashed_file import HashedFile
 from .plan import Plan, Step, TensorSpec
 
 CHUNK_BYTES = 16 << 20
@@ -199,39 +197,3 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
         else ((a.contiguous(), b.contiguous()),)
     )
     return all(torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8)) for x, y in pairs)
-
-
-class HashedFile:
-    """A file written sequentially while a second thread hashes the same bytes."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb", buffering=0)
-        self._digest = hashlib.sha256()
-        self._pending: queue.Queue[memoryview | bytes | None] = queue.Queue(maxsize=8)
-        self._thread = threading.Thread(target=self._hash, daemon=True)
-        self._thread.start()
-        self.size = 0
-
-    def write(self, data: memoryview | bytes) -> None:
-        self._pending.put(data)
-        rest = memoryview(data)
-        while len(rest):
-            rest = rest[self._file.write(rest) :]
-        self.size += len(data)
-
-    @property
-    def sha256(self) -> str:
-        """Hexadecimal; complete once the file is closed."""
-        return self._digest.hexdigest()
-
-    def _hash(self) -> None:
-        while (data := self._pending.get()) is not None:
-            self._digest.update(data)
-
-    def __enter__(self) -> HashedFile:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._pending.put(None)
-        self._thread.join()
-        self._file.close()
