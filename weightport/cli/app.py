@@ -8,7 +8,9 @@ from .. import __version__
 from .adapters import port_adapter_command
 from .comparing import compare_command
 from .conversion import convert_command
+from .evaluation import evaluate_command
 from .exporting import export_command
+from .finetuning import finetune_command, recipes_command
 from .generation import generate_command
 from .inspection import inspect_command
 from .merging import extract_lora_command, merge_lora_command
@@ -29,6 +31,9 @@ for command in (
     parity_command,
     compare_command,
     generate_command,
+    finetune_command,
+    evaluate_command,
+    recipes_command,
     port_adapter_command,
     merge_lora_command,
     extract_lora_command,

@@ -22,6 +22,11 @@ def size(count: float) -> str:
     return f"{count:.0f} bytes"
 
 
+def samples(number: float) -> str:
+    """12 samples, 3.4 samples."""
+    return f"{number:,.0f} samples" if number == int(number) or number >= 100 else f"{number:.1f} samples"
+
+
 def count(number: int) -> str:
     """159.9 M, 2.3 B, 12.0 k: parameters as papers print them."""
     for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -47,34 +52,39 @@ class Lines:
             click.echo(text)
 
     @contextmanager
-    def progress(self, label: str) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
-        """(`start(total bytes)`, `advance(bytes)`): a bar on a terminal, a line now and then elsewhere."""
+    def progress(
+        self, label: str, shown: Callable[[float], str] = size
+    ) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+        """(`start(total)`, `advance(amount)`): a bar on a terminal, a line now and then elsewhere.
+
+        `shown` puts an amount into words, bytes by default.
+        """
         if self._quiet:
             yield (lambda total: None), (lambda amount: None)
         elif sys.stdout.isatty():
-            with _bar(label) as functions:
+            with _bar(label, shown) as functions:
                 yield functions
         else:
-            yield _plain(label)
+            yield _plain(label, shown)
 
 
 @contextmanager
-def _bar(label: str) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+def _bar(label: str, shown: Callable[[float], str]) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.text import Text
 
-    columns = (
-        TextColumn(f"{label:<8}"),
-        BarColumn(bar_width=24),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as progress:
+    class Amounts(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            total = f"/{shown(task.total)}" if task.total else ""
+            rate = f" · {shown(task.speed)}/s" if task.speed else ""
+            return Text(f"{shown(task.completed)}{total}{rate}")
+
+    with Progress(TextColumn(f"{label:<8}"), BarColumn(bar_width=24), Amounts(), TimeRemainingColumn()) as progress:
         task = progress.add_task(label, total=None)
         yield (lambda total: progress.update(task, total=total)), (lambda amount: progress.advance(task, amount))
 
 
-def _plain(label: str) -> tuple[Callable[[int], None], Callable[[int], None]]:
+def _plain(label: str, shown: Callable[[float], str]) -> tuple[Callable[[int], None], Callable[[int], None]]:
     state = {"total": 0, "done": 0}
     begun = last = time.monotonic()
 
@@ -92,8 +102,7 @@ def _plain(label: str) -> tuple[Callable[[int], None], Callable[[int], None]]:
             last = now
             rate = state["done"] / (now - begun)
             left = (state["total"] - state["done"]) / rate if rate else 0.0
-            click.echo(
-                f"{label:<8} {size(state['done'])} of {size(state['total'])} · {size(rate)}/s · {left:.0f} s left"
-            )
+            done, total = shown(state["done"]), shown(state["total"])
+            click.echo(f"{label:<8} {done} of {total} · {shown(rate)}/s · {left:.0f} s left")
 
     return start, advance

@@ -1,0 +1,89 @@
+"""`weightport evaluate`: what a model answers to a data set, and how well."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from .display import Lines, samples
+from .finetuning import DEFAULT_RECIPE, require_extra
+from .running import command_body, json_option, quiet_option
+
+
+@click.command("evaluate")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--data", required=True, help="Data to measure on: a file, a folder or a Hub data set.")
+@click.option(
+    "--metric",
+    "metrics",
+    multiple=True,
+    metavar="NAME",
+    help="What to measure (docs/metrics.md); by default the recipe's metrics. Repeatable.",
+)
+@click.option(
+    "--recipe",
+    "recipe_name",
+    default=DEFAULT_RECIPE,
+    show_default=True,
+    metavar="NAME|FILE.yaml",
+    help="Whose prompts, data layout and generation settings are used.",
+)
+@click.option("--adapter", type=click.Path(path_type=Path), help="A LoRA adapter on MODEL.")
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    help="Folder for metrics.json and predictions.jsonl; by default nothing is written.",
+)
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting of the recipe.")
+@click.option("--skip-bad", type=click.IntRange(min=0), metavar="N", help="Leave out up to N samples that are broken.")
+@click.option("--device", help="Where to run the model; by default a GPU where there is one.")
+@click.option("--overwrite", is_flag=True, help="Replace --output if it exists.")
+@quiet_option
+@json_option
+@command_body
+def evaluate_command(
+    model: Path,
+    data: str,
+    metrics: tuple[str, ...],
+    recipe_name: str,
+    adapter: Path | None,
+    output: Path | None,
+    assignments: tuple[str, ...],
+    skip_bad: int | None,
+    device: str | None,
+    overwrite: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Let the model directory MODEL answer a data set, and measure the answers."""
+    require_extra()
+    from ..finetuning.evaluation import evaluate
+    from ..finetuning.preparing import resolved
+    from ..finetuning.previews import preview_lines
+    from ..finetuning.recipe import load_recipe, parse_assignments, with_settings
+
+    recipe, _ = resolved(load_recipe(recipe_name), model, as_published=False)
+    settings = parse_assignments(assignments)
+    if metrics:
+        settings["evaluation.metrics"] = list(metrics)
+    if skip_bad is not None:
+        settings["data.skip_bad"] = skip_bad
+    recipe = with_settings(recipe, settings, "--set")
+    lines = Lines(quiet=quiet or as_json)
+    with lines.progress("answer", samples) as (start, advance):
+        result = evaluate(
+            model, data, recipe, adapter=adapter, output=output, device=device, overwrite=overwrite, announce=start,
+            advance=advance,
+        )  # fmt: skip
+    if as_json:
+        click.echo(json.dumps({"metrics": dict(result.metrics), "samples": len(result.predictions)}))
+        return
+    for line in preview_lines(result.predictions, recipe.evaluation.previews):
+        lines.line("", line)
+    for name, value in result.metrics.items():
+        lines.line("measured", f"{name} {value:.4g}")
+    if output is not None:
+        lines.line(f"{output}/", " · ".join(sorted(path.name for path in output.iterdir())))

@@ -1,0 +1,256 @@
+"""`port-finetune` and `weightport recipes`: train a converted model by a recipe."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import UsageError
+from .display import Lines, count
+from .running import INTERRUPTED, Terminated, command_body, fail, json_option, quiet_option
+
+if TYPE_CHECKING:
+    from ..finetuning.preparing import Job, Prepared
+    from ..finetuning.settings import Recipe
+
+DEFAULT_RECIPE = "default"
+
+
+@click.command("port-finetune", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--data", required=True, help="Training data: a file, a folder or a Hub data set; see docs/finetuning.md."
+)
+@click.option("--eval-data", help="Data to measure on, in the same layout. Without it nothing is measured.")
+@click.option(
+    "--output", "-o", required=True, type=click.Path(path_type=Path), help="Folder of the run: checkpoints and result."
+)
+@click.option(
+    "--recipe",
+    "recipe_name",
+    default=DEFAULT_RECIPE,
+    show_default=True,
+    metavar="NAME|FILE.yaml",
+    help="A published recipe (`weightport recipes`), a file of your own, or a run's recipe.yaml.",
+)
+@click.option(
+    "--method", type=click.Choice(("full", "lora", "qlora")), help="What is trained; by default the recipe's."
+)
+@click.option(
+    "--freeze",
+    multiple=True,
+    metavar="PART",
+    help="Parts that stand still, in place of the recipe's: vision, projector, encoder, decoder, embeddings, "
+    "language, or none. Repeatable.",
+)
+@click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Any setting of the recipe, of transformers' TrainingArguments or of peft's LoraConfig: learning_rate=1e-5. "
+    "Repeatable.",
+)
+@click.option("--as-published", is_flag=True, help="Do as the recipe's guide does, mistakes included, and say which.")
+@click.option(
+    "--cache-features", is_flag=True, help="Compute the outputs of frozen parts once, and keep them on disk."
+)
+@click.option("--skip-bad", type=click.IntRange(min=0), metavar="N", help="Leave out up to N samples that are broken.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --output from its last checkpoint.")
+@click.option("--overwrite", is_flag=True, help="Replace the run in --output.")
+@quiet_option
+@json_option
+@command_body
+def port_finetune(
+    model: Path,
+    data: str,
+    eval_data: str | None,
+    output: Path,
+    recipe_name: str,
+    method: str | None,
+    freeze: tuple[str, ...],
+    assignments: tuple[str, ...],
+    as_published: bool,
+    cache_features: bool,
+    skip_bad: int | None,
+    resume: bool,
+    overwrite: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Fine-tune the model directory MODEL on data by a recipe, on one process or under torchrun or accelerate launch.
+    The result is OUTPUT/model (or OUTPUT/adapter), with its metrics and OUTPUT/report.html."""
+    require_extra()
+    from ..finetuning.preparing import Job, resolved
+    from ..finetuning.recipe import load_recipe, parse_assignments, qualified, with_settings
+    from ..finetuning.run import finetune
+
+    if resume and overwrite:
+        raise UsageError("--resume goes on with a run and --overwrite replaces it: give one of them.")
+    recipe, mistakes = resolved(load_recipe(recipe_name), model, as_published=as_published)
+    assigned = parse_assignments(assignments)
+    recipe = with_settings(recipe, _options(method, freeze, cache_features, skip_bad) | assigned, "--set")
+    job = Job(
+        model=model,
+        data=data,
+        output=output,
+        recipe=recipe,
+        eval_data=eval_data,
+        resume=resume,
+        overwrite=overwrite,
+        explicit=frozenset(qualified(key, "--set") for key in assigned),
+        command=shlex.join(["port-finetune", *sys.argv[1:]]),
+        mistakes=mistakes,
+    )
+    lines = Lines(quiet=quiet or as_json)
+
+    def announce(prepared: Prepared) -> None:
+        _show_start(lines, job, prepared)
+
+    try:
+        outcome = finetune(job, announce=announce, say=lambda line: lines.line("", line), quiet=quiet or as_json)
+    except (KeyboardInterrupt, Terminated):
+        _stopped(output)
+    if not _is_main():
+        return
+    if as_json:
+        found = {
+            "directory": str(outcome.directory),
+            "report": str(outcome.report),
+            "metrics": dict(outcome.metrics),
+            "notes": list(outcome.notes),
+        }
+        click.echo(json.dumps(found, ensure_ascii=False))
+        return
+    for name, value in outcome.metrics.items():
+        lines.line("measured", f"{name} {value:.4g}")
+    for note in outcome.notes:
+        lines.line("note", note)
+    lines.line(f"{outcome.directory}/", " · ".join(sorted(path.name for path in outcome.directory.iterdir())))
+    lines.line("report", str(outcome.report))
+    lines.line("next", _next(model, outcome.directory))
+
+
+def _options(
+    method: str | None, freeze: tuple[str, ...], cache_features: bool, skip_bad: int | None
+) -> dict[str, Any]:
+    """Settings that have options of their own."""
+    found: dict[str, Any] = {}
+    if method is not None:
+        found["model.method"] = method
+    if freeze:
+        found["model.freeze"] = [target for target in freeze if target != "none"]
+    if cache_features:
+        found["model.cache_features"] = True
+    if skip_bad is not None:
+        found["data.skip_bad"] = skip_bad
+    return found
+
+
+def _show_start(lines: Lines, job: Job, prepared: Prepared) -> None:
+    total = sum(share.total for share in prepared.shares)
+    trainable = sum(share.trainable for share in prepared.shares)
+    lines.heading(f"{job.model} · recipe {job.recipe.name}: {job.recipe.title}")
+    for mistake in job.mistakes:
+        lines.line("wrong", mistake)
+    for share in prepared.shares:
+        state = f"{count(share.trainable)} of {count(share.total)} trained" if share.trainable else "stands still"
+        lines.line("part", f"{share.part}: {state if share.trainable else f'{count(share.total)} {state}'}")
+    lines.line("trained", f"{count(trainable)} of {count(total)} parameters ({trainable / total:.2%})")
+    arguments = prepared.arguments
+    batch = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+    evaluated = f" · measured on {len(prepared.eval_samples)}" if prepared.eval_samples is not None else ""
+    lines.line("data", f"{len(prepared.samples)} samples{evaluated}")
+    lines.line(
+        "steps",
+        f"{batch} samples each · learning rate {arguments.learning_rate:g} · {arguments.num_train_epochs:g} epochs"
+        + (f" · resumed from {prepared.checkpoint.name}" if prepared.checkpoint else ""),
+    )
+    for note in prepared.notes:
+        lines.line("note", note)
+
+
+def _next(model: Path, directory: Path) -> str:
+    if directory.name == "adapter":
+        return f"port-merge-lora {model} {directory} MERGED"
+    return f"weightport generate {directory} IMAGE · port-release {directory} --repo ORG/NAME --dry-run"
+
+
+def _stopped(output: Path) -> None:
+    from ..finetuning.resuming import last_checkpoint
+
+    found = last_checkpoint(output)
+    where = (
+        f"go on from {found.name} with --resume." if found else "there is no checkpoint yet; nothing was left behind."
+    )
+    fail(f"stopped; {where}", INTERRUPTED)
+
+
+def _is_main() -> bool:
+    from accelerate import PartialState
+
+    return bool(PartialState().is_main_process)
+
+
+@click.command("recipes")
+@click.argument("name", required=False)
+@json_option
+@command_body
+def recipes_command(name: str | None, as_json: bool) -> None:
+    """List the recipes, or show the one called NAME (or in the file NAME) as YAML."""
+    require_extra()
+    from ..finetuning.recipe import as_yaml, load_recipe, plain, shipped_recipes
+
+    if name is not None:
+        recipe = load_recipe(name)
+        click.echo(json.dumps(plain(recipe), ensure_ascii=False) if as_json else as_yaml(recipe), nl=as_json)
+        return
+    recipes = shipped_recipes()
+    if as_json:
+        click.echo(json.dumps({each.name: plain(each) for each in recipes.values()}, ensure_ascii=False))
+        return
+    for recipe in recipes.values():
+        _show_recipe(recipe)
+
+
+def _show_recipe(recipe: Recipe) -> None:
+    lines = Lines(quiet=False)
+    lines.heading(f"{recipe.name} · {recipe.title}")
+    lines.line("for", ", ".join(recipe.families) + (" · --as-published" if recipe.published else ""))
+    if recipe.source:
+        lines.line("after", recipe.source)
+    training = recipe.training
+    shown = ("num_train_epochs", "per_device_train_batch_size", "learning_rate", "lr_scheduler_type")
+    lines.line("training", " · ".join(f"{key} {training[key]}" for key in shown if key in training))
+    frozen = ", ".join(recipe.model.freeze) or "nothing"
+    lines.line("frozen", f"{frozen} · metrics {', '.join(recipe.evaluation.metrics) or 'none'}")
+
+
+def require_extra() -> None:
+    """Raise UsageError when the libraries of training are not installed."""
+    missing = [name for name, module in EXTRA.items() if not _installed(module)]
+    if missing:
+        raise UsageError(
+            f"Fine-tuning needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
+            'pip install "weightport[finetune]"'
+        )
+
+
+EXTRA: Mapping[str, str] = {"accelerate": "accelerate", "peft": "peft", "pyyaml": "yaml"}
+
+
+def _installed(module: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(module) is not None
+
+
+finetune_command = click.Command(
+    "finetune", params=port_finetune.params, callback=port_finetune.callback, help=port_finetune.help
+)

@@ -1,0 +1,55 @@
+"""transformers' TrainingArguments from a recipe, fitted to the machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from ..errors import RecipeError
+from .resuming import CHECKPOINTS
+
+
+def training_arguments(
+    settings: Mapping[str, Any], run: Path, *, evaluates: bool, explicit: frozenset[str] = frozenset()
+) -> tuple[TrainingArguments, list[str]]:
+    """(arguments, notes on what this machine changes). `evaluates`: there is evaluation data. `explicit`: settings
+    given by hand, which are not fitted. Raises RecipeError for what cannot be."""
+    values, notes = dict(settings), []
+    if not torch.cuda.is_available():
+        for precision in ("fp16", "bf16"):
+            if values.get(precision) and f"training.{precision}" not in explicit:
+                values[precision] = False
+                notes.append(f"{precision} is off: there is no GPU here")
+    if not evaluates:
+        values["eval_strategy"] = "no"
+        if values.pop("load_best_model_at_end", False):
+            notes.append("load_best_model_at_end is off: there is no evaluation data")
+    values["dataloader_num_workers"] = loader_workers(values)
+    values.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+    values.setdefault("report_to", "none")
+    # Tasks leave parameters unused (OFA's tables of image codes), which DDP has to be told.
+    values.setdefault("ddp_find_unused_parameters", True)
+    try:
+        arguments = TrainingArguments(
+            output_dir=str(run / CHECKPOINTS),
+            remove_unused_columns=False,
+            # Trainer would take OFA's label_smoothing for labels too.
+            label_names=["labels"],
+            disable_tqdm=True,
+            # A loss that is no number ends the run instead of being averaged away.
+            logging_nan_inf_filter=False,
+            **values,
+        )
+    except (TypeError, ValueError, ImportError) as error:
+        raise RecipeError(f"training: {error}") from error
+    return arguments, notes
+
+
+def loader_workers(settings: Mapping[str, Any]) -> int:
+    """Processes that read and decode samples: what the recipe says, as far as there are cores for them."""
+    return min(int(settings.get("dataloader_num_workers", 0)), os.cpu_count() or 1)

@@ -1,0 +1,136 @@
+"""Fine-tuning OFA and OFA-CN."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import PreTrainedModel
+
+from ...errors import DataError, RecipeError
+from ...modeling.ofa.processing_ofa import SymbolText
+from ...modeling.ofa.prompts_ofa import TASKS
+from ..samples import Objects, Sample
+from ..settings import BatchSettings
+from .family import Answer, Parts, filled, shifted, shortened
+
+PATCH = 16
+"""Pixels of an image patch, along a side."""
+
+CHINESE_PROMPTS = {"detection": "图片中有哪些物体?"}
+"""Prompts of tasks that the original's code asks in English only."""
+
+_LINEAR = r"layers\.\d+\.((self|cross)_attn\.(q|k|v|out)_proj|fc1|fc2)"
+
+
+class OFA:
+    """The family `ofa`. Its encoder holds the image tower."""
+
+    name = "ofa"
+    own_loss = True
+    parts = Parts(
+        prefixes={
+            "vision": ("model.encoder.vision_tower",),
+            "projector": ("model.encoder.image_proj", "model.encoder.patch_layernorm_embedding"),
+            "embeddings": ("model.encoder.embed_tokens", "model.decoder.embed_tokens"),
+            "encoder": ("model.encoder",),
+            "decoder": ("model.decoder",),
+            "head": ("lm_head",),
+        },
+        targets={
+            "vision": ("vision",),
+            "projector": ("projector",),
+            "embeddings": ("embeddings",),
+            "encoder": ("vision", "projector", "encoder"),
+            "decoder": ("decoder",),
+            "language": ("embeddings", "encoder", "decoder", "head"),
+        },
+        lora={"encoder": rf"model\.encoder\.{_LINEAR}", "decoder": rf"model\.decoder\.{_LINEAR}"},
+    )
+
+    def resize(self, processor: Any, config: Any, pixels: int) -> None:
+        limit = config.image_bucket_size * PATCH
+        if pixels % PATCH or not 0 < pixels <= limit:
+            raise RecipeError(f"batch.image_size is a multiple of {PATCH} up to {limit} for this model, not {pixels}.")
+        processor.image_processor.size = {"height": pixels, "width": pixels}
+
+    def smooth_labels(self, model: PreTrainedModel, amount: float) -> bool:
+        model.config.label_smoothing = amount
+        return True
+
+    def prompt(self, processor: Any, batch: BatchSettings, sample: Sample) -> str:
+        if batch.prompt is not None:
+            return shortened(processor.tokenizer, filled(batch.prompt, sample), batch.max_prompt_length)
+        task = _task(batch)
+        if processor.language == "zh" and batch.task in CHINESE_PROMPTS:
+            return CHINESE_PROMPTS[batch.task]
+        if processor.language not in task.prompts:
+            raise RecipeError(
+                f"OFA asks {batch.task!r} in {', '.join(task.prompts)} only, and this model speaks "
+                f"{processor.language}: set batch.prompt."
+            )
+        if len(task.fields) > 1:
+            raise RecipeError(f"The task {batch.task!r} has {len(task.fields)} fields: write them with batch.prompt.")
+        question = shortened(processor.tokenizer, sample.prefix, batch.max_prompt_length)
+        return str(processor.prompt(batch.task, **dict.fromkeys(task.fields, question)))
+
+    def answer(self, processor: Any, batch: BatchSettings, sample: Sample) -> str:
+        room = batch.max_target_length - 1
+        if sample.objects is None:
+            text = processor.target(batch.task, sample.suffix) if batch.task in TASKS else sample.suffix
+            return shortened(processor.tokenizer, text, room)
+        text = SymbolText(
+            " ".join(
+                f"{processor.boxes_to_bins(box, sample.objects.size)} {label}"
+                for label, box in zip(sample.objects.labels, sample.objects.boxes)
+            )
+        )
+        tokens = len(processor.symbol_tokenizer(text, add_special_tokens=False)["input_ids"])
+        if tokens > room:
+            raise DataError(f"{sample.place}: its boxes are {tokens} tokens, batch.max_target_length is {room + 1}.")
+        return text
+
+    def questions(
+        self, processor: Any, batch: BatchSettings, prompts: Sequence[str], images: Sequence[Image.Image | None]
+    ) -> dict[str, torch.Tensor]:
+        pictures = None if all(image is None for image in images) else list(images)
+        return dict(processor(images=pictures, text=list(prompts), padding=True, return_tensors="pt"))
+
+    def encode(
+        self,
+        processor: Any,
+        config: Any,
+        batch: BatchSettings,
+        prompts: Sequence[str],
+        answers: Sequence[str],
+        images: Sequence[Image.Image | None],
+    ) -> dict[str, torch.Tensor]:
+        pictures = None if all(image is None for image in images) else list(images)
+        tensors = dict(
+            processor(
+                images=pictures, text=list(prompts), text_target=list(answers), padding=True, return_tensors="pt"
+            )
+        )
+        if batch.count_padding:
+            tensors["labels"] = tensors["labels"].masked_fill(tensors["labels"] == -100, config.pad_token_id)
+        if "decoder_input_ids" not in tensors:
+            start = config.decoder_start_token_id
+            tensors["decoder_input_ids"] = shifted(tensors["labels"], start, config.pad_token_id)
+        return tensors
+
+    def read(self, processor: Any, batch: BatchSettings, ids: torch.Tensor, size: tuple[int, int] | None) -> Answer:
+        kind = TASKS[batch.task].answer if batch.task in TASKS else "text"
+        if kind != "regions" or size is None:
+            return Answer(str(processor.post_process_generation(ids, "caption")["caption"]))
+        found = processor.post_process_generation(ids, batch.task, size)[batch.task]
+        boxes = tuple(tuple(map(float, box)) for box in found["boxes"])
+        text = processor.batch_decode(ids[None], skip_special_tokens=False)[0]
+        return Answer(str(text), Objects(tuple(found["labels"]), boxes, size))  # type: ignore[arg-type]
+
+
+def _task(batch: BatchSettings) -> Any:
+    if batch.task not in TASKS:
+        raise RecipeError(f"OFA has no task {batch.task!r} (it has {', '.join(TASKS)}): set batch.prompt.")
+    return TASKS[batch.task]

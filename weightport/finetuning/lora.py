@@ -1,0 +1,65 @@
+"""LoRA on a model: which modules, and whether they may be changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import RecipeError
+from .families.family import Parts
+
+
+def with_lora(model: PreTrainedModel, parts: Parts, frozen: frozenset[str], settings: Mapping[str, Any]) -> Any:
+    """The model with peft's LoRA, by LoraConfig's own names; without `target_modules` the family's, in what is not
+    frozen. Raises RecipeError when targets match nothing or reach into a frozen part."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = settings.get("target_modules") or _default_targets(parts, frozen)
+    try:
+        config = LoraConfig(**{**settings, "target_modules": targets})
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"lora: {error}") from error
+    reached = [name for name, module in model.named_modules() if _is_target(config, name) and _can_hold(module)]
+    if not reached and not config.target_parameters:
+        linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        raise RecipeError(
+            f"lora.target_modules {_shown(targets)} matches no module. Linear layers here are "
+            f"{', '.join(sorted(linear))}."
+        )
+    inside = [name for name in reached if parts.part_of(name) in frozen]
+    if inside:
+        raise RecipeError(
+            f"lora.target_modules {_shown(targets)} reaches into what is frozen: {len(inside)} modules, such as "
+            f"{inside[0]} ({parts.part_of(inside[0])}). Name modules outside, or freeze less."
+        )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise RecipeError(f"lora: {error}") from error
+
+
+def _default_targets(parts: Parts, frozen: frozenset[str]) -> str:
+    expressions = [expression for part, expression in parts.lora.items() if part not in frozen]
+    if not expressions:
+        raise RecipeError(
+            f"Everything that LoRA changes by default ({', '.join(parts.lora)}) is frozen: freeze less, or set "
+            "lora.target_modules."
+        )
+    return "|".join(f"({expression})" for expression in expressions)
+
+
+def _is_target(config: Any, name: str) -> bool:
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    return bool(name) and bool(check_target_module_exists(config, name))
+
+
+def _can_hold(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False))
+
+
+def _shown(targets: Any) -> str:
+    return repr(targets if isinstance(targets, str) else sorted(targets))

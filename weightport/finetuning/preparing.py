@@ -1,0 +1,172 @@
+"""A run before its first step: everything that can be checked is checked here, and nothing is written."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import TrainingArguments, set_seed
+
+from ..errors import DataError, OutputError, RecipeError, TrainingError
+from .answering import chosen, generation_options
+from .arguments import training_arguments
+from .collation import FAILURE, BadSamples, Collator, Indexed
+from .data import open_data
+from .freezing import Share, freeze, frozen_parts, shares
+from .loading import Loaded, family_of, load_model, load_processor
+from .lora import with_lora
+from .metrics import metric_named, score_all
+from .predictions import Prediction
+from .recipe import for_family
+from .resuming import RECIPE, last_checkpoint, require_same
+from .samples import Samples
+from .settings import Recipe
+
+RECONNAISSANCE = 64
+"""Samples of the evaluation data that are scored before the first step."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run is asked for. `explicit`: settings given by hand; `command`: how, for the records."""
+
+    model: Path
+    data: str
+    output: Path
+    recipe: Recipe
+    eval_data: str | None = None
+    resume: bool = False
+    overwrite: bool = False
+    explicit: frozenset[str] = frozenset()
+    command: str = ""
+    mistakes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run before its first step: everything has been opened and checked, nothing written."""
+
+    loaded: Loaded
+    arguments: TrainingArguments
+    samples: Samples
+    eval_samples: Samples | None
+    shares: list[Share]
+    checkpoint: Path | None
+    notes: tuple[str, ...]
+
+
+def resolved(recipe: Recipe, model: Path, *, as_published: bool) -> tuple[Recipe, tuple[str, ...]]:
+    """(the recipe for the model's family, what its guide does wrong). Raises RecipeError, CheckpointError."""
+    family = family_of(model).name
+    mistakes = recipe.published[family].mistakes if as_published and family in recipe.published else ()
+    if as_published and family not in recipe.published:
+        raise RecipeError(f"The recipe {recipe.name!r} follows no published guide for {family!r}.")
+    return for_family(recipe, family, as_published=as_published), mistakes
+
+
+def prepare(job: Job) -> Prepared:
+    """Open and check everything: recipe and model, data, output, space. Writes nothing."""
+    recipe = job.recipe
+    family = family_of(job.model)
+    if family.name not in recipe.families:
+        recipe = for_family(recipe, family.name)
+    frozen = frozen_parts(family.parts, recipe.model.freeze)
+    for name in recipe.evaluation.metrics:
+        metric_named(name)
+    checkpoint = _output_state(job)
+    arguments, notes = training_arguments(
+        recipe.training, job.output, evaluates=job.eval_data is not None, explicit=job.explicit
+    )
+    samples = open_data(job.data, recipe.data)
+    eval_samples = open_data(job.eval_data, recipe.data, grouped=True) if job.eval_data is not None else None
+    for each in (samples, eval_samples):
+        if each is not None and each.skipped:
+            notes.append(f"{len(each.skipped)} samples of {each.name} are left out: {each.skipped[0]}, …")
+
+    if eval_samples is not None and recipe.evaluation.metrics:
+        _require_measurable(eval_samples, recipe)
+
+    set_seed(arguments.seed)
+    processor = load_processor(job.model, family, recipe.batch)
+    model = load_model(job.model, recipe.model, device=arguments.device)
+    generation_options(model, recipe.evaluation.generation)
+    if arguments.label_smoothing_factor and family.smooth_labels(model, arguments.label_smoothing_factor):
+        arguments.label_smoothing_factor = 0.0
+    freeze(model, family.parts, frozen, still=recipe.model.frozen_mode == "eval")
+    if recipe.model.method != "full":
+        if recipe.model.method == "qlora":
+            from peft import prepare_model_for_kbit_training
+
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=arguments.gradient_checkpointing)
+        model = with_lora(model, family.parts, frozen, recipe.lora)
+    found = shares(model, family.parts)
+    if not any(share.trainable for share in found):
+        raise TrainingError(
+            f"Nothing is left to train: {', '.join(recipe.model.freeze)} together are the whole model. Freeze less."
+        )
+    _require_space(job.output, found, arguments)
+    # One sample shows whether prompts and answers fit the model, before any step does.
+    _try_one(Loaded(job.model, model, processor, family), recipe, samples)
+    return Prepared(
+        Loaded(job.model, model, processor, family), arguments, samples, eval_samples, found, checkpoint, tuple(notes)
+    )
+
+
+def _require_measurable(samples: Samples, recipe: Recipe) -> None:
+    """Raises DataError when the recipe's metrics cannot be computed on this data: perfect answers show it."""
+    found = []
+    for index in chosen(len(samples), min(RECONNAISSANCE, recipe.evaluation.samples or RECONNAISSANCE)):
+        try:
+            sample = samples[index]
+        except DataError:
+            # Whether it may be left out is decided where it is read.
+            continue
+        key = sample.picture.key if sample.picture else ""
+        text, references = (sample.references or ("",))[0], sample.references
+        found.append(Prediction(index, sample.place, key, "", text, references, sample.objects, sample.objects))
+    score_all(recipe.evaluation.metrics, found)
+
+
+def _output_state(job: Job) -> Path | None:
+    """The checkpoint to resume from, if any. Raises OutputError when the output may not be used."""
+    if job.resume:
+        require_same(job.output, job.recipe)
+        return last_checkpoint(job.output)
+    if not job.output.exists() or (job.output.is_dir() and not any(job.output.iterdir())):
+        return None
+    if not job.overwrite:
+        resumable = " --resume to go on with it," if (job.output / RECIPE).is_file() else ""
+        raise OutputError(f"{job.output} exists. Pass{resumable} --overwrite to replace it, or choose another output.")
+    if not (job.output / RECIPE).is_file():
+        raise OutputError(f"{job.output} is not a run (it has no {RECIPE}), so that --overwrite does not touch it.")
+    return None
+
+
+def _require_space(output: Path, found: list[Share], arguments: TrainingArguments) -> None:
+    """Raises OutputError when the disk cannot hold the checkpoints that the run keeps."""
+    trainable = sum(share.trainable for share in found)
+    total = sum(share.total for share in found)
+    # float32 weights, and Adam's two moments of what is trained; one more while the oldest is not yet removed.
+    checkpoint = 4 * total + 8 * trainable
+    kept = 0 if arguments.save_strategy == "no" else (arguments.save_total_limit or 3) + 1
+    needs = kept * checkpoint + 4 * total
+    existing = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needs > free:
+        raise OutputError(
+            f"{existing} has {free / 1e9:.1f} GB free, and {kept} checkpoints with the result need about "
+            f"{needs / 1e9:.1f} GB. Lower training.save_total_limit, or choose another --output."
+        )
+
+
+def _try_one(loaded: Loaded, recipe: Recipe, samples: Samples) -> None:
+    """Raises DataError or RecipeError when the first readable sample does not become a batch."""
+    bad = BadSamples(len(samples), recipe.data.skip_bad)
+    collator = Collator(loaded.family, loaded.processor, loaded.model.config, recipe.batch, bad)
+    indexed = Indexed(samples)
+    for index in range(min(len(samples), recipe.data.skip_bad + 1)):
+        made = collator([indexed[index]])
+        if FAILURE not in made:
+            return
+    raise DataError(made[FAILURE])

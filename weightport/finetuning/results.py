@@ -1,0 +1,138 @@
+"""What a finished run leaves in its folder: the model or adapter, metrics, history, report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..checkpoints.sharded import read_json
+from .predictions import Prediction
+from .preparing import Job, Prepared
+from .recipe import plain
+from .report import RunSummary, write_report
+from .resuming import CHECKPOINTS
+from .saving import METRICS, save_adapter, save_model, write_json
+from .trainer import PortTrainer
+
+REPORT, HISTORY = "report.html", "history.json"
+REPORTED_SAMPLES = 12
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left: the model directory or adapter, metrics by name, losses by step."""
+
+    directory: Path
+    report: Path
+    metrics: Mapping[str, float]
+    history: list[dict[str, Any]]
+    notes: tuple[str, ...]
+
+
+def finish(
+    job: Job, prepared: Prepared, trainer: PortTrainer, predictions: Sequence[Prediction], notes: list[str]
+) -> Outcome:
+    """Save the result and its records; only the main process writes, but all may have to gather weights."""
+    recipe, loaded = job.recipe, prepared.loaded
+    full = recipe.model.method == "full"
+    directory = job.output / ("model" if full else "adapter")
+    history = trainer.state.log_history
+    metrics = _final_metrics(history)
+    model, weights = trainer.accelerator.unwrap_model(trainer.model), None
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        weights = job.output / CHECKPOINTS / "final"
+        trainer.save_model(str(weights))
+    if trainer.is_world_process_zero():
+        if weights is None and full:
+            loaded.family.smooth_labels(model, _original_smoothing(job.model))
+        training = _training_record(job, prepared, trainer, metrics, notes)
+        save = save_model if full else save_adapter
+        notes += save(model, loaded.processor, job.model, directory, training, metrics, weights) or []
+        write_json(job.output / METRICS, metrics)
+        write_json(job.output / HISTORY, history)
+        write_report(job.output / REPORT, _summary(job, prepared, history, metrics, predictions, notes))
+    trainer.accelerator.wait_for_everyone()
+    return Outcome(directory, job.output / REPORT, metrics, history, tuple(notes))
+
+
+def _summary(
+    job: Job,
+    prepared: Prepared,
+    history: list[dict[str, Any]],
+    metrics: Mapping[str, float],
+    predictions: Sequence[Prediction],
+    notes: list[str],
+) -> RunSummary:
+    shown = predictions[:REPORTED_SAMPLES]
+    pictures = {}
+    for prediction in shown:
+        picture = prepared.eval_samples[prediction.index].picture if prepared.eval_samples is not None else None
+        if picture is not None:
+            pictures[prediction.index] = picture.read()
+    return RunSummary(
+        title=f"{job.recipe.title}: {job.model.resolve().name}",
+        command=job.command,
+        settings=plain(job.recipe),
+        trainable=[(share.part, share.trainable, share.total) for share in prepared.shares],
+        history=history,
+        metrics=metrics,
+        predictions=shown,
+        pictures=pictures,
+        notes=[*job.mistakes, *notes],
+    )
+
+
+def _final_metrics(history: list[dict[str, Any]]) -> dict[str, float]:
+    """Metrics of the last evaluation by their own names, the loss as eval_loss."""
+    last: Mapping[str, float] = next(
+        (entry for entry in reversed(history) if any(key.startswith("eval_") for key in entry)), {}
+    )
+    timings = ("runtime", "per_second", "preparation_time", "compilation_time")
+    return {
+        key if key == "eval_loss" else key.removeprefix("eval_"): value
+        for key, value in last.items()
+        if key.startswith("eval_") and not key.endswith(timings)
+    }
+
+
+def _training_record(
+    job: Job, prepared: Prepared, trainer: PortTrainer, metrics: Mapping[str, float], notes: list[str]
+) -> dict[str, Any]:
+    import transformers
+
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "format": 1,
+        "recipe": plain(job.recipe),
+        "as_published": bool(job.mistakes),
+        "base": job.model.resolve().name,
+        "data": {"name": prepared.samples.name, "samples": len(prepared.samples)},
+        "eval_data": None
+        if prepared.eval_samples is None
+        else {"name": prepared.eval_samples.name, "samples": len(prepared.eval_samples)},
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "processes": prepared.arguments.world_size,
+        "samples_per_step": prepared.arguments.train_batch_size
+        * prepared.arguments.world_size
+        * prepared.arguments.gradient_accumulation_steps,
+        "final_loss": losses[-1] if losses else None,
+        "metrics": dict(metrics),
+        "trainable": {share.part: [share.trainable, share.total] for share in prepared.shares},
+        "notes": notes,
+        "versions": {
+            "weightport": __version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+        },
+    }
+
+
+def _original_smoothing(directory: Path) -> float:
+    config = read_json(directory / "config.json")
+    return float(config.get("label_smoothing", 0.0)) if isinstance(config, dict) else 0.0
