@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from .settings import DataSettings
 IMAGE_NAMES = ("image", "img", "file_name", "image_path", "picture", "jpg", "jpeg", "png", "webp")
 PREFIX_NAMES = ("prefix", "question", "query", "prompt", "instruction")
 SUFFIX_NAMES = ("suffix", "answers", "answer", "captions", "caption", "text", "response", "label")
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def _text(value: Any, column: str, place: str) -> str:
 
 def check_letters(value: str, column: str, place: str) -> None:
     """JSON's escapes can write half of a surrogate pair, which no tokenizer and no file system takes."""
-    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+    if not value.isascii() and _SURROGATES.search(value):
         raise DataError(f"{place}: {column!r} holds half of a surrogate pair, which is no character.")
 
 

@@ -6,12 +6,15 @@ import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ...errors import DataError
 from ..samples import Picture
 from .columns import check_letters, kind_of
+
+MOST_CHECKED = 10_000
+"""Inner folders that are remembered as being no way out."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,14 @@ class ImageFolder:
         """
         path = os.path.join(self.path, _safe_name(name, place))
         try:
-            self._check_links(path, name, place)
-            found = os.stat(path)
+            found = os.lstat(path)
+            if stat.S_ISLNK(found.st_mode):
+                self._check_inside(path, name, place)
+                found = os.stat(path)
+            elif (parent := os.path.dirname(path)) not in self._checked:
+                self._check_inside(path, name, place)
+                if len(self._checked) < MOST_CHECKED:
+                    self._checked.add(parent)
         except OSError as error:
             raise DataError(f"{place}: the image {name!r} is not in {self.path}: {error.strerror}.") from error
         if not stat.S_ISREG(found.st_mode):
@@ -57,19 +66,13 @@ class ImageFolder:
     def picture(self, name: Any, place: str) -> Picture:
         return Picture(PurePosixPath(name).as_posix(), place, ImageFile(self.find(name, place)[0]))
 
-    def _check_links(self, path: str, name: str, place: str) -> None:
-        parent = os.path.dirname(path)
-        is_link = stat.S_ISLNK(os.lstat(path).st_mode)
-        if parent in self._checked and not is_link:
-            return
+    def _check_inside(self, path: str, name: str, place: str) -> None:
         real = os.path.realpath(path)
         if os.path.commonpath((real, self._real)) != self._real:
             raise DataError(
                 f"{place}: the image {name!r} leads out of {self.path} through a symbolic link, to {real}. "
                 "Name the folder that holds the images with data.images."
             )
-        if not is_link and len(self._checked) < 10_000:
-            self._checked.add(parent)
 
 
 def _safe_name(name: Any, place: str) -> str:
@@ -78,8 +81,9 @@ def _safe_name(name: Any, place: str) -> str:
     if not name.strip() or "\0" in name:
         raise DataError(f"{place}: {name!r} is no name of an image.")
     check_letters(name, "image", place)
-    parts = PurePosixPath(name).parts + PureWindowsPath(name).parts
-    if ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
+    # Judged as on every system: a data set may be opened on another one than it was written on.
+    plain = name.replace("\\", "/")
+    if ".." in plain.split("/") or plain.startswith("/") or plain[1:2] == ":":
         raise DataError(
             f"{place}: the image {name!r} leads out of the image folder. Images are named relative to their folder; "
             "say where that is with data.images."

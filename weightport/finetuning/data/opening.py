@@ -45,7 +45,7 @@ def open_data(path: str | Path, settings: DataSettings, *, grouped: bool = False
 
 
 def split_path(path: str) -> tuple[str, str | None]:
-    """A path and the split that stands behind its colon: owner/name:validation. A file of that very name comes first."""
+    """A path, and the split behind its colon (owner/name:validation) unless a file has that very name."""
     place, colon, split = path.rpartition(":")
     if not (colon and place and split) or os.sep in split or os.path.exists(os.path.expanduser(path)):
         return path, None

@@ -51,7 +51,10 @@ def recognise(path: str, settings: DataSettings) -> Layout:
     """The layout at a path. Raises DataError saying what was looked for and what was found."""
     place = Path(path).expanduser()
     if place.is_dir():
-        return _in_folder_or_splits(place, settings)
+        try:
+            return _in_folder_or_splits(place, settings)
+        except OSError as error:
+            raise DataError(f"{place} cannot be looked into: {error.strerror}.") from error
     if place.exists():
         return _of_file(place, settings.reader)
     if glob.has_magic(path) and settings.reader in ("auto", "table"):
@@ -90,9 +93,9 @@ def _reader_of_lines(path: Path) -> str:
 
 def _is_json_lines(path: Path) -> bool:
     """Whether the first line of a .json file is a whole object that is no COCO document."""
-    with open(path, "rb") as file:
-        first, end, _ = file.read(HEAD).lstrip().partition(b"\n")
-    whole = first.rstrip().endswith(b"}") and (bool(end) or path.stat().st_size <= HEAD)
+    file = PinnedFile(path)
+    first, end, _ = file.read(0, min(file.size, HEAD)).lstrip().partition(b"\n")
+    whole = first.rstrip().endswith(b"}") and (bool(end) or file.size <= HEAD)
     return whole and b'"annotations"' not in first
 
 

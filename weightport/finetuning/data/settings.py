@@ -23,7 +23,8 @@ class DataSettings:
 
     reader: the layout; `auto` looks at the files.
     images: folder of the image files, or MUGE's image TSV, where it is not found beside the annotations. A path as
-        seen from the working directory or, where there is none, from the annotations' folder.
+        seen from the working directory or, where there is none, from the annotations' folder. A folder of several
+        TSVs serves training and evaluation: the table is found in it by the captions' name.
     split: which part of a folder with several, or of a Hub data set; `val`, `valid`, `validation` and `dev` are one.
     subset, revision: the configuration of a Hub data set and the commit, tag or branch to read.
     image_column, prefix_column, suffix_column: names in JSONL and tables, by default the first known one that is there

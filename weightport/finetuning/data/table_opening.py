@@ -30,8 +30,9 @@ def open_table(path: str, settings: DataSettings) -> Dataset:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             return _load_saved(folder, settings)
         if files := find_parquet(path, settings):
-            _check_columns(files)
-            return datasets.load_dataset("parquet", data_files=files, split="train")
+            return datasets.load_dataset(
+                "parquet", data_files=[glob.escape(file) for file in check_parquet(files)], split="train"
+            )
         if folder.exists():
             raise DataError(f"{path}: no table here. Looked for *.parquet and for a folder of datasets' save_to_disk.")
         return _load_from_hub(path, settings)
@@ -44,14 +45,14 @@ def find_parquet(path: str, settings: DataSettings) -> list[str]:
 
     Where a folder's files speak of several splits, those of the settings' split.
     """
-    if os.path.isfile(path):
-        return [path]
-    if glob.has_magic(path):
+    folder = Path(path).expanduser()
+    if folder.is_file():
+        return [str(folder)]
+    if glob.has_magic(path) and not folder.is_dir():
         found = sorted(name for name in glob.glob(os.path.expanduser(path), recursive=True) if os.path.isfile(name))
         if not found:
             raise DataError(f"{path}: no file fits this pattern.")
         return found
-    folder = Path(path).expanduser()
     found = sorted(str(file) for place in (folder, folder / "data") for file in place.glob("*.parquet"))
     splits = sorted({split for file in found if (split := split_named(Path(file).stem)) is not None})
     if settings.split is None and len(splits) > 1:
@@ -64,20 +65,26 @@ def find_parquet(path: str, settings: DataSettings) -> list[str]:
     return chosen
 
 
-def _check_columns(files: Sequence[str]) -> None:
-    """Raises DataError for a file that is no parquet or has other columns than the first."""
+def check_parquet(files: Sequence[str]) -> list[str]:
+    """The files that have rows. Raises DataError for one that is no parquet or has other columns than the first."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     first: list[str] = []
+    filled = []
     for file in files:
         try:
-            names = pq.read_schema(file).names
+            found = pq.read_metadata(file)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{file} cannot be read as parquet: {error}") from error
+        names = found.schema.to_arrow_schema().names
         if first and names != first:
             raise DataError(f"{file} has the columns {', '.join(names)}; {files[0]} has {', '.join(first)}.")
         first = first or names
+        filled += [file] if found.num_rows else []
+    if not filled:
+        raise DataError(f"{', '.join(files[:5])} has no samples.")
+    return filled
 
 
 def _load_saved(folder: Path, settings: DataSettings) -> Dataset:
@@ -129,4 +136,4 @@ def _explained(path: str, error: Exception) -> DataError:
             f"{path} is no file or folder here, and as a data set of the Hub it cannot be reached: {error}. "
             "Check the path, or the name and the network."
         )
-    return DataError(f"{path} cannot be read as a table: {error}")
+    return DataError(f"{path} cannot be read as a table: {error.__cause__ or error}")
