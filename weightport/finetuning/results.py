@@ -10,13 +10,12 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..checkpoints.sharded import read_json
 from .predictions import Prediction
 from .preparing import Job, Prepared
 from .recipe import plain
 from .report import RunSummary, write_report
 from .resuming import CHECKPOINTS
-from .saving import METRICS, save_adapter, save_model, write_json
+from .saving import METRICS, Result, save_adapter, save_model, write_json
 from .trainer import PortTrainer
 
 REPORT, HISTORY = "report.html", "history.json"
@@ -48,11 +47,16 @@ def finish(
         weights = job.output / CHECKPOINTS / "final"
         trainer.save_model(str(weights))
     if trainer.is_world_process_zero():
-        if weights is None and full:
-            loaded.family.smooth_labels(model, _original_smoothing(job.model))
-        training = _training_record(job, prepared, trainer, metrics, notes)
-        save = save_model if full else save_adapter
-        notes += save(model, loaded.processor, job.model, directory, training, metrics, weights) or []
+        saved = Result(
+            model,
+            loaded.processor if recipe.batch.image_size is not None else None,
+            job.model,
+            recipe.model.config,
+            _training_record(job, prepared, trainer, metrics, notes),
+            metrics,
+            weights,
+        )
+        notes += save_model(saved, directory) if full else save_adapter(saved, directory)
         write_json(job.output / METRICS, metrics)
         write_json(job.output / HISTORY, history)
         write_report(job.output / REPORT, _summary(job, prepared, history, metrics, predictions, notes))
@@ -131,8 +135,3 @@ def _training_record(
             "torch": torch.__version__,
         },
     }
-
-
-def _original_smoothing(directory: Path) -> float:
-    config = read_json(directory / "config.json")
-    return float(config.get("label_smoothing", 0.0)) if isinstance(config, dict) else 0.0
