@@ -22,11 +22,10 @@ from ..checkpoints import TensorRef
 from ..converters.output import check_absent, whole_directory
 from ..converters.writing import same_bits
 from ..errors import CoverageError, NonFiniteError, UsageError
+from .base_model import Base, open_base
 from .base_record import record_base
 from .changes import is_conv1d
 from .lora_tensors import is_finite
-from .merge_plan import Base
-from .merging import open_base
 from .ties import is_head_module, tied_head
 
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "extraction.json"

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..checkpoints import open_checkpoint
 from ..checkpoints.sharded import read_json
 from ..converters.output import check_absent, whole_directory
 from ..converters.plan import TensorSpec
 from ..converters.writing import Advance, HashedFile, WrittenFile, as_bytes, chunks, safetensors_header
-from ..errors import AdapterError, CheckpointError, ConfigurationError, UsageError
+from ..errors import AdapterError, UsageError
 from ..hashing import BackgroundDigests, FileDigest
+from .base_model import Base, open_base
 from .combination import Combination
 from .companions import (
     RECORD,
@@ -39,8 +39,9 @@ from .companions import (
 )
 from .edits import Norms, Output, edited_chunks
 from .lora_tensors import LoraAdapter, open_adapter
-from .merge_plan import Base, MergePlan, plan_merge, unresolved
+from .merge_plan import MergePlan, plan_merge
 from .quantized import KINDS
+from .touched import unresolved
 
 FORMAT = 1
 
@@ -102,7 +103,8 @@ def merge_lora(
     with ExitStack() as stack:
         begun = digests is not None and digests.files == source.checkpoint.files
         hashed = digests if digests and begun else stack.enter_context(BackgroundDigests(source.checkpoint.files))
-        opened = [_open(Path(path), source, stack) for path, _ in adapters]
+        with one_thread():
+            opened = [_open(Path(path), source, stack) for path, _ in adapters]
         weights = [weight for _, weight in adapters]
         _require_same_base(source, opened, hashed)
         plan = plan_merge(
@@ -134,27 +136,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def open_base(base: Path) -> Base:
-    """The model directory to merge into. Raises CheckpointError, ConfigurationError for a quantised one."""
-    if not base.is_dir() or not (base / "config.json").is_file():
-        raise CheckpointError(
-            f"{base} is not a model directory: expected a folder with config.json and weights, as a conversion or "
-            "save_pretrained wrote it."
-        )
-    if (base / "adapter_config.json").is_file() and not any(base.glob("model*.safetensors")):
-        raise CheckpointError(f"{base} is an adapter. The base comes first: port-merge-lora BASE ADAPTER OUT.")
-    config = read_json(base / "config.json")
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{base / 'config.json'} should hold a JSON object.")
-    if config.get("quantization_config"):
-        raise ConfigurationError(
-            f"{base} holds quantised weights (quantization_config in config.json). Merge into the unquantised model; "
-            "--quantized-base nf4 rounds it to the values that a 4-bit training saw."
-        )
-    checkpoint = open_checkpoint(base)
-    return Base(base, checkpoint, config)
 
 
 def _require_options(adapters: Sequence[tuple[str | Path, float]], options: MergeOptions) -> None:
