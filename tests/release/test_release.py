@@ -85,6 +85,48 @@ def test_card_says_what_the_records_say_and_nothing_else(model: Path) -> None:
     assert "| CIDEr | 1.25 |" in card and "Not measured here: parity with the original." in card
 
 
+TRAINED = {
+    "recipe": {
+        "name": "muge-caption",
+        "title": "Chinese captions",
+        "source": "OFA-Chinese",
+        "model": {"method": "lora", "freeze": ["encoder", "embeddings"]},
+        "training": {"learning_rate": 5e-5},
+    },
+    "data": {"name": "muge/train.jsonl", "samples": 550000},
+    "eval_data": {"name": "muge/valid.jsonl", "samples": 5000},
+    "steps": 42969,
+    "epochs": 10.0,
+    "samples_per_step": 128,
+    "final_loss": 1.25,
+    "trainable": {"encoder": [0, 300], "decoder": [100, 700]},
+}
+
+
+def test_card_says_how_the_model_was_trained_and_on_what_it_was_measured(model: Path) -> None:
+    (model / "training.json").write_text(json.dumps(TRAINED))
+    (model / "metrics.json").write_text(json.dumps({"eval_loss": 1.5, "cider-d": 1.25}))
+    card = release(model, ReleaseOptions(REPO, dry_run=True)).card
+    for text in (
+        "muge-caption: Chinese captions",
+        "| standing still | encoder, embeddings |",
+        "| trained | 100 of 1,000 parameters |",
+        "42,969 of 128 samples, 10 epochs",
+        "On muge/valid.jsonl, 5,000 samples:",
+    ):
+        assert text in card
+    results = ModelCard(card).data.eval_results
+    assert results is not None
+    assert [(r.dataset_name, r.metric_type, r.metric_value) for r in results] == [
+        ("muge/valid.jsonl", "cider-d", 1.25)
+    ]
+
+
+def test_card_without_a_training_record_speaks_of_no_training(model: Path) -> None:
+    card = release(model, ReleaseOptions(REPO, dry_run=True)).card
+    assert "fine-tuned" not in card and "model-index" not in card
+
+
 def test_upload_makes_the_repository_and_sends_exactly_the_listed_files(model: Path) -> None:
     (model / "optimizer.pt").write_bytes(b"x")
     (model / ".secret").write_text("x")

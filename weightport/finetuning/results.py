@@ -15,6 +15,7 @@ from .preparing import Job, Prepared
 from .recipe import plain
 from .report import RunSummary, write_report
 from .resuming import CHECKPOINTS
+from .samples import Samples
 from .saving import METRICS, Result, save_adapter, save_model, write_json
 from .trainer import PortTrainer
 
@@ -112,13 +113,11 @@ def _training_record(
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "format": 1,
-        "recipe": plain(job.recipe),
+        "recipe": _published(plain(job.recipe)),
         "as_published": bool(job.mistakes),
         "base": job.model.resolve().name,
-        "data": {"name": prepared.samples.name, "samples": len(prepared.samples)},
-        "eval_data": None
-        if prepared.eval_samples is None
-        else {"name": prepared.eval_samples.name, "samples": len(prepared.eval_samples)},
+        "data": _data_record(prepared.samples),
+        "eval_data": _data_record(prepared.eval_samples) if prepared.eval_samples is not None else None,
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "processes": prepared.arguments.world_size,
@@ -135,3 +134,19 @@ def _training_record(
             "torch": torch.__version__,
         },
     }
+
+
+def _data_record(samples: Samples) -> dict[str, Any]:
+    return {"name": _public(samples.name), "samples": len(samples)}
+
+
+def _published(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe without where things lie on this machine: the record may go to the Hub."""
+    data = recipe.get("data", {})
+    return recipe | {"data": {**data, "images": _public(data["images"])}} if data.get("images") else recipe
+
+
+def _public(name: str) -> str:
+    """A Hub id as it is, of a path the last two names at most."""
+    path = Path(name)
+    return "/".join(path.parts[-2:]).lstrip("/") if path.exists() else name

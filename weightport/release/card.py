@@ -37,6 +37,7 @@ def model_card(found: CheckedDirectory, options: CardOptions) -> str:
         f"# {options.repo.rpartition('/')[2]}\n\n{_summary(found)}",
         _usage(found, options),
         _provenance(found),
+        _training(found),
         _merge(found),
         _parity(found),
         _metrics(found),
@@ -57,10 +58,32 @@ def _metadata(found: CheckedDirectory, options: CardOptions) -> str:
         "base_model_relation": ("merge" if merged else "finetune") if options.base_model else None,
         "language": list(options.language) or None,
         "tags": [model_type, "weightport", *(["custom_code"] if found.needs_code else [])],
+        "model-index": _model_index(found, options.repo),
     }
     # JSON strings and lists are YAML too, and need no other quoting rules.
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items() if value is not None]
     return "---\n" + "\n".join(lines) + "\n---"
+
+
+def _model_index(found: CheckedDirectory, repo: str) -> list[dict[str, Any]] | None:
+    """The metrics as the Hub lists them, where the records say on which data they were measured."""
+    data = _evaluated(found)
+    metrics = _numbers(found.records.get("metrics.json"))
+    if not data or not metrics:
+        return None
+    result = {
+        "task": {"type": _TASKS.get(str(found.config.get("model_type")), "image-text-to-text")},
+        "dataset": {"name": data["name"], "type": data["name"]},
+        "metrics": [{"type": name, "value": value} for name, value in metrics.items() if name != "eval_loss"],
+    }
+    return [{"name": repo.rpartition("/")[2], "results": [result]}] if result["metrics"] else None
+
+
+def _evaluated(found: CheckedDirectory) -> Mapping[str, Any]:
+    """Name and number of the samples that metrics.json was measured on; empty when no record says so."""
+    training = found.records.get("training.json")
+    data = training.get("eval_data") if isinstance(training, Mapping) else None
+    return data if isinstance(data, Mapping) and "name" in data else {}
 
 
 def _summary(found: CheckedDirectory) -> str:
@@ -105,6 +128,36 @@ def _provenance(found: CheckedDirectory) -> str:
         f"the original checkpoint ({source.get('format')}):\n\n{_table(('file', 'bytes', 'SHA-256'), rows)}"
         + (f"\n{notes}" if notes else "")
         + "\n\n`conversion.json` names every tensor's source."
+    )
+
+
+def _training(found: CheckedDirectory) -> str:
+    """The record that `port-finetune` left."""
+    record = found.records.get("training.json")
+    if not isinstance(record, Mapping) or not isinstance(record.get("recipe"), Mapping):
+        return ""
+    recipe, data = record["recipe"], record.get("data") or {}
+    model, training = recipe.get("model") or {}, recipe.get("training") or {}
+    shares = record.get("trainable") or {}
+    trained, total = (sum(share[i] for share in shares.values()) for i in (0, 1))
+    rows = [
+        ("recipe", f"{recipe.get('name')}: {recipe.get('title')}"),
+        ("after", str(recipe.get("source") or "")),
+        ("as published", "yes, mistakes included" if record.get("as_published") else ""),
+        ("method", str(model.get("method") or "")),
+        ("standing still", ", ".join(model.get("freeze") or ())),
+        ("trained", f"{trained:,} of {total:,} parameters" if total else ""),
+        ("data", f"{data.get('name')}, {data.get('samples'):,} samples" if data else ""),
+        (
+            "steps",
+            f"{record.get('steps'):,} of {record.get('samples_per_step')} samples, {record.get('epochs'):g} epochs",
+        ),
+        ("learning rate", f"{training['learning_rate']:g}" if "learning_rate" in training else ""),
+        ("final loss", "" if record.get("final_loss") is None else f"{record['final_loss']:.4g}"),
+    ]
+    return (
+        f"## How it was fine-tuned\n\nBy weightport {record.get('versions', {}).get('weightport', '')}; "
+        "`training.json` has every setting.\n\n" + _table(("setting", "value"), [row for row in rows if row[1]])
     )
 
 
@@ -166,11 +219,16 @@ def _parity(found: CheckedDirectory) -> str:
 
 
 def _metrics(found: CheckedDirectory) -> str:
-    record = found.records.get("metrics.json")
+    rows = [(name, _shown(value)) for name, value in _numbers(found.records.get("metrics.json")).items()]
+    data = _evaluated(found)
+    where = f"On {data['name']}, {data.get('samples'):,} samples:\n\n" if data else ""
+    return "## Metrics\n\n" + where + _table(("metric", "value"), rows) if rows else ""
+
+
+def _numbers(record: Any) -> dict[str, float]:
     if not isinstance(record, Mapping):
-        return ""
-    rows = [(str(name), _shown(value)) for name, value in record.items() if isinstance(value, (int, float))]
-    return "## Metrics\n\n" + _table(("metric", "value"), rows) if rows else ""
+        return {}
+    return {str(name): value for name, value in record.items() if type(value) in (int, float)}
 
 
 def _files(found: CheckedDirectory) -> str:
