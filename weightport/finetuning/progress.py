@@ -6,7 +6,7 @@ import atexit
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
@@ -20,6 +20,7 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..cli.display import size
+from .pace import Clock, Pace
 
 PLAIN_INTERVAL = 10.0
 """Seconds between lines at least, when the output is not a terminal."""
@@ -29,65 +30,6 @@ BAR_FROM = 140
 
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
 """What Trainer logs about an evaluation's speed, under its prefix: no metrics."""
-
-
-@dataclass(frozen=True)
-class Pace:
-    """Samples that steps process: all of them `per_step`, but for the last of an epoch, which takes what is left."""
-
-    per_step: int
-    per_epoch: int | None = None
-    steps_per_epoch: int = 1
-
-    @classmethod
-    def of(cls, per_step: int, accumulation: int, dataloader: Any) -> Pace:
-        """From the training data loader of one process; one without a length leaves epochs unknown."""
-        try:
-            batches, samples = len(dataloader), len(dataloader.dataset)
-        except (TypeError, AttributeError):
-            return cls(per_step)
-        steps = max(1, math.ceil(batches / accumulation))
-        return cls(per_step, min(samples, steps * per_step), steps)
-
-    def samples(self, step: int) -> int:
-        """Samples processed from the very beginning to the end of `step`."""
-        if self.per_epoch is None:
-            return step * self.per_step
-        epochs, rest = divmod(step, self.steps_per_epoch)
-        return epochs * self.per_epoch + min(rest * self.per_step, self.per_epoch)
-
-
-class Clock:
-    """Seconds since the first step of this session, those of evaluations and checkpoints apart."""
-
-    def __init__(self) -> None:
-        self._begun: float | None = None
-        self._step_ended = 0.0
-        self._away = 0.0
-
-    def begin(self) -> None:
-        """A step begins. What came before the first, as skipping to where a run was left, costs no step anything."""
-        if self._begun is None:
-            self._begun = self._step_ended = time.monotonic()
-
-    def worked(self) -> None:
-        """A step or an epoch has ended."""
-        self._step_ended = time.monotonic()
-
-    def returned(self) -> None:
-        """An evaluation or a checkpoint, begun when the last step ended, is done."""
-        if self._begun is not None:
-            now = time.monotonic()
-            self._away += now - self._step_ended
-            self._step_ended = now
-
-    @property
-    def elapsed(self) -> float:
-        return 0.0 if self._begun is None else time.monotonic() - self._begun
-
-    @property
-    def training(self) -> float:
-        return 0.0 if self._begun is None else max(0.0, self._step_ended - self._begun - self._away)
 
 
 @dataclass
@@ -247,11 +189,26 @@ class ProgressLine(TrainerCallback):
         done, passed = self._evaluation.batches, now - self._evaluation.first_ended
         left = (total - done) * passed / (done - 1) if total and 1 < done < total else None
         figures = " · ".join(filter(None, (f"batch {_of(done, total)}", _left(left))))
-        if self._on_terminal:
-            self._bar("evaluate", figures, done, total)
-        elif now - self._shown >= PLAIN_INTERVAL:
-            self._shown = now
-            self._say(f"evaluate {figures}")
+        self._tell("evaluate", figures, done, total)
+
+    def answering(self, total: int) -> Callable[[int], None]:
+        """`advance(samples)` for what an evaluation generates after its prediction steps: `total` by this process.
+
+        It shows nothing outside an evaluation, and where nothing else is shown.
+        """
+        if self._evaluation is None:
+            return lambda count: None
+        done, begun = 0, time.monotonic()
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            passed = time.monotonic() - begun
+            rate = f"{done / passed:.1f} samples/s" if done and passed else ""
+            left = _left((total - done) * passed / done) if 0 < done < total else ""
+            self._tell("answer", " · ".join(filter(None, (f"sample {_of(done, total)}", rate, left))), done, total)
+
+        return advance
 
     def on_evaluate(
         self,
@@ -279,8 +236,9 @@ class ProgressLine(TrainerCallback):
         if self._silent(state):
             return
         self._evaluation = None
-        if self._live is not None and "evaluate" in self._bars:
-            self._live.remove_task(self._bars.pop("evaluate"))
+        for label in ("evaluate", "answer"):
+            if self._live is not None and label in self._bars:
+                self._live.remove_task(self._bars.pop(label))
         if self._session is None:
             self.close()
         shown = {name.removeprefix("eval_").removeprefix("test_"): value for name, value in metrics.items()}
@@ -309,13 +267,16 @@ class ProgressLine(TrainerCallback):
         return self._console.is_terminal and not self._console.is_dumb_terminal
 
     def _show(self, session: Session, args: TrainingArguments, state: TrainerState) -> None:
+        self._tell("train", _figures(session, args, state), state.global_step, state.max_steps)
+
+    def _tell(self, label: str, figures: str, done: int, total: int | None) -> None:
         """The live line, or a plain one when it is due."""
         now = time.monotonic()
         if self._on_terminal:
-            self._bar("train", _figures(session, args, state), state.global_step, state.max_steps)
+            self._bar(label, figures, done, total)
         elif now - self._shown >= PLAIN_INTERVAL:
             self._shown = now
-            self._say(f"train    {_figures(session, args, state)}")
+            self._say(f"{label:<8} {figures}")
 
     def _bar(self, label: str, figures: str, done: int, total: int | None) -> None:
         live = self._started()
