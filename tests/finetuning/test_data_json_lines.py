@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
@@ -191,11 +192,13 @@ def test_the_fingerprint_follows_files_images_and_settings(tmp_path: Path) -> No
 def test_samples_survive_pickling_without_open_files(tmp_path: Path) -> None:
     samples = open_data(draw_jsonl(tmp_path, 3), PLAIN)
     assert samples[0].suffix == "red"  # the file is open now
-    again = pickle.loads(pickle.dumps(samples))
-    assert rows_of(again) == rows_of(samples)
+    again, rows = pickle.loads(pickle.dumps(samples)), rows_of(samples)
     sample = pickle.loads(pickle.dumps(samples[1]))
-    assert sample.picture.read().tobytes() == draw(1).tobytes()
     assert len(pickle.dumps(samples[1])) < 2000
+    del samples
+    gc.collect()
+    assert rows_of(again) == rows
+    assert sample.picture.read().tobytes() == draw(1).tobytes()
 
 
 def write_long(path: Path, lines: int) -> Path:

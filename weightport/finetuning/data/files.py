@@ -34,13 +34,13 @@ class Line(NamedTuple):
 class PinnedFile:
     """A file read at byte offsets from several processes, which must stay as it was when it was opened.
 
-    Each process opens it on its own at the first read, so that it pickles. Raises DataError when it is missing, no
-    regular file, or has changed since.
+    It is opened at the first read and pickles closed. A forked process may share the open file: reads name their
+    offset. Raises DataError when it is missing, no regular file, or has changed since.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._descriptor: tuple[int, int] | None = None
+        self._descriptor: int | None = None
         try:
             found = path.stat()
         except OSError as error:
@@ -84,15 +84,14 @@ class PinnedFile:
             offset += len(raw)
 
     def _open(self) -> int:
-        process = os.getpid()
-        if self._descriptor is None or self._descriptor[0] != process:
+        if self._descriptor is None:
             descriptor = os.open(self.path, os.O_RDONLY)
             weakref.finalize(self, os.close, descriptor)
             found = os.fstat(descriptor)
             if (found.st_size, found.st_mtime_ns) != (self.size, self.modified):
                 raise self._changed()
-            self._descriptor = process, descriptor
-        return self._descriptor[1]
+            self._descriptor = descriptor
+        return self._descriptor
 
     def _changed(self) -> DataError:
         return DataError(f"{self.path} has changed since it was opened. Start again, and leave it alone meanwhile.")

@@ -107,16 +107,16 @@ class TableRows:
         import pyarrow.compute as pc
 
         for batch in self.images.with_format("arrow").iter(batch_size=_BATCH):
-            cells = batch.column(self.columns.image).combine_chunks()
+            cells = batch.column(self.columns.image)
+            nothing = [None] * len(cells)
             if pa.types.is_struct(cells.type):
-                held, paths = cells.field("bytes"), pc.struct_field(cells, "path").to_pylist()
-                there = pc.and_(pc.is_valid(cells), pc.greater(pc.fill_null(pc.binary_length(held), 0), 0)).to_pylist()
-            elif pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
-                there, paths = [False] * len(cells), cells.to_pylist()
+                lengths = pc.binary_length(pc.struct_field(cells, "bytes")).to_pylist()
+                paths = pc.struct_field(cells, "path").to_pylist()
+            elif pa.types.is_string(cells.type):
+                lengths, paths = nothing, cells.to_pylist()
             else:
-                there = pc.greater(pc.fill_null(pc.binary_length(cells), 0), 0).to_pylist()
-                paths = [None] * len(cells)
-            yield from (True if inside else path for inside, path in zip(there, paths))
+                lengths, paths = pc.binary_length(cells).to_pylist(), nothing
+            yield from (True if length else path for length, path in zip(lengths, paths))
 
     def _check_image(self, cell: bool | str | None, place: str) -> None:
         if cell is None:
