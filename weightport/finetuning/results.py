@@ -12,6 +12,7 @@ import torch
 from .. import __version__
 from .predictions import Prediction
 from .preparing import Job, Prepared
+from .previews import spread
 from .recipe import plain
 from .report import RunSummary, write_report
 from .resuming import CHECKPOINTS
@@ -73,7 +74,7 @@ def _summary(
     predictions: Sequence[Prediction],
     notes: list[str],
 ) -> RunSummary:
-    shown = predictions[:REPORTED_SAMPLES]
+    shown = spread(predictions, REPORTED_SAMPLES)
     pictures = {}
     for prediction in shown:
         picture = prepared.eval_samples[prediction.index].picture if prepared.eval_samples is not None else None
@@ -86,7 +87,7 @@ def _summary(
         trainable=[(share.part, share.trainable, share.total) for share in prepared.shares],
         history=history,
         metrics=metrics,
-        predictions=shown,
+        predictions=predictions,
         pictures=pictures,
         notes=[*job.mistakes, *notes],
     )

@@ -19,8 +19,8 @@ from .samples import Samples
 class PortTrainer(Trainer):
     """Trainer on batches of `Collator`, `eval_collator` being that of the evaluation data.
 
-    `measure` answers the evaluation data with the model and returns metrics by name; in every process, at every
-    evaluation. `samples` are the training data, to name those of a batch that fails.
+    `measure` answers the evaluation data with the model at a step and returns metrics by name; in every process, at
+    every evaluation. `samples` are the training data, to name those of a batch that fails.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class PortTrainer(Trainer):
         *args: Any,
         samples: Samples,
         eval_collator: Collator | None = None,
-        measure: Callable[[Any], Mapping[str, float]] | None = None,
+        measure: Callable[[Any, int], Mapping[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -73,7 +73,7 @@ class PortTrainer(Trainer):
     ) -> EvalLoopOutput:
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self._measure is not None and output.metrics is not None:
-            found = self._measure(self.accelerator.unwrap_model(self.model))
+            found = self._measure(self.accelerator.unwrap_model(self.model), self.state.global_step)
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 
