@@ -101,3 +101,10 @@ def shifted(labels: torch.Tensor, start: int, pad: int) -> torch.Tensor:
     """Decoder inputs for `labels` [batch, length]: the start token, then all labels but the last; -100 as padding."""
     before = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
     return before.masked_fill(before == -100, pad)
+
+
+def without_marks(tokenizer: Any, text: str) -> str:
+    """Decoded text whose special tokens say where boxes are, without those that say where it begins and ends."""
+    for mark in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token):
+        text = text.replace(mark, "")
+    return text.strip()

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ...errors import DataError, RecipeError
 from ..samples import Objects, Sample
 from ..settings import BatchSettings
-from .family import Answer, Parts, filled, shifted, shortened
+from .family import Answer, Parts, filled, shifted, shortened, without_marks
 
 TASK_TOKENS = {
     "caption": "<CAPTION>",
@@ -137,6 +137,14 @@ class Florence2:
         if batch.task != "detection" or batch.prompt is not None or size is None:
             return Answer(str(processor.batch_decode(ids[None], skip_special_tokens=True)[0]).strip())
         raw = str(processor.batch_decode(ids[None], skip_special_tokens=False)[0])
-        found = processor.post_process_generation(raw, task="<OD>", image_size=size)["<OD>"]
-        boxes = tuple(tuple(map(float, box)) for box in found["bboxes"])
-        return Answer(raw, Objects(tuple(found["labels"]), boxes, size))  # type: ignore[arg-type]
+        # A picture as large as the grid gives the bins themselves; in pixels, transformers cuts boxes to whole ones.
+        bins = processor.post_processor.quantize_bins
+        found = processor.post_process_generation(raw, task="<OD>", image_size=bins)["<OD>"]
+        boxes = tuple(_centres(box, bins, size) for box in found["bboxes"])
+        return Answer(without_marks(processor.tokenizer, raw), Objects(tuple(found["labels"]), boxes, size))
+
+
+def _centres(box: Sequence[int], bins: Sequence[int], size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """A box of bin numbers (x0, y0, x1, y1) in pixels of a picture of `size`: the middle of each bin."""
+    x0, y0, x1, y1 = ((place + 0.5) * size[i % 2] / bins[i % 2] for i, place in enumerate(box))
+    return x0, y0, x1, y1

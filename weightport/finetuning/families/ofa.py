@@ -14,7 +14,7 @@ from ...modeling.ofa.processing_ofa import SymbolText
 from ...modeling.ofa.prompts_ofa import TASKS
 from ..samples import Objects, Sample
 from ..settings import BatchSettings
-from .family import Answer, Parts, filled, shifted, shortened
+from .family import Answer, Parts, filled, shifted, shortened, without_marks
 
 PATCH = 16
 """Pixels of an image patch, along a side."""
@@ -126,8 +126,8 @@ class OFA:
             return Answer(str(processor.post_process_generation(ids, "caption")["caption"]))
         found = processor.post_process_generation(ids, batch.task, size)[batch.task]
         boxes = tuple(tuple(map(float, box)) for box in found["boxes"])
-        text = processor.batch_decode(ids[None], skip_special_tokens=False)[0]
-        return Answer(str(text), Objects(tuple(found["labels"]), boxes, size))  # type: ignore[arg-type]
+        text = without_marks(processor.tokenizer, processor.batch_decode(ids[None], skip_special_tokens=False)[0])
+        return Answer(text, Objects(tuple(found["labels"]), boxes, size))  # type: ignore[arg-type]
 
 
 def _task(batch: BatchSettings) -> Any:
