@@ -14,8 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "converters"))
 
 from florence2_checkpoints import HEAD, originals
 
-from weightport.adapters import port_adapter, untie_head
+from weightport.adapters import merge_lora, port_adapter, untie_head
+from weightport.adapters.pair_operations import Pair, followed
 from weightport.converters import Options, convert
+from weightport.converters.operations import Concatenate, Permute, Split
 from weightport.errors import AdapterError
 from weightport.parity import load_native
 
@@ -144,6 +146,94 @@ def test_original_and_converted_base_give_the_same_adapter(source, trained, base
     assert (first / "adapter_model.safetensors").read_bytes() == (second / "adapter_model.safetensors").read_bytes()
 
 
+def with_dora(state: dict[str, torch.Tensor], modules: list[str]) -> tuple[dict, dict]:
+    """(a DoRA adapter with biases of B, the original's state dict with it merged by hand)."""
+    tensors, merged = {}, dict(state)
+    for module in modules:
+        rank = RANKS[module]
+        weight = state[f"{module}.weight"]
+        a, b = pair(weight, rank)
+        changed = weight + ALPHAS[module] / rank**0.5 * torch.einsum("or...,ri...->oi...", b, a)
+        per_output = (-1, *(1 for _ in weight.shape[1:]))
+        lengths = changed.flatten(1).norm(dim=1).view(per_output)
+        magnitude = weight.flatten(1).norm(dim=1) * torch.linspace(0.5, 2, len(weight), dtype=torch.float64)
+        merged[f"{module}.weight"] = changed / lengths * magnitude.view(per_output)
+        stored = magnitude if weight.ndim == 2 else magnitude.view(1, -1, 1, 1)
+        tensors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+        tensors[f"{module}.lora_magnitude_vector"] = stored
+    return tensors, merged
+
+
+def test_magnitudes_of_dora_go_where_the_rows_of_their_weights_go(source, base, tmp_path):
+    state = torch.load(source.folder / "pytorch_model.bin", weights_only=True)
+    tensors, merged = with_dora(state, [CONV, QKV, FC2, OUT])
+    adapter = write_adapter(
+        tmp_path / "adapter", tensors, {**SETTINGS, "modules_to_save": None, "use_dora": True, "bias": "none"}
+    )
+    ported = port_adapter(adapter, tmp_path / "ported", base)
+    expected = logits(load_native(convert(source.write(tmp_path / "in", merged), tmp_path / "merged").directory))
+    found = logits(apply(base, ported.directory))
+    torch.testing.assert_close(found, expected.double(), rtol=0, atol=1e-10)
+    files = merge_lora(base, [(adapter, 1.0)], tmp_path / "files").directory
+    torch.testing.assert_close(logits(load_native(files, torch.float64)), found, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_go_along_beside_pairs_and_elsewhere(bias, source, base, tmp_path):
+    state = torch.load(source.folder / "pytorch_model.bin", weights_only=True)
+    tensors, merged = {}, dict(state)
+    for module in (QKV, FC2):
+        a, b = pair(state[f"{module}.weight"], RANKS[module])
+        tensors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+        scale = ALPHAS[module] / RANKS[module] ** 0.5
+        merged[f"{module}.weight"] = state[f"{module}.weight"] + scale * b @ a
+    for name in [name for name in state if name.endswith(".bias")]:
+        module = name.removesuffix(".bias")
+        if bias == "all" or module in (QKV, FC2):
+            merged[name] = state[name] + torch.linspace(-1, 1, state[name].numel(), dtype=torch.float64)
+            tensors[f"{module}.base_layer.bias" if module in (QKV, FC2) else name] = merged[name]
+    adapter = write_adapter(tmp_path / "adapter", tensors, {**SETTINGS, "modules_to_save": None, "bias": bias})
+    ported = port_adapter(adapter, tmp_path / "ported", base)
+    expected = logits(load_native(convert(source.write(tmp_path / "in", merged), tmp_path / "merged").directory))
+    torch.testing.assert_close(logits(apply(base, ported.directory)), expected.double(), rtol=0, atol=1e-10)
+    files = merge_lora(base, [(adapter, 1.0)], tmp_path / "files").directory
+    torch.testing.assert_close(logits(load_native(files, torch.float64)), expected.double(), rtol=0, atol=1e-10)
+
+
+def test_dora_on_a_head_that_grows_by_rows_of_zeros_is_refused(source, tmp_path):
+    native = convert(source.folder, tmp_path / "native", None, Options(image_token="append")).directory
+    state = torch.load(source.folder / "pytorch_model.bin", weights_only=True)
+    tensors, _ = with_dora({f"{LM_HEAD}.weight": state[HEAD]}, [LM_HEAD])
+    settings = {**SETTINGS, "modules_to_save": None, "use_dora": True}
+    with pytest.raises(AdapterError, match=f"{LM_HEAD}: the native model has rows of zeros .* DoRA divides"):
+        port_adapter(write_adapter(tmp_path / "adapter", tensors, settings), tmp_path / "out", native)
+    assert not (tmp_path / "out").exists()
+
+
+def dora(weight: torch.Tensor, part: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+    changed = weight + part.b @ part.a
+    return changed / changed.norm(dim=1, keepdim=True) * part.magnitude.view(-1, 1), part.bias
+
+
+def test_fused_matrix_splits_by_rows_with_its_magnitudes_and_bias():
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"weight": (12, 5), "a": (2, 5), "b": (12, 2), "magnitude": (12,), "bias": (12,)}
+    t = {name: torch.randn(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()}
+    fused = Pair(t["a"], t["b"], t["magnitude"], t["bias"])
+    parts = followed(Split(3), fused)
+    assert len(parts) == 3
+    found = [dora(weight, part) for weight, part in zip(Split(3).forward([t["weight"]]), parts)]
+    weight, bias = dora(t["weight"], fused)
+    torch.testing.assert_close(torch.cat([w for w, _ in found]), weight, rtol=0, atol=1e-14)
+    assert torch.equal(torch.cat([b for _, b in found]), bias)
+
+
+@pytest.mark.parametrize("operation", [Permute((1, 0)), Split(2, dim=1), Concatenate(2)], ids=lambda o: o.name)
+def test_weights_that_a_pair_cannot_follow_are_refused_with_what_happens_to_them(operation):
+    with pytest.raises(AdapterError, match=f"goes through '{operation.name}'"):
+        followed(operation, Pair(torch.ones(2, 4), torch.ones(4, 2)))
+
+
 def refused(tmp_path: Path, source, tensors, text: str, **settings) -> None:
     adapter = write_adapter(tmp_path / "adapter", tensors, {**SETTINGS, "modules_to_save": None, **settings})
     with pytest.raises(AdapterError, match=text):
@@ -180,6 +270,7 @@ def test_adapter_that_is_native_already_is_refused(source, tmp_path):
         ({"peft_type": "LOHA"}, "of the kind 'LOHA'"),
         ({"use_dora": True}, "DoRA"),
         ({"bias": "all"}, "trains biases"),
+        ({"bias": "every"}, "bias is 'every'"),
         ({"r": 0}, "r is 0"),
         ({"r": 8}, "are not of rank 8"),
         ({"rank_pattern": ["fc2"]}, "rank_pattern should be an object"),

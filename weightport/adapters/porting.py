@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,21 +21,28 @@ from safetensors.torch import save_file
 from ..checkpoints import TensorRef, open_checkpoint
 from ..converters.families import FAMILIES
 from ..converters.family import Family, Options
-from ..converters.lora_settings import LoraSettings, parse_settings
-from ..converters.operations import AppendRows, Copy, Split
+from ..converters.lora_settings import LoraSettings, parse_lora_settings
 from ..converters.output import check_absent, whole_directory
 from ..converters.recognition import recognise
 from ..converters.record import read_record
 from ..converters.rules import Rule, RuleTable
 from ..errors import AdapterError, CheckpointError
+from .pair_operations import Pair, followed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_PAIR = re.compile(r"(?P<module>.+)\.lora_(?P<side>A|B)(\.default)?\.weight")
-_EMBEDDING_PAIR = re.compile(r"(?P<module>.+)\.lora_embedding_(A|B).*")
+_PART = re.compile(
+    r"(?P<module>.+)\.(?:lora_(?P<side>A|B)(\.default)?\.weight|(?P<magnitude>lora_magnitude_vector)(\.default\.weight)?"
+    r"|(?P<bias>lora_B(\.default)?\.bias))"
+)
+_HEAD_NOTE = (
+    "The adapter trains the head, which the base ties to its token embedding. Applied, it is exact; before a merge "
+    "the head must be untied (weightport.adapters.untie_head), or it changes the input embeddings too."
+)
+_WRAPPED = re.compile(r".+\.original_module\..+")
 
 
 @dataclass(frozen=True)
@@ -52,30 +59,13 @@ class Base:
 
 @dataclass(frozen=True)
 class PortedAdapter:
-    """A finished port: native module by original module, and what the user should know."""
+    """A finished port: native modules by original module, with pairs and saved as a whole, and what the user should
+    know."""
 
     directory: Path
     modules: Mapping[str, tuple[str, ...]]
-    saved: Mapping[str, str]
+    saved: Mapping[str, tuple[str, ...]]
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The low-rank matrices of one module: A [rank, in, …], B [out, rank, …]."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-
-
-# What an operation on a weight means for its pair: native pairs in the order of the rule's targets.
-_PAIR_OPERATIONS: dict[type, Callable[[Any, Pair], Sequence[Pair]]] = {
-    Copy: lambda operation, pair: [pair],
-    AppendRows: lambda operation, pair: [Pair(pair.a, operation.forward([pair.b])[0])],
-    Split: lambda operation, pair: (
-        [Pair(pair.a, b) for b in operation.forward([pair.b])] if operation.dim == 0 else []
-    ),
-}
 
 
 def port_adapter(adapter: str | Path, out: str | Path, base: str | Path, *, overwrite: bool = False) -> PortedAdapter:
@@ -89,7 +79,7 @@ def port_adapter(adapter: str | Path, out: str | Path, base: str | Path, *, over
     settings = read_settings(adapter)
     target = read_base(Path(base))
     tensors = dict(open_checkpoint(_weights(adapter)))
-    pairs, saved = _sorted_out(tensors, str(adapter))
+    pairs, biases, saved = _sorted_out(tensors, settings, str(adapter))
     ported: dict[str, torch.Tensor] = {}
     modules: dict[str, tuple[str, ...]] = {}
     ranks: dict[str, int] = {}
@@ -103,28 +93,37 @@ def port_adapter(adapter: str | Path, out: str | Path, base: str | Path, *, over
             continue
         modules[module] = tuple(name for name, _ in natives)
         for name, pair in natives:
-            ported[f"{_PREFIX}{name}.lora_A.weight"] = pair.a
-            ported[f"{_PREFIX}{name}.lora_B.weight"] = pair.b
+            ported |= {_PREFIX + key: tensor for key, tensor in pair.tensors(name).items()}
             ranks[name], alphas[name] = settings.rank(module), settings.alpha(module)
-    kept: dict[str, str] = {}
-    for name, ref in saved.items():
+    kept: dict[str, tuple[str, ...]] = {}
+    unused: list[str] = []
+    for name, ref in {**biases, **saved}.items():
+        if name in biases and target.rules.drop_of(name) is not None:
+            unused.append(name)
+            continue
         try:
-            native, value = _port_saved(name, ref, target)
+            parts = _port_whole(name, ref, target)
         except AdapterError as error:
             refused.append(str(error))
             continue
-        ported[_PREFIX + native] = value
-        kept[name.rpartition(".")[0]] = native.rpartition(".")[0]
+        owners = tuple(native.rpartition(".")[0] for native, _ in parts)
+        for (native, value), owner in zip(parts, owners):
+            # Beside a pair, peft keeps a layer's own bias one level down.
+            key = f"{owner}.base_layer.bias" if name in biases and owner in ranks else native
+            ported[_PREFIX + key] = value
+        if name in saved:
+            kept[name.rpartition(".")[0]] = owners
     if refused:
         shown = "\n      ".join(refused[:12]) + (
             f"\n      … and {len(refused) - 12} more" if len(refused) > 12 else ""
         )
         raise AdapterError(f"{adapter} cannot be carried to the native model:\n      {shown}")
-    config = _native_settings(settings, ranks, alphas, sorted(set(kept.values())), target)
+    wholes = sorted({owner for owners in kept.values() for owner in owners})
+    config = _native_settings(settings, ranks, alphas, wholes, target)
     with whole_directory(out, overwrite=overwrite) as folder:
         (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         save_file({name: t.contiguous().clone() for name, t in ported.items()}, folder / WEIGHTS, {"format": "pt"})
-    return PortedAdapter(out, modules, kept, _notes(modules, target))
+    return PortedAdapter(out, modules, kept, _notes(modules, unused, target))
 
 
 def read_settings(adapter: Path) -> LoraSettings:
@@ -136,7 +135,7 @@ def read_settings(adapter: Path) -> LoraSettings:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise AdapterError(f"{path} cannot be read: {error}.") from error
-    return parse_settings(data, str(path))
+    return parse_lora_settings(data, str(path))
 
 
 def read_base(base: Path) -> Base:
@@ -178,42 +177,64 @@ def _weights(adapter: Path) -> Path:
 
 
 def _sorted_out(
-    tensors: Mapping[str, TensorRef], where: str
-) -> tuple[dict[str, dict[str, TensorRef]], dict[str, TensorRef]]:
-    """(pairs by the original's module, whole tensors of modules_to_save by the original's name). Raises
-    AdapterError."""
+    tensors: Mapping[str, TensorRef], settings: LoraSettings, where: str
+) -> tuple[dict[str, dict[str, TensorRef]], dict[str, TensorRef], dict[str, TensorRef]]:
+    """(parts of pairs by the original's module; trained biases, whole tensors of modules_to_save by the original's
+    name). Raises AdapterError."""
+    dora, bias = bool(settings.data.get("use_dora")), settings.data.get("bias") or "none"
     pairs: dict[str, dict[str, TensorRef]] = {}
+    biases: dict[str, TensorRef] = {}
     saved: dict[str, TensorRef] = {}
     unknown = []
     for key, ref in tensors.items():
         name = key
         while name.startswith(_PREFIX):
             name = name.removeprefix(_PREFIX)
-        if found := _PAIR.fullmatch(name):
-            pairs.setdefault(found["module"], {})[found["side"]] = ref
-        elif _EMBEDDING_PAIR.fullmatch(name) or ".lora_" in name:
+        found = _PART.fullmatch(name)
+        if found and (dora or not found["magnitude"]):
+            part = found["side"] or ("magnitude" if found["magnitude"] else "bias")
+            pairs.setdefault(found["module"], {})[part] = ref
+        elif ".lora_" in name:
             unknown.append(key)
+        elif _WRAPPED.fullmatch(name):
+            continue  # what a module saved as a whole was before the training
+        elif bias != "none" and name.endswith(".bias") and not _is_saved(name, settings):
+            biases[name.replace(".base_layer.", ".")] = ref
         else:
             saved[name.replace(".modules_to_save.default.", ".")] = ref
     if unknown:
         raise AdapterError(
-            f"{where} holds tensors that are no plain LoRA pair (embeddings, DoRA, biases are not carried): "
-            + ", ".join(unknown[:6])
+            f"{where} holds tensors that are no plain LoRA pair (embeddings, and DoRA's without use_dora, are not "
+            "carried): " + ", ".join(unknown[:6])
         )
-    incomplete = [module for module, sides in pairs.items() if set(sides) != {"A", "B"}]
+    incomplete = [module for module, parts in pairs.items() if not {"A", "B"} <= set(parts)]
     if incomplete:
         raise AdapterError(f"{where} lacks one of lora_A and lora_B of {', '.join(incomplete[:6])}.")
-    if not pairs and not saved:
+    without = [module for module, parts in pairs.items() if dora and "magnitude" not in parts]
+    if without:
+        raise AdapterError(
+            f"{where} asks for DoRA (use_dora), but has no lora_magnitude_vector of {', '.join(without[:6])}."
+        )
+    if bias == "all" and not biases:
+        raise AdapterError(f"{where} trains biases (bias: 'all'), but holds none. Save it again.")
+    if not pairs and not saved and not biases:
         raise AdapterError(f"{where} holds no tensors.")
-    return pairs, saved
+    return pairs, biases, saved
+
+
+def _is_saved(name: str, settings: LoraSettings) -> bool:
+    """Whether the tensor is of a module that is saved as a whole, as peft matches modules_to_save."""
+    return ".modules_to_save." in name or any(
+        re.match(rf"(^|.*\.){module}($|\..*)", name) for module in settings.data.get("modules_to_save") or ()
+    )
 
 
 def _port_pair(
-    module: str, sides: Mapping[str, TensorRef], base: Base, settings: LoraSettings
+    module: str, parts: Mapping[str, TensorRef], base: Base, settings: LoraSettings
 ) -> list[tuple[str, Pair]]:
     """(native module, its pair) for every module that the original's became."""
     rule, names = _rule_of(f"{module}.weight", base)
-    a, b = sides["A"], sides["B"]
+    a, b = parts["A"], parts["B"]
     rank = settings.rank(module)
     if a.shape[:1] != (rank,) or b.shape[1:2] != (rank,):
         raise AdapterError(
@@ -229,23 +250,26 @@ def _port_pair(
         raise AdapterError(
             f"{module}: the pair gives {list(given)}, the base's weight is {list(weight)}: another base"
         )
-    pairs = _PAIR_OPERATIONS.get(type(rule.operation), lambda *_: [])(rule.operation, Pair(a.read(), b.read()))
-    if not pairs:
-        raise AdapterError(f"{module}: its weight goes through {rule.operation.name!r}, which a pair cannot follow")
+    for part in ("magnitude", "bias"):
+        if part in parts and parts[part].numel != weight[0]:
+            raise AdapterError(f"{parts[part].name} is {list(parts[part].shape)}, expected {weight[0]} values")
+    magnitude, bias = (parts[part].read() if part in parts else None for part in ("magnitude", "bias"))
+    try:
+        pairs = followed(rule.operation, Pair(a.read(), b.read(), magnitude, bias))
+    except AdapterError as error:
+        raise AdapterError(f"{module}: {error}") from error
     return [(name.removesuffix(".weight"), pair) for name, pair in zip(names, pairs)]
 
 
-def _port_saved(name: str, ref: TensorRef, base: Base) -> tuple[str, torch.Tensor]:
-    """A whole tensor of modules_to_save: (its native name, its value there)."""
+def _port_whole(name: str, ref: TensorRef, base: Base) -> list[tuple[str, torch.Tensor]]:
+    """A whole tensor (a trained bias, or of modules_to_save): its native names and its values there."""
     rule, names = _rule_of(name, base)
-    if rule.aliases or len(names) > 1:
-        raise AdapterError(
-            f"{name}: trained as a whole (modules_to_save), but it is tied or spread in the native model"
-        )
+    if rule.aliases:
+        raise AdapterError(f"{name}: trained as a whole, but it is tied in the native model")
     expected = _original_shape(rule, names, base)
     if ref.shape != expected:
         raise AdapterError(f"{name}: is {list(ref.shape)}, the base's is {list(expected)}: another base")
-    return names[0], rule.operation.forward([ref.read()])[0]
+    return list(zip(names, rule.operation.forward([ref.read()])))
 
 
 def _rule_of(name: str, base: Base) -> tuple[Rule, list[str]]:
@@ -293,11 +317,11 @@ def _native_settings(
     return data
 
 
-def _notes(modules: Mapping[str, tuple[str, ...]], base: Base) -> tuple[str, ...]:
+def _notes(modules: Mapping[str, tuple[str, ...]], unused: Sequence[str], base: Base) -> tuple[str, ...]:
+    notes = []
+    if unused:
+        notes.append(f"Left out, as the model computes nothing with them: {', '.join(unused)}.")
     head = [native for natives in modules.values() for native in natives if native == "lm_head"]
-    if not (head and base.tied):
-        return ()
-    return (
-        "The adapter trains the head, which the base ties to its token embedding. Applied, it is exact; before a "
-        "merge the head must be untied (weightport.adapters.untie_head), or it changes the input embeddings too.",
-    )
+    if head and base.tied:
+        notes.append(_HEAD_NOTE)
+    return tuple(notes)

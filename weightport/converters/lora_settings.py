@@ -54,24 +54,33 @@ class LoraSettings:
 
 
 def parse_settings(data: Any, where: str) -> LoraSettings:
-    """Validate an adapter_config.json. Raises AdapterError for another method than LoRA, or what cannot be carried."""
-    if not isinstance(data, Mapping):
-        raise AdapterError(f"{where} should hold a JSON object; found {type(data).__name__}.")
-    kind = data.get("peft_type")
-    if kind != "LORA":
-        raise AdapterError(f"{where} is of the kind {kind!r}; LORA adapters are known.")
+    """Validate the adapter_config.json of pairs that are all there is to the adapter. Raises AdapterError for another
+    method than LoRA, and for DoRA and trained biases."""
+    settings = parse_lora_settings(data, where)
     if data.get("use_dora"):
         raise AdapterError(
             f"{where} asks for DoRA (use_dora), which depends on the norms of the base's weights; not supported."
-        )
-    if data.get("layer_replication"):
-        raise AdapterError(
-            f"{where} replicates layers (layer_replication); the native model has the original's layers."
         )
     if data.get("bias", "none") != "none":
         raise AdapterError(
             f"{where} trains biases (bias: {data['bias']!r}); only adapters with bias: 'none' are known."
         )
+    return settings
+
+
+def parse_lora_settings(data: Any, where: str) -> LoraSettings:
+    """Validate an adapter_config.json. Raises AdapterError for another method than LoRA, or another model."""
+    if not isinstance(data, Mapping):
+        raise AdapterError(f"{where} should hold a JSON object; found {type(data).__name__}.")
+    kind = data.get("peft_type")
+    if kind != "LORA":
+        raise AdapterError(f"{where} is of the kind {kind!r}; LORA adapters are known.")
+    if data.get("layer_replication"):
+        raise AdapterError(
+            f"{where} replicates layers (layer_replication); the native model has the original's layers."
+        )
+    if data.get("bias") not in (None, "none", "all", "lora_only"):
+        raise AdapterError(f"{where}: bias is {data['bias']!r}; expected none, all or lora_only.")
     for field in ("rank_pattern", "alpha_pattern"):
         if data.get(field) is not None and not isinstance(data[field], Mapping):
             raise AdapterError(f"{where}: {field} should be an object of module names; found {data[field]!r}.")
