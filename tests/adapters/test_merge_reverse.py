@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ pytest.importorskip("peft")
 from safetensors.torch import load_file
 from tiny_models import applied, load, logits, write_base
 
+from weightport.adapters import extraction
 from weightport.adapters.extraction import extract_lora
 from weightport.adapters.merging import merge_lora
 from weightport.errors import CoverageError, UsageError
@@ -73,3 +75,35 @@ def test_what_is_no_fine_tuning_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CoverageError, match="no fine-tuning"):
         extract_lora(write_base("gemma", tmp_path / "other"), base, tmp_path / "adapter", 2)
     assert not (tmp_path / "adapter").exists()
+
+
+def test_pairs_are_written_as_they_come_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = write_base("llama", tmp_path / "base")
+    tuned = tune(base, tmp_path / "tuned")
+    factors, alive, most = extraction._factors, [], []
+
+    def watched(pair: extraction._Changed) -> tuple:
+        most.append(sum(reference() is not None for reference in alive))
+        found = factors(pair)
+        alive.append(weakref.ref(found[0]))
+        return found
+
+    monkeypatch.setattr(extraction, "_factors", watched)
+    extract_lora(tuned, base, tmp_path / "adapter", 3)
+    assert len(most) > 10 and max(most) <= 1
+
+
+def test_file_is_what_the_safetensors_library_reads_and_progress_ends_at_its_total(tmp_path: Path) -> None:
+    base = write_base("gpt2", tmp_path / "base", torch.bfloat16)
+    counted: list[int] = []
+    totals: list[int] = []
+    result = extract_lora(
+        tune(base, tmp_path / "tuned"), base, tmp_path / "out", 4, announce=totals.append, advance=counted.append
+    )
+    assert sum(counted) == totals[0]
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    name = next(iter(result.kept)).removesuffix(".weight")
+    assert tensors[f"base_model.model.{name}.lora_A.weight"].shape[0] == 4
+    tuned = load_file(tmp_path / "tuned" / "model.safetensors")
+    norm = "transformer.ln_f.weight"
+    assert torch.equal(tensors[f"base_model.model.{norm}"], tuned[norm])

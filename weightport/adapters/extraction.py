@@ -1,8 +1,11 @@
 """extract_lora(): a fully fine-tuned model as an adapter of its base.
 
 Each change of a matrix is cut to its `rank` largest singular values, the best approximation of that rank there is
-(Eckart and Young); what cannot be low rank (norms, biases, embeddings on request) is saved as a whole or left out, and
-every tensor's share of the change that is kept is reported.
+(Eckart and Young); what cannot be low rank (norms, biases, embeddings) is saved as a whole, and every tensor's share
+of the change that is kept is reported.
+
+A first pass over both models finds what differs, and so the names and shapes of the adapter's tensors; a second one
+decomposes matrix by matrix and writes each pair as it comes. Memory is bounded by the largest tensor.
 """
 
 from __future__ import annotations
@@ -10,17 +13,18 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from ..checkpoints import TensorRef
+from ..converters.hashed_file import HashedFile
 from ..converters.output import check_absent, whole_directory
-from ..converters.writing import same_bits
+from ..converters.plan import TensorSpec
+from ..converters.writing import as_bytes, chunks, safetensors_header, same_bits
 from ..errors import CoverageError, NonFiniteError, UsageError
 from .base_model import Base, open_base
 from .base_record import record_base
@@ -67,41 +71,104 @@ def extract_lora(
         raise UsageError(f"The rank is {rank}; expected at least 1.")
     before, after = open_base(base), open_base(tuned)
     names = _require_same_model(before, after)
-    announce(sum(before.checkpoint[name].nbytes for name in names))
-    tensors: dict[str, torch.Tensor] = {}
-    kept: dict[str, float] = {}
-    ranks: dict[str, int] = {}
-    saved: list[str] = []
-    change = lost = 0.0
-    for name in names:
-        old, new = before.checkpoint[name], after.checkpoint[name]
-        advance(old.nbytes)
-        if same_bits(old.read(), new.read()):
-            continue
-        if not is_finite(new.read()) or not is_finite(old.read()):
-            raise NonFiniteError(f"{name} holds NaN or infinity in {tuned} or {base}.")
-        if _is_factorable(name, new, before):
-            module = name.removesuffix(".weight")
-            a, b, total, left = _factors(new.read(), old.read(), rank, flipped=is_conv1d(module, before.model_type))
-            tensors[f"{_PREFIX}{module}.lora_A.weight"], tensors[f"{_PREFIX}{module}.lora_B.weight"] = a, b
-            ranks[module] = a.shape[0]
-            change, lost = change + total, lost + left
-            kept[name] = 1 - left / total if total else 1.0
-        else:
-            saved.append(name)
-    if not tensors and not saved:
+    announce(2 * sum(before.checkpoint[name].nbytes for name in names))
+    pairs, saved = _differences(before, after, names, rank, advance)
+    if not pairs and not saved:
         raise UsageError(f"{tuned} and {base} hold the same weights: there is nothing to extract.")
-    share = 1 - lost / change if change else 1.0
-    modules = _save_whole(saved, ranks, tensors, after)
-    modules += _save_tied(saved, tensors, after)
-    config = _config(before, base, rank, ranks, modules)
+    ranks = {pair.module: pair.rank for pair in pairs}
+    whole, modules = _whole_tensors(saved, ranks, after)
+    tied, places = _tied_tensors(saved, after)
     with whole_directory(out, overwrite=overwrite) as folder:
-        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+        changes = _write(folder / WEIGHTS, pairs, {**whole, **tied}, advance)
+        total, lost = (sum(values) for values in zip(*changes.values())) if changes else (0.0, 0.0)
+        kept = {name: 1 - left / change if change else 1.0 for name, (change, left) in changes.items()}
+        share = 1 - lost / total if total else 1.0
+        config = _config(before, base, rank, ranks, [*modules, *places])
         (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         record = {"rank": rank, "share": share, "kept": kept, "whole": saved}
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         record_base(folder, base)
     return Extraction(out, kept, tuple(saved), share)
+
+
+@dataclass(frozen=True)
+class _Changed:
+    """A weight whose change becomes a pair: the tuned tensor, the base's, and whether they are [in, out]."""
+
+    new: TensorRef
+    old: TensorRef
+    rank: int
+    flipped: bool
+
+    @property
+    def module(self) -> str:
+        return self.new.name.removesuffix(".weight")
+
+    @property
+    def specs(self) -> tuple[TensorSpec, TensorSpec]:
+        """A [rank, in, …] and B [out, rank, …], as they will stand in the file."""
+        outputs, *inputs = self.new.shape[::-1] if self.flipped else self.new.shape
+        key = f"{_PREFIX}{self.module}"
+        return (
+            TensorSpec(f"{key}.lora_A.weight", (self.rank, *inputs), torch.float32),
+            TensorSpec(f"{key}.lora_B.weight", (outputs, self.rank, *(1 for _ in inputs[1:])), torch.float32),
+        )
+
+
+def _differences(
+    base: Base, tuned: Base, names: Sequence[str], rank: int, advance: Callable[[int], None]
+) -> tuple[list[_Changed], list[str]]:
+    """(what becomes a pair, names of what is saved as a whole), in the base's order. Raises NonFiniteError."""
+    pairs: list[_Changed] = []
+    saved: list[str] = []
+    for name in names:
+        old, new = base.checkpoint[name], tuned.checkpoint[name]
+        advance(old.nbytes)
+        if same_bits(old.read(), new.read()):
+            advance(old.nbytes)  # of the second pass, which has nothing to do here
+            continue
+        if not is_finite(new.read()) or not is_finite(old.read()):
+            raise NonFiniteError(f"{name} holds NaN or infinity in {tuned.path} or {base.path}.")
+        if _is_factorable(name, new, base):
+            flipped = is_conv1d(name.removesuffix(".weight"), base.model_type)
+            pairs.append(_Changed(new, old, min(rank, new.shape[0], math.prod(new.shape[1:])), flipped))
+        else:
+            saved.append(name)
+            advance(old.nbytes)
+    return pairs, saved
+
+
+def _write(
+    path: Path, pairs: Sequence[_Changed], whole: Mapping[str, TensorRef], advance: Callable[[int], None]
+) -> dict[str, tuple[float, float]]:
+    """Write the adapter's file; by weight, the squared norm of its change, and of what its pair leaves out."""
+    # Wide elements first keeps every tensor aligned to its own element size.
+    ordered = sorted(whole.items(), key=lambda item: -item[1].dtype.itemsize)
+    wider = [item for item in ordered if item[1].dtype.itemsize > torch.float32.itemsize]
+    others = ordered[len(wider) :]
+    specs = [
+        *(TensorSpec(key, ref.shape, ref.dtype) for key, ref in wider),
+        *(spec for pair in pairs for spec in pair.specs),
+        *(TensorSpec(key, ref.shape, ref.dtype) for key, ref in others),
+    ]
+    found: dict[str, tuple[float, float]] = {}
+    with HashedFile(path) as out:
+        out.write(safetensors_header(specs))
+        _copy([ref for _, ref in wider], out)
+        for pair in pairs:
+            a, b, total, left = _factors(pair)
+            out.write(as_bytes(a))
+            out.write(as_bytes(b))
+            found[pair.new.name] = (total, left)
+            advance(pair.old.nbytes)
+        _copy([ref for _, ref in others], out)
+    return found
+
+
+def _copy(refs: Sequence[TensorRef], out: HashedFile) -> None:
+    for ref in refs:
+        for chunk in chunks(ref.read(), ref.dtype):
+            out.write(as_bytes(chunk))
 
 
 def _require_same_model(base: Base, tuned: Base) -> list[str]:
@@ -135,14 +202,12 @@ def _is_factorable(name: str, ref: TensorRef, base: Base) -> bool:
     return not (is_head_module(module) and tied_head(base.checkpoint.tensors, base.config) is not None)
 
 
-def _factors(
-    new: torch.Tensor, old: torch.Tensor, rank: int, *, flipped: bool
-) -> tuple[torch.Tensor, torch.Tensor, float, float]:
-    """(A [r, in, …], B [out, r, …], squared norm of the change, squared norm of what the rank leaves out), in
-    float32."""
-    change = new.to(torch.float32) - old.to(torch.float32)
-    matrix = change.T if flipped else change.flatten(1)
-    rank = min(rank, *matrix.shape)
+def _factors(pair: _Changed) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+    """(A, B, squared norm of the change, squared norm of what the rank leaves out): float32, shaped as the specs
+    say."""
+    change = pair.new.read().to(torch.float32) - pair.old.read().to(torch.float32)
+    matrix = change.T if pair.flipped else change.flatten(1)
+    rank = pair.rank
     if matrix.numel() <= _FULL_SVD:
         u, s, v = torch.linalg.svd(matrix, full_matrices=False)
         v = v[:rank]
@@ -154,20 +219,19 @@ def _factors(
     total = float(torch.linalg.vector_norm(matrix)) ** 2
     held = float(s[:rank].double().square().sum())
     a, b = (root.unsqueeze(1) * v).contiguous(), (u[:, :rank] * root).contiguous()
-    if len(new.shape) > 2:
-        a, b = a.view(rank, *new.shape[1:]), b.view(*b.shape, *[1] * (len(new.shape) - 2))
     return a, b, total, max(total - held, 0.0)
 
 
-def _save_whole(
-    changed: list[str], ranks: Mapping[str, int], tensors: dict[str, torch.Tensor], tuned: Base
-) -> list[str]:
-    """Add the tensors that are saved as they are, under peft's keys; returns the modules that are saved as a whole.
+def _whole_tensors(
+    changed: Sequence[str], ranks: Mapping[str, int], tuned: Base
+) -> tuple[dict[str, TensorRef], list[str]]:
+    """(tensors that are saved as they are by peft's keys, the modules that are saved as a whole).
 
     peft loads such a module with all its tensors, so unchanged ones come along. A bias beside a pair is saved alone.
     """
     modules = {name.rpartition(".")[0] for name in changed}
     names = tuple(tuned.checkpoint)
+    found: dict[str, TensorRef] = {}
     for module in sorted(modules):
         if any(name.startswith(f"{module}.") and name.rpartition(".")[0] != module for name in names):
             raise CoverageError(
@@ -177,23 +241,23 @@ def _save_whole(
             )
         for name in names:
             if name.rpartition(".")[0] == module and name not in changed and module not in ranks:
-                tensors[_PREFIX + name] = tuned.checkpoint[name].read().clone()
+                found[_PREFIX + name] = tuned.checkpoint[name]
     for name in changed:
         module, _, leaf = name.rpartition(".")
         key = f"{module}.base_layer.{leaf}" if module in ranks else name
-        tensors[_PREFIX + key] = tuned.checkpoint[name].read().clone()
-    return sorted(modules)
+        found[_PREFIX + key] = tuned.checkpoint[name]
+    return found, sorted(modules)
 
 
-def _save_tied(changed: list[str], tensors: dict[str, torch.Tensor], tuned: Base) -> list[str]:
-    """Add a changed token embedding under every name that it has in the running model, where peft wraps each place."""
+def _tied_tensors(changed: Sequence[str], tuned: Base) -> tuple[dict[str, TensorRef], list[str]]:
+    """A changed token embedding under every further name that it has in the running model, where peft wraps each
+    place: (tensors by peft's keys, modules)."""
     tied = tied_head(tuned.checkpoint.tensors, tuned.config)
     if tied is None or tied.embedding not in changed:
-        return []
+        return {}, []
     places = [tied.head, *tied.places]
-    for name in places:
-        tensors[_PREFIX + name] = tuned.checkpoint[tied.embedding].read().clone()
-    return [name.removesuffix(".weight") for name in places]
+    tensors = {_PREFIX + name: tuned.checkpoint[tied.embedding] for name in places}
+    return tensors, [name.removesuffix(".weight") for name in places]
 
 
 def _config(base: Base, path: Path, rank: int, ranks: Mapping[str, int], saved: list[str]) -> dict[str, Any]:
