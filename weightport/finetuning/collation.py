@@ -6,17 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
 from ..errors import DataError
 from .families.family import Family
+from .feature_store import FeatureStore
 from .samples import Sample, Samples
 from .settings import BatchSettings
 
 INDICES, FAILURE = "sample_indices", "failure"
 """Beside the model's inputs, a batch says which samples it holds, or why it could not be made: an exception that
 crosses a worker's process would arrive as a traceback."""
+
+FEATURES, FEATURE_LENGTHS = "features", "feature_lengths"
+"""In the place of pictures where these have been computed into features: see `FeatureStore.read`."""
 
 
 class Indexed(torch.utils.data.Dataset[tuple[int, Sample | str]]):
@@ -56,14 +61,34 @@ class BadSamples:
 
 
 @dataclass(frozen=True)
+class StoredFeatures:
+    """Features of a data set's samples; `record_of` int32 [samples] says where each sample's are."""
+
+    store: FeatureStore
+    record_of: np.ndarray
+
+    def require(self, index: int, sample: Sample) -> None:
+        """Raises DataError when the sample's picture could not be read."""
+        if not self.store.lengths[self.record_of[index]]:
+            raise DataError(f"{sample.place}: its image could not be read when features were computed.")
+
+    def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """What stands in a batch for the samples' pictures."""
+        states, lengths = self.store.read([int(self.record_of[index]) for index in indices])
+        return {FEATURES: states, FEATURE_LENGTHS: lengths}
+
+
+@dataclass(frozen=True)
 class Collator:
-    """What the data loader calls: samples with their indices → the model's inputs, labels, and the indices."""
+    """What the data loader calls: samples with their indices → the model's inputs, labels, and the indices. With
+    `features` no picture is read."""
 
     family: Family
     processor: Any
     config: Any
     batch: BatchSettings
     bad: BadSamples
+    features: StoredFeatures | None = None
 
     def __call__(self, items: Sequence[tuple[int, Sample | str]]) -> dict[str, Any]:
         indices, prompts, answers, images = [], [], [], []
@@ -73,7 +98,7 @@ class Collator:
                     if isinstance(sample, str):
                         raise DataError(sample)
                     answer = self.family.answer(self.processor, self.batch, sample)
-                    image = sample.picture.read() if sample.picture else None
+                    image = self._picture(index, sample)
                 except DataError as error:
                     if self.bad.may_skip(index):
                         continue
@@ -84,10 +109,19 @@ class Collator:
                 images.append(image)
             if not indices:
                 raise DataError("Every sample of a batch is bad, so that there is nothing to train on.")
-            tensors = self.family.encode(self.processor, self.config, self.batch, prompts, answers, images)
+            pictures = None if self.features is not None else images
+            tensors = self.family.encode(self.processor, self.config, self.batch, prompts, answers, pictures)
         except DataError as error:
             return {INDICES: torch.zeros(0, dtype=torch.long), FAILURE: str(error)}
+        if self.features is not None:
+            tensors |= self.features.batch(indices)
         return {**tensors, INDICES: torch.tensor(indices)}
+
+    def _picture(self, index: int, sample: Sample) -> Image.Image | None:
+        if self.features is not None:
+            self.features.require(index, sample)
+            return None
+        return sample.picture.read() if sample.picture else None
 
 
 def _advice(message: str, bad: BadSamples) -> str:

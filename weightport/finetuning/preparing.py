@@ -13,6 +13,7 @@ from .answering import chosen, generation_options
 from .arguments import training_arguments
 from .collation import FAILURE, BadSamples, Collator, Indexed
 from .data import open_data
+from .features import FeaturePlan, plan_features
 from .freezing import Share, freeze, frozen_parts, shares
 from .loading import Loaded, family_of, load_model, load_processor
 from .lora import with_lora
@@ -54,6 +55,7 @@ class Prepared:
     shares: list[Share]
     checkpoint: Path | None
     notes: tuple[str, ...]
+    features: FeaturePlan | None = None
 
 
 def resolved(recipe: Recipe, model: Path, *, as_published: bool) -> tuple[Recipe, tuple[str, ...]]:
@@ -107,10 +109,12 @@ def prepare(job: Job) -> Prepared:
         )
     _require_space(job.output, found, arguments)
     # One sample shows whether prompts and answers fit the model, before any step does.
-    _try_one(Loaded(job.model, model, processor, family), recipe, samples)
-    return Prepared(
-        Loaded(job.model, model, processor, family), arguments, samples, eval_samples, found, checkpoint, tuple(notes)
-    )
+    loaded, features = Loaded(job.model, model, processor, family), None
+    _try_one(loaded, recipe, samples)
+    if recipe.model.cache_features:
+        features = plan_features(loaded, recipe, arguments, samples, frozen, job.output)
+        notes.append(features.note())
+    return Prepared(loaded, arguments, samples, eval_samples, found, checkpoint, tuple(notes), features)
 
 
 def _require_measurable(samples: Samples, recipe: Recipe) -> None:

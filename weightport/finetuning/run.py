@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from transformers import PrinterCallback
 from .. import __version__
 from ..errors import OutputError
 from .answering import chosen
-from .collation import BadSamples, Collator, Indexed
+from .collation import BadSamples, Collator, Indexed, StoredFeatures
+from .feature_filling import filled_store
+from .features import FOLDER
 from .measuring import Measuring
 from .preparing import Job, Prepared, prepare
 from .progress import ProgressLine
@@ -58,10 +61,9 @@ def _begin(job: Job) -> None:
     """Make the run's folder, with the recipe that gives the run again."""
     if job.resume:
         return
-    if job.output.exists():
-        shutil.rmtree(job.output)
     try:
-        job.output.mkdir(parents=True)
+        _clear(job.output)
+        job.output.mkdir(parents=True, exist_ok=True)
         comments = [f"Fine-tuned by weightport {__version__}. The same run again:"]
         comments.append(f"{job.command}  (--recipe with this file in place of the settings)")
         (job.output / RECIPE).write_text(as_yaml(job.recipe, comments), encoding="utf-8")
@@ -69,13 +71,26 @@ def _begin(job: Job) -> None:
         raise OutputError(f"{job.output} cannot be written: {error}.") from error
 
 
+def _clear(output: Path) -> None:
+    """Remove a run that is replaced, but not the features of frozen parts: their key says whether they still fit."""
+    for path in output.iterdir() if output.exists() else ():
+        if path.name == FOLDER:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def _train(job: Job, prepared: Prepared, *, say: Callable[[str], None], quiet: bool) -> Outcome:
     recipe, loaded, arguments = job.recipe, prepared.loaded, prepared.arguments
     family, eval_samples = loaded.family, prepared.eval_samples
     bad = BadSamples(len(prepared.samples), recipe.data.skip_bad)
 
-    def collator(counted: BadSamples) -> Collator:
-        return Collator(family, loaded.processor, loaded.model.config, recipe.batch, counted)
+    features = _features(job, prepared, say)
+
+    def collator(counted: BadSamples, stored: StoredFeatures | None = None) -> Collator:
+        return Collator(family, loaded.processor, loaded.model.config, recipe.batch, counted, stored)
 
     samples_per_step = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
     with ProgressLine(samples_per_step, quiet=quiet) as progress:
@@ -85,7 +100,7 @@ def _train(job: Job, prepared: Prepared, *, say: Callable[[str], None], quiet: b
         trainer = PortTrainer(
             loaded.model,
             arguments,
-            data_collator=collator(bad),
+            data_collator=collator(bad, features),
             train_dataset=Indexed(prepared.samples),
             eval_dataset=_subset(eval_samples, recipe) if eval_samples is not None else None,
             compute_loss_func=loss_with_padding if recipe.batch.count_padding and family.own_loss else None,
@@ -93,6 +108,7 @@ def _train(job: Job, prepared: Prepared, *, say: Callable[[str], None], quiet: b
             samples=prepared.samples,
             eval_collator=collator(BadSamples(len(eval_samples), recipe.data.skip_bad)) if eval_samples else None,
             measure=measuring,
+            features=prepared.features,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
@@ -102,6 +118,16 @@ def _train(job: Job, prepared: Prepared, *, say: Callable[[str], None], quiet: b
     if bad.count:
         notes.append(f"{bad.count} samples were left out while training, because they could not be read")
     return finish(job, prepared, trainer, measuring.predictions if measuring else [], notes)
+
+
+def _features(job: Job, prepared: Prepared, say: Callable[[str], None]) -> StoredFeatures | None:
+    """Outputs of frozen parts for the training data, computed now or before; the model takes them from here on."""
+    plan = prepared.features
+    if plan is None:
+        return None
+    store = filled_store(plan, prepared.loaded, job.recipe, prepared.arguments, prepared.samples, say)
+    plan.attach(prepared.loaded.model)
+    return plan.stored(store)
 
 
 def _evaluated(trainer: PortTrainer) -> bool:

@@ -63,7 +63,7 @@ class Samples(Protocol):
     """A data set: a map from 0 … len - 1 to samples, read on demand. Pickles, so that data loader workers can read.
 
     `samples[i]` raises DataError naming file and line. `skipped` are the places that `skip_bad` left out when the data
-    set was opened, each with the reason.
+    set was opened, each with the reason. `fingerprint`: 64 hexadecimal digits that change with files and settings.
     """
 
     @property
@@ -71,6 +71,9 @@ class Samples(Protocol):
 
     @property
     def skipped(self) -> tuple[str, ...]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def __len__(self) -> int: ...
 

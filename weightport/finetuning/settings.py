@@ -38,7 +38,7 @@ class ModelSettings:
     frozen parts still, `train` leaves them moving as published loops do. dtype: of the weights during training
     (mixed precision is `training.bf16` or `training.fp16`); the result has the base's. attention: transformers'
     attn_implementation. config: fields of the model's config, by dotted name. cache_features: compute the outputs of
-    frozen parts once."""
+    frozen parts once. feature_folder: where they are kept, by default in the run; runs that share it share them."""
 
     method: str = "full"
     freeze: tuple[str, ...] = ()
@@ -47,6 +47,7 @@ class ModelSettings:
     attention: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     cache_features: bool = False
+    feature_folder: str | None = None
 
 
 @dataclass(frozen=True)

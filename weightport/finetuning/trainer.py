@@ -12,7 +12,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..errors import DataError, TrainingError
-from .collation import FAILURE, INDICES, Collator
+from .collation import FAILURE, FEATURE_LENGTHS, FEATURES, INDICES, Collator
+from .features import FeaturePlan
 from .samples import Samples
 
 
@@ -20,7 +21,8 @@ class PortTrainer(Trainer):
     """Trainer on batches of `Collator`, `eval_collator` being that of the evaluation data.
 
     `measure` answers the evaluation data with the model at a step and returns metrics by name; in every process, at
-    every evaluation. `samples` are the training data, to name those of a batch that fails.
+    every evaluation. `samples` are the training data, to name those of a batch that fails. `features`: of what plan
+    batches hold features in the place of pictures.
     """
 
     def __init__(
@@ -29,12 +31,14 @@ class PortTrainer(Trainer):
         samples: Samples,
         eval_collator: Collator | None = None,
         measure: Callable[[Any, int], Mapping[str, float]] | None = None,
+        features: FeaturePlan | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._eval_collator = eval_collator
         self._samples = samples
         self._measure = measure
+        self._features = features
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         collator = self.data_collator
@@ -43,6 +47,12 @@ class PortTrainer(Trainer):
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.data_collator = collator
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        placed: dict[str, Any] = super()._prepare_inputs(inputs)
+        if self._features is None or FEATURES not in placed:
+            return placed
+        return self._features.feed(placed, placed.pop(FEATURES), placed.pop(FEATURE_LENGTHS))
 
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None

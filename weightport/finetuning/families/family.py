@@ -12,6 +12,10 @@ from transformers import PreTrainedModel
 
 from ..samples import Objects, Sample
 from ..settings import BatchSettings
+from .cached_part import CachedPart
+
+Images = Sequence[Image.Image | None] | None
+"""The pictures of a batch, or None where their features are at hand."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,13 @@ class Family(Protocol):
     """One family. `name` is its model_type.
 
     `own_loss` is True when the model's loss never counts padding, so that a guide that counts it needs another.
+    `cached` are the beginnings of the model whose output can be kept while they are frozen, the longest first.
     """
 
     name: str
     parts: Parts
     own_loss: bool
+    cached: tuple[CachedPart, ...]
 
     def resize(self, processor: Any, config: Any, pixels: int) -> None:
         """Make the processor turn images into squares of `pixels`. Raises RecipeError for a size that cannot be."""
@@ -65,9 +71,10 @@ class Family(Protocol):
         """What it should say. Raises DataError when that is longer than `max_target_length` and cannot be cut."""
 
     def questions(
-        self, processor: Any, batch: BatchSettings, prompts: Sequence[str], images: Sequence[Image.Image | None]
+        self, processor: Any, batch: BatchSettings, prompts: Sequence[str], images: Images
     ) -> dict[str, torch.Tensor]:
-        """The model's inputs without an answer, padded."""
+        """The model's inputs without an answer, padded. `images` is None where features stand for them: the text is
+        then that of samples with an image."""
 
     def encode(
         self,
@@ -76,7 +83,7 @@ class Family(Protocol):
         batch: BatchSettings,
         prompts: Sequence[str],
         answers: Sequence[str],
-        images: Sequence[Image.Image | None],
+        images: Images,
     ) -> dict[str, torch.Tensor]:
         """`questions`, `labels` int64 [batch, length] with -100 as padding unless it counts, `decoder_input_ids`."""
 

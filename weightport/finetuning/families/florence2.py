@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import PreTrainedModel
 
 from ...errors import DataError, RecipeError
 from ..samples import Objects, Sample
 from ..settings import BatchSettings
-from .family import Answer, Parts, filled, shifted, shortened, without_marks
+from .cached_part import CachedPart, Features, Inputs, as_pixels, whole
+from .family import Answer, Images, Parts, filled, shifted, shortened, without_marks
 
 TASK_TOKENS = {
     "caption": "<CAPTION>",
@@ -23,6 +23,37 @@ TASK_TOKENS = {
     "ocr": "<OCR>",
 }
 _LINEAR = r"layers\.\d+\.((self_attn|encoder_attn)\.(q|k|v|out)_proj|fc1|fc2)"
+
+
+def _tower_output(model: Any, inputs: Mapping[str, torch.Tensor]) -> Features:
+    return whole(model.model.vision_tower(inputs["pixel_values"]).last_hidden_state)
+
+
+def _image_vectors(model: Any, inputs: Mapping[str, torch.Tensor]) -> Features:
+    return whole(model.get_image_features(inputs["pixel_values"]).pooler_output)
+
+
+def _encoder_output(model: Any, inputs: Mapping[str, torch.Tensor]) -> Features:
+    text = model.get_input_embeddings()(inputs["input_ids"])
+    vectors = _image_vectors(model, inputs).states.to(text.dtype)
+    places = model.get_placeholder_mask(inputs["input_ids"], inputs_embeds=text, image_features=vectors)
+    mask = inputs["attention_mask"]
+    encoder = model.model.language_model.encoder
+    states = encoder(inputs_embeds=text.masked_scatter(places, vectors), attention_mask=mask).last_hidden_state
+    return Features(states, mask.sum(dim=1))
+
+
+def _as_encoder_output(inputs: Inputs, features: Features) -> Inputs:
+    mask = features.mask().to(inputs["attention_mask"].dtype)
+    return {**inputs, "encoder_outputs": (features.states,), "attention_mask": mask}
+
+
+def _with_places_for_images(processor: Any, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+    """What the processor makes of the prompts of samples with an image, but for the pixels."""
+    _, texts, *_ = processor.prepare_inputs_layout(images=[], text=list(prompts))
+    places = processor.replace_image_token({}, 0)
+    texts = [text.replace(processor.image_token, places, 1) for text in texts]
+    return dict(processor.tokenizer(texts, padding=True, return_tensors="pt"))
 
 
 class Florence2:
@@ -55,6 +86,32 @@ class Florence2:
             "encoder": rf"model\.language_model\.encoder\.{_LINEAR}",
             "decoder": rf"model\.language_model\.decoder\.{_LINEAR}",
         },
+    )
+    cached: tuple[CachedPart, ...] = (
+        CachedPart(
+            "encoder",
+            ("vision", "projector", "embeddings", "encoder"),
+            per_prompt=True,
+            compute=_encoder_output,
+            feed=_as_encoder_output,
+            read_by_linear=True,
+        ),
+        CachedPart(
+            "projector",
+            ("vision", "projector"),
+            per_prompt=False,
+            compute=_image_vectors,
+            feed=as_pixels,
+            bypassed=("model.vision_tower", "model.multi_modal_projector"),
+        ),
+        CachedPart(
+            "vision tower",
+            ("vision",),
+            per_prompt=False,
+            compute=_tower_output,
+            feed=as_pixels,
+            bypassed=("model.vision_tower",),
+        ),
     )
 
     def resize(self, processor: Any, config: Any, pixels: int) -> None:
@@ -105,11 +162,14 @@ class Florence2:
         )
 
     def questions(
-        self, processor: Any, batch: BatchSettings, prompts: Sequence[str], images: Sequence[Image.Image | None]
+        self, processor: Any, batch: BatchSettings, prompts: Sequence[str], images: Images
     ) -> dict[str, torch.Tensor]:
-        if any(image is None for image in images):
+        if images is None:
+            tensors = _with_places_for_images(processor, prompts)
+        elif any(image is None for image in images):
             raise DataError("Florence-2 answers about images, and a sample has none.")
-        tensors = dict(processor(images=list(images), text=list(prompts), padding=True, return_tensors="pt"))
+        else:
+            tensors = dict(processor(images=list(images), text=list(prompts), padding=True, return_tensors="pt"))
         if batch.attend_padding:
             tensors["attention_mask"] = torch.ones_like(tensors["attention_mask"])
         return tensors
@@ -121,7 +181,7 @@ class Florence2:
         batch: BatchSettings,
         prompts: Sequence[str],
         answers: Sequence[str],
-        images: Sequence[Image.Image | None],
+        images: Images,
     ) -> dict[str, torch.Tensor]:
         tensors = self.questions(processor, batch, prompts, images)
         text = config.text_config

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import PreTrainedModel
 
 from ...errors import DataError, RecipeError
@@ -14,7 +13,8 @@ from ...modeling.ofa.processing_ofa import SymbolText
 from ...modeling.ofa.prompts_ofa import TASKS
 from ..samples import Objects, Sample
 from ..settings import BatchSettings
-from .family import Answer, Parts, filled, shifted, shortened, without_marks
+from .cached_part import CachedPart, Features, Inputs, as_pixels, whole
+from .family import Answer, Images, Parts, filled, shifted, shortened, without_marks
 
 PATCH = 16
 """Pixels of an image patch, along a side."""
@@ -22,7 +22,26 @@ PATCH = 16
 CHINESE_PROMPTS = {"detection": "图片中有哪些物体?"}
 """Prompts of tasks that the original's code asks in English only."""
 
+SOURCE = ("input_ids", "attention_mask", "pixel_values", "patch_masks")
+"""Inputs of the encoder."""
+
 _LINEAR = r"layers\.\d+\.((self|cross)_attn\.(q|k|v|out)_proj|fc1|fc2)"
+
+
+def _encoder_output(model: Any, inputs: Mapping[str, torch.Tensor]) -> Features:
+    found = model.model.encoder(**{name: inputs[name] for name in SOURCE if name in inputs})
+    return Features(found.last_hidden_state, found.attention_mask.sum(dim=1), found.position_embeddings[0])
+
+
+def _as_encoder_output(inputs: Inputs, features: Features) -> Inputs:
+    # The first three fields of OFAEncoderOutput; positions are the same for every sample.
+    positions = features.shared[None].expand(len(features.states), -1, -1) if features.shared is not None else None
+    return {**inputs, "encoder_outputs": (features.states, features.mask(), positions)}
+
+
+def _tower_output(model: Any, inputs: Mapping[str, torch.Tensor]) -> Features:
+    tower = model.model.encoder.vision_tower
+    return whole(tower(inputs["pixel_values"].to(tower.dtype)).last_hidden_state)
 
 
 class OFA:
@@ -48,6 +67,25 @@ class OFA:
             "language": ("embeddings", "encoder", "decoder", "head"),
         },
         lora={"encoder": rf"model\.encoder\.{_LINEAR}", "decoder": rf"model\.decoder\.{_LINEAR}"},
+    )
+    cached: tuple[CachedPart, ...] = (
+        CachedPart(
+            "encoder",
+            ("vision", "projector", "embeddings", "encoder"),
+            per_prompt=True,
+            compute=_encoder_output,
+            feed=_as_encoder_output,
+            read_by_linear=True,
+        ),
+        CachedPart(
+            "vision tower",
+            ("vision",),
+            per_prompt=False,
+            compute=_tower_output,
+            feed=as_pixels,
+            bypassed=("model.encoder.vision_tower",),
+            read_by_linear=True,
+        ),
     )
 
     def resize(self, processor: Any, config: Any, pixels: int) -> None:
@@ -93,9 +131,9 @@ class OFA:
         return text
 
     def questions(
-        self, processor: Any, batch: BatchSettings, prompts: Sequence[str], images: Sequence[Image.Image | None]
+        self, processor: Any, batch: BatchSettings, prompts: Sequence[str], images: Images
     ) -> dict[str, torch.Tensor]:
-        pictures = None if all(image is None for image in images) else list(images)
+        pictures = list(images) if images and any(image is not None for image in images) else None
         return dict(processor(images=pictures, text=list(prompts), padding=True, return_tensors="pt"))
 
     def encode(
@@ -105,9 +143,9 @@ class OFA:
         batch: BatchSettings,
         prompts: Sequence[str],
         answers: Sequence[str],
-        images: Sequence[Image.Image | None],
+        images: Images,
     ) -> dict[str, torch.Tensor]:
-        pictures = None if all(image is None for image in images) else list(images)
+        pictures = list(images) if images and any(image is not None for image in images) else None
         tensors = dict(
             processor(
                 images=pictures, text=list(prompts), text_target=list(answers), padding=True, return_tensors="pt"
