@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""The main job in a minute: a fairseq training checkpoint becomes a proven native model, speaks, and goes back.
+"""The main job in a minute: a fairseq training checkpoint becomes a proven native model, speaks, goes back, is
+fine-tuned, merged and made ready for release.
 
 The checkpoint is a golden case of the tests: every option of the released OFA-CN models on, small, with weights that
 are a formula of each tensor's name. Its file (optimizer state included) is what OFA's own trainer wrote, byte for
@@ -8,6 +9,7 @@ byte, and its reference is what OFA's own code computed on it. Untrained weights
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,7 @@ sys.path.insert(0, str(ROOT / "tests" / "golden"))
 
 FOLDER = Path("demo")
 CASE = ROOT / "tests" / "golden" / "cases" / "ofa" / "cn-tiny"
+RECIPE = Path(os.path.relpath(ROOT / "examples" / "tiny-caption.yaml"))
 
 
 def main() -> None:
@@ -32,6 +35,13 @@ def main() -> None:
     run("weightport", "generate", out, FOLDER / "picture.png", "--beams", "3", "--max-new-tokens", "12")
     run("weightport", "export", out, back, "--overwrite")
     compare(checkpoint, back)
+    captions, tuned, merged = FOLDER / "captions", FOLDER / "run", FOLDER / "merged"
+    learned, recipe = captions / "train.jsonl", ("--recipe", RECIPE)
+    draw_captions(captions)
+    run("port-finetune", out, "--data", learned, "--eval-data", learned, "--output", tuned, *recipe, "--overwrite")
+    run("port-merge-lora", out, tuned / "adapter", merged, "--overwrite")
+    run("weightport", "evaluate", merged, "--data", learned, *recipe)
+    run("port-release", merged, "--repo", "somebody/ofa-tiny-captions", "--dry-run")
 
 
 def prepare() -> Path:
@@ -51,6 +61,31 @@ def prepare() -> Path:
     picture.save(FOLDER / "picture.png")
     print(f"{checkpoint}: OFA-CN in miniature, as OFA's own trainer wrote it ({checkpoint.stat().st_size:,} bytes)\n")
     return checkpoint
+
+
+def draw_captions(folder: Path) -> None:
+    """Four pictures with two captions each, in MUGE's layout: train.jsonl, and train.tsv with the images."""
+    import base64
+    import json
+    from io import BytesIO
+
+    from PIL import Image, ImageDraw
+
+    scenes = (
+        ("white", "firebrick", "ellipse", ["大红苹果", "桌上的红苹果"]),
+        ("seagreen", "snow", "rectangle", ["白猫坐在地上", "白猫看着花"]),
+        ("gray", "black", "rectangle", ["黑狗跑在街道上", "店铺前的黑狗"]),
+        ("khaki", "royalblue", "ellipse", ["蓝车在山前", "山前的蓝车"]),
+    )
+    folder.mkdir(exist_ok=True)
+    with (folder / "train.jsonl").open("w") as captions, (folder / "train.tsv").open("w") as images:
+        for i, (ground, colour, shape, texts) in enumerate(scenes):
+            picture, encoded = Image.new("RGB", (160, 120), ground), BytesIO()
+            getattr(ImageDraw.Draw(picture), shape)((20 + 20 * i, 30, 90 + 20 * i, 100), fill=colour)
+            picture.save(encoded, "PNG")
+            images.write(f"{i}\t{base64.b64encode(encoded.getvalue()).decode()}\n")
+            captions.write(json.dumps({"image_id": i, "text": texts}, ensure_ascii=False) + "\n")
+    print(f"{folder}: four pictures with two captions each, in MUGE's layout\n")
 
 
 def run(program: str, *arguments: str | Path) -> None:

@@ -14,6 +14,7 @@ from .answering import answers, chosen, write_predictions
 from .arguments import loader_workers
 from .data import open_data
 from .loading import family_of, load_model, load_processor
+from .lora import without_deprecations
 from .metrics import metric_named, score_all
 from .predictions import Prediction
 from .recipe import plain
@@ -92,6 +93,7 @@ def _with_adapter(model: torch.nn.Module, adapter: Path) -> torch.nn.Module:
     if not (adapter / "adapter_config.json").is_file():
         raise CheckpointError(f"{adapter} is not an adapter: it has no adapter_config.json.")
     try:
-        return PeftModel.from_pretrained(model, str(adapter))
+        with without_deprecations():
+            return PeftModel.from_pretrained(model, str(adapter))  # type: ignore[arg-type]
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"{adapter} does not fit the model: {error}") from error

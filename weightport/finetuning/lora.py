@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -36,9 +38,18 @@ def with_lora(model: PreTrainedModel, parts: Parts, frozen: frozenset[str], sett
             f"{inside[0]} ({parts.part_of(inside[0])}). Name modules outside, or freeze less."
         )
     try:
-        return get_peft_model(model, config)
+        with without_deprecations():
+            return get_peft_model(model, config)
     except ValueError as error:
         raise RecipeError(f"lora: {error}") from error
+
+
+@contextmanager
+def without_deprecations() -> Iterator[None]:
+    """peft asks transformers by a name that transformers is about to drop; its users need not hear of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield
 
 
 def _default_targets(parts: Parts, frozen: frozenset[str]) -> str:
