@@ -1,0 +1,56 @@
+"""Every shipped recipe on every family that it is for: what four pictures teach is said word for word afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_runs import FIXED_RATE, run, still
+
+OFA = {"training.learning_rate": 1e-3, "batch.image_size": 64}
+FLORENCE2 = {"training.learning_rate": 5e-3}
+CASES = [
+    ("muge-caption", "ofa-cn", "muge", 60, OFA, {"cider-d": 10.0, "bleu-4": 100.0, "rouge-l": 1.0}),
+    ("caption", "ofa", "pairs", 60, OFA, {"cider-d": 10.0, "bleu-4": 100.0, "rouge-l": 1.0}),
+    ("caption", "florence2", "pairs", 60, FLORENCE2, {"cider-d": 10.0, "bleu-4": 100.0, "rouge-l": 1.0}),
+    ("docvqa", "florence2", "pairs", 60, FLORENCE2, {"anls": 1.0, "exact-match": 1.0}),
+    ("detection", "ofa", "boxes", 60, OFA, {"box-f1": 1.0}),
+    ("detection", "florence2", "boxes", 60, FLORENCE2, {"ap": 1.0, "box-f1": 1.0}),
+    ("default", "ofa", "pairs", 60, OFA, {"exact-match": 1.0, "levenshtein": 1.0}),
+    ("default", "florence2", "pairs", 60, FLORENCE2, {"exact-match": 1.0, "levenshtein": 1.0}),
+]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "data", "epochs", "settings", "best"),
+    [pytest.param(*case, id=f"{case[0]}-{case[1]}") for case in CASES],
+)
+def test_recipe_learns_its_training_data_by_heart(
+    recipe: str,
+    model: str,
+    data: str,
+    epochs: int,
+    settings: dict[str, Any],
+    best: dict[str, float],
+    tiny: Callable[[str], Path],
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+) -> None:
+    source = request.getfixturevalue(data)
+    changed = {
+        **still(tiny(model)),
+        **FIXED_RATE,
+        **settings,
+        "training.num_train_epochs": epochs,
+        "training.per_device_train_batch_size": 4,
+        "training.logging_steps": 20,
+        "training.eval_strategy": "no",
+        "training.save_strategy": "no",
+        "training.dataloader_num_workers": 0,
+        # A tiny model holds </s> possible everywhere: beams that end too soon would end the search.
+        "evaluation.generation.early_stopping": False,
+    }
+    out = run(tiny(model), recipe, source, tmp_path / "run", eval_data=source, more=changed)
+    assert {name: out.metrics[name] for name in best} == pytest.approx(best), "what it says is not what it was taught"

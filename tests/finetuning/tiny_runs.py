@@ -1,0 +1,115 @@
+"""Runs of every recipe at tiny size: the golden cases' models, converted, on pictures and texts drawn here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from weightport.converters import Options, convert
+from weightport.finetuning.preparing import Job, resolved
+from weightport.finetuning.recipe import load_recipe, qualified, with_settings
+from weightport.finetuning.results import Outcome
+from weightport.finetuning.run import finetune
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+MODELS = {"ofa-cn": "ofa/cn-tiny", "ofa": "ofa/en-tiny-args", "florence2": "florence2/tiny-vocab-4k"}
+"""Golden cases by what they are called here; all have a vocabulary of their own."""
+
+CAPTIONS = ("red cat on mat", "big dog in sun", "old hat by bed", "hot tea for two")
+CHINESE_CAPTIONS = ("图片描述", "述了什么", "么内容这", "片述么这")
+"""Characters that cn-tiny's vocabulary has."""
+
+STILL = {
+    "ofa": ("dropout", "encoder_drop_path_rate", "decoder_drop_path_rate"),
+    "florence2": (
+        "text_config.dropout",
+        "text_config.attention_dropout",
+        "text_config.activation_dropout",
+        "vision_config.drop_path_rate",
+    ),
+}
+"""Fields of the config that make training random."""
+
+FIXED_RATE = {"training.warmup_steps": 0, "training.lr_scheduler_type": "constant"}
+"""What a few steps on four pictures need in place of a guide's schedule."""
+
+
+def boxes_document() -> dict[str, Any]:
+    """COCO annotations of three pictures of 48 by 32 pixels; the boxes are as coarse as a tiny model's bins."""
+    places = [[(1, (0, 0, 20, 26))], [(2, (20, 6, 28, 26))], [(1, (0, 0, 20, 26)), (2, (20, 6, 28, 26))]]
+    annotations = [
+        {"image_id": image, "category_id": category, "bbox": list(box), "iscrowd": 0}
+        for image, found in enumerate(places)
+        for category, box in found
+    ]
+    return {
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+        "images": [{"id": n, "file_name": f"{n}.png", "width": 48, "height": 32} for n in range(len(places))],
+        "annotations": [{"id": number, **each} for number, each in enumerate(annotations)],
+    }
+
+
+def convert_case(name: str, folder: Path) -> Path:
+    """The model directory of a golden case, as `port-<family>` writes it."""
+    sys.path.insert(0, str(GOLDEN))
+    from golden_case import Case
+
+    case = Case(GOLDEN / "cases" / MODELS.get(name, name), name)
+    (folder / "original").mkdir()
+    convert(case.materialize(folder / "original"), folder / name, case.family, Options())
+    return folder / name
+
+
+def still(model: Path) -> dict[str, Any]:
+    """Settings without which no two runs of different shape give the same losses: no dropout anywhere."""
+    family = json.loads((model / "config.json").read_text())["model_type"]
+    return {f"model.config.{name}": 0.0 for name in STILL[family]}
+
+
+def job_of(
+    model: Path,
+    recipe: str | Path,
+    data: Path | str,
+    output: Path,
+    *,
+    eval_data: Path | str | None = None,
+    as_published: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    **settings: Any,
+) -> Job:
+    """A job as the command line makes it; `settings` by name, `__` for the dot of a dotted one."""
+    found, mistakes = resolved(load_recipe(str(recipe)), model, as_published=as_published)
+    assigned = {key.replace("__", "."): value for key, value in settings.items()}
+    assigned |= assigned.pop("more", {})
+    return Job(
+        model=model,
+        data=str(data),
+        output=output,
+        recipe=with_settings(found, assigned, "--set"),
+        eval_data=None if eval_data is None else str(eval_data),
+        resume=resume,
+        overwrite=overwrite,
+        explicit=frozenset(qualified(key, "--set") for key in assigned),
+        mistakes=mistakes,
+    )
+
+
+def run(*args: Any, **settings: Any) -> Outcome:
+    """`job_of`, run in this process without a word."""
+    return finetune(job_of(*args, **settings), quiet=True)
+
+
+def losses(history: list[dict[str, Any]] | Path) -> dict[int, float]:
+    """Logged training loss by step, of a run's history or of a run's folder."""
+    if isinstance(history, Path):
+        history = json.loads((history / "history.json").read_text())
+    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+
+
+def assigned(settings: Mapping[str, Any]) -> list[str]:
+    """The settings as the command line takes them."""
+    return [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
