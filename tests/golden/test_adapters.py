@@ -15,7 +15,8 @@ from rich.console import Console
 from weightport.adapters import port_adapter, untie_head
 from weightport.errors import AdapterError
 from weightport.parity import check_parity, load_native, render
-from weightport.parity.noise import relative_allowance, scale_of
+from weightport.parity.families.florence2 import NOISE
+from weightport.parity.noise import scale_of
 
 peft = pytest.importorskip("peft")
 
@@ -46,7 +47,7 @@ def assert_close(case: Case, what: str, value: torch.Tensor, dtype: torch.dtype)
     reference = case.tensors[what + DTYPES[dtype]]
     error = float((value.double() - reference.double()).abs().max())
     # The native model is as deep as any that the noise was calibrated on.
-    allowed = relative_allowance(100, dtype, reference.dtype) * scale_of(reference)
+    allowed = NOISE.allowance(100, dtype, reference.dtype) * scale_of(reference)
     assert error <= allowed, f"{case.name}: {what} is off by {error:.1e}, allowed {allowed:.1e}"
 
 

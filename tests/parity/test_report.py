@@ -13,10 +13,11 @@ from rich.console import Console
 from weightport.checkpoints.types import TensorRef
 from weightport.parity import Expected, Selection, Verdict, check_parity, render
 from weightport.parity.compare import Place, compare, compare_generation
-from weightport.parity.noise import KINK, LIMIT, relative_allowance
+from weightport.parity.noise import KINK, Noise
 from weightport.parity.seams import Observed, observe
 
-PLACE = Place("run", torch.float32, depth=4)
+NOISE = Noise(growth=48.0, limit=1e-5)
+PLACE = Place("run", torch.float32, 4, NOISE)
 
 
 def expected(seam: str, tensor: torch.Tensor, dtype: torch.dtype = torch.float32, selection=Selection()) -> Expected:  # noqa: B008
@@ -74,7 +75,7 @@ def test_json_holds_what_the_table_is_made_of(report) -> None:
     row = next(each for each in data["comparisons"] if each["seam"] == "logits")
     assert row["largest"] <= row["allowed"] and row["agreement"] == 1.0
     assert all(
-        each["relative_allowed"] <= LIMIT * (1 + 1e-9)
+        each["relative_allowed"] <= NOISE.limit * (1 + 1e-9)
         for each in data["comparisons"]
         if each["against"] == "float64" and each["allowed"] and not each["seam"].startswith("grad")
     )
@@ -110,13 +111,11 @@ def test_runs_in_float64_are_held_to_float64_noise(native, reference) -> None:
 
 
 def test_allowance_grows_with_depth_and_never_beyond_the_limit() -> None:
-    depths = [relative_allowance(depth, torch.float64) for depth in range(100)]
+    depths = [NOISE.allowance(depth, torch.float64) for depth in range(100)]
     assert depths == sorted(depths) and depths[8] == pytest.approx(3 * depths[0])
-    assert relative_allowance(10_000, torch.float32) == LIMIT
-    assert relative_allowance(3, torch.float64, torch.float32) == relative_allowance(3, torch.float32)
-    assert (
-        relative_allowance(3, torch.float32, kinked=True) == KINK > relative_allowance(3, torch.float64, kinked=True)
-    )
+    assert NOISE.allowance(10_000, torch.float32) == NOISE.limit
+    assert NOISE.allowance(3, torch.float64, torch.float32) == NOISE.allowance(3, torch.float32)
+    assert NOISE.allowance(3, torch.float32, kinked=True) == KINK > NOISE.allowance(3, torch.float64, kinked=True)
 
 
 def test_largest_error_is_measured_against_the_scale_of_the_reference() -> None:

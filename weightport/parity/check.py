@@ -154,11 +154,12 @@ def _judge(
         else:
             seam, _ = base_seam(expected.seam)
             depth, kinked = family.depth(model.config, seam), family.kinked(model.config, seam)
-            yield compare(observed, expected, Place(run.name, dtype, depth, _floor(expected, observed, total), kinked))
+            floor = _floor(expected, observed, total)
+            yield compare(observed, expected, Place(run.name, dtype, depth, family.noise, floor, kinked))
     if generated:
         # Searches are decided by log-probabilities, which are float32 whatever is wider.
         arithmetic = dtype if dtype in HALVES else torch.float32
-        place = Place(run.name, arithmetic, family.depth(model.config, "logits"))
+        place = Place(run.name, arithmetic, family.depth(model.config, "logits"), family.noise)
         if "sequences" in generated:
             observed, expected = generated["sequences"]
             yield Generated(expected.tensor.read(), observed.value)
@@ -167,7 +168,7 @@ def _judge(
         for result in compare_generation(observed_by, expected_by, place):
             yield replace(result, dtype=str(dtype).removeprefix("torch."))
     if invariance and run.kind == "forward":
-        place = Place(run.name, dtype, family.depth(model.config, "logits"))
+        place = Place(run.name, dtype, family.depth(model.config, "logits"), family.noise)
         yield from check_invariances(model, native_arguments(family, run, model), place)
 
 

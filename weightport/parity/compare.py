@@ -8,7 +8,7 @@ from enum import StrEnum
 
 import torch
 
-from .noise import relative_allowance, scale_of
+from .noise import Noise, scale_of
 from .reference import Expected
 from .seams import Observed
 
@@ -66,6 +66,7 @@ class Place:
     run: str
     dtype: torch.dtype
     depth: int
+    noise: Noise
     floor: float = 0.0
     kinked: bool = False
 
@@ -137,7 +138,7 @@ def _numbers(
     blank: Comparison, value: torch.Tensor, reference: torch.Tensor, expected: Expected, place: Place
 ) -> Comparison:
     scale = max(scale_of(reference), place.floor)
-    allowed = scale * relative_allowance(place.depth, place.dtype, expected.dtype, kinked=place.kinked)
+    allowed = scale * place.noise.allowance(place.depth, place.dtype, expected.dtype, kinked=place.kinked)
     agreement = None
     if expected.seam == "logits" and value.ndim and value.shape[-1] > 1 and value.numel():
         agreement = float((value.argmax(-1) == reference.argmax(-1)).double().mean())
@@ -164,7 +165,7 @@ def _ids(
     if bool(equal.all()):
         return replace(blank, verdict=Verdict.AGREES)
     if shortfall is not None and bool(shortfall.isfinite().all()):
-        worst, allowed = float(shortfall.max()), relative_allowance(place.depth, place.dtype, expected.dtype)
+        worst, allowed = float(shortfall.max()), place.noise.allowance(place.depth, place.dtype, expected.dtype)
         note = f"the original's choice lies {worst:.1e} below the model's own"
         # Both candidates carry an error of their own.
         verdict = Verdict.TIED if worst <= 2 * allowed else Verdict.DEPARTS

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers import LogitsProcessor, PreTrainedConfig
 
+from .noise import Noise
 from .reference import Kind
 
 Tensors = dict[str, torch.Tensor]
@@ -80,10 +81,10 @@ class Family:
     `required` names the original arguments that a run of each kind cannot do without, `options` the options it may
     have. `complete` adds native arguments that follow from others (attention masks, the loss's settings).
     `depth(config, seam)` counts the residual blocks before a seam: rounding errors grow with its square root.
-    `kinked(config, seam)`: whether a gradient has passed rectifiers. `plain` are configuration values that make a
-    training step reproducible (no dropout). `losses` computes further training seams from the model's output, the
-    native arguments and the configuration. `exact_loss` stands in for the model's own loss in float64, where
-    transformers rounds logits to float32 first.
+    `noise` is what lies between two correct implementations. `kinked(config, seam)`: whether a gradient has passed
+    rectifiers. `plain` are configuration values that make a training step reproducible (no dropout). `losses` computes
+    further training seams from the model's output, the native arguments and the configuration. `exact_loss` stands in
+    for the model's own loss in float64, where transformers rounds logits to float32 first.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Family:
     complete: Callable[[Kind, Tensors, Mapping[str, Any], PreTrainedConfig], dict[str, Any]]
     generation: Callable[[Tensors, Mapping[str, Any], PreTrainedConfig], Generation]
     depth: Callable[[PreTrainedConfig, str], int]
+    noise: Noise
     kinked: Callable[[PreTrainedConfig, str], bool] = lambda config, seam: False
     plain: Mapping[str, Any] = field(default_factory=dict)
     losses: Mapping[str, Callable[[Any, Mapping[str, Any], PreTrainedConfig], torch.Tensor]] = field(

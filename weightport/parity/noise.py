@@ -4,25 +4,20 @@ Every operation rounds to a relative `eps`. Roundings of successive residual blo
 with the square root of the number of blocks; the largest of many elements lies a few standard deviations out. Hence,
 for the largest absolute error of a seam,
 
-    allowed = min(GROWTH · eps · √(1 + depth), LIMIT) · scale
+    allowed = min(growth · eps · √(1 + depth), limit) · scale
 
 with `eps` of the coarser of the two dtypes, `depth` the residual blocks before the seam, and `scale` the root mean
-square of the reference at the seam. GROWTH is calibrated on the originals' runs against independent implementations,
-in float64: 10 to 60 eps lie between them in OFA, at depths from 10 to 45, and up to 102 · √(1 + depth) eps at the
-stages of Florence-2-base's vision tower, whose values grow a hundredfold on the way. LIMIT binds float32, where these
-stages lie up to 1.6e-5 apart; it is √2 times as wide between two float32 runs, whose errors are independent.
+square of the reference at the seam. A family's growth and limit are calibrated on the original's runs against
+independent implementations, and stand in its table. The limit binds float32; it is √2 times as wide between two
+float32 runs, whose errors are independent.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
-
-GROWTH = 150.0
-LIMIT = 2.5e-5
-"""Relative to the scale: what a float32 port is held to, however deep it is, against what float64 gives. Of the
-largest element, which is about four times the root mean square, this is less than 1e-5."""
 
 GRADIENT_FLOOR = 1e-3
 """A parameter's gradient is measured against at least this part of the whole gradient: one that vanishes analytically
@@ -36,20 +31,29 @@ order; in float64 both agree with the original to 8e-6, its own float32 noise. T
 
 
 HALF_GROWTH = 16.0
-"""GROWTH of float16 and bfloat16, which LIMIT does not bind: forward passes of OFA and Florence-2 in them lie 2 to 18
+"""The growth of float16 and bfloat16, which no limit binds: forward passes of OFA and Florence-2 in them lie 2 to 18
 eps from the float64 reference, at depths from 0 to 50. bfloat16's eps is 7.8e-3, so such a run shows gross errors
 only; it says whether the model runs in that type, and the float32 run whether it is right."""
 
 
-def relative_allowance(depth: int, *dtypes: torch.dtype, kinked: bool = False) -> float:
-    """Largest error, in units of the scale, that arithmetic in the coarsest of `dtypes` explains `depth` blocks in."""
-    precisions = [torch.finfo(dtype).eps for dtype in dtypes]
-    eps = max(precisions)
-    if eps > torch.finfo(torch.float32).eps:
-        return HALF_GROWTH * eps * math.sqrt(1 + depth)
-    # Where both sides round as coarsely, their errors are independent and add up.
-    noise = min(GROWTH * eps * math.sqrt(1 + depth), LIMIT * math.sqrt(precisions.count(eps)))
-    return max(noise, KINK) if kinked and eps > torch.finfo(torch.float64).eps else noise
+@dataclass(frozen=True)
+class Noise:
+    """What arithmetic does in one family. `growth` in units of eps; `limit` relative to the scale: what a float32 port
+    is held to, however deep it is, against what float64 gives."""
+
+    growth: float
+    limit: float
+
+    def allowance(self, depth: int, *dtypes: torch.dtype, kinked: bool = False) -> float:
+        """Largest error, in units of the scale, that arithmetic in the coarsest of `dtypes` explains `depth` blocks
+        in."""
+        precisions = [torch.finfo(dtype).eps for dtype in dtypes]
+        eps = max(precisions)
+        if eps > torch.finfo(torch.float32).eps:
+            return HALF_GROWTH * eps * math.sqrt(1 + depth)
+        # Where both sides round as coarsely, their errors are independent and add up.
+        noise = min(self.growth * eps * math.sqrt(1 + depth), self.limit * math.sqrt(precisions.count(eps)))
+        return max(noise, KINK) if kinked and eps > torch.finfo(torch.float64).eps else noise
 
 
 def scale_of(reference: torch.Tensor) -> float:

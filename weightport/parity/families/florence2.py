@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig
 from ...converters.families.florence2.images import image_vectors
 from ...errors import ReferenceFileError
 from ..family import Argument, Family, Generation, Seam, Tensors, stack_and_layer
+from ..noise import Noise
 from ..reference import Kind
 
 PAD = 1
@@ -136,6 +137,10 @@ def depth(config: PreTrainedConfig, seam: str) -> int:
     return known.get(seam, whole)
 
 
+NOISE = Noise(growth=150.0, limit=2.5e-5)
+"""Between the original and native at the stages of the base model's vision tower, whose values grow a hundredfold on
+the way: up to 102 · √(1 + depth) eps in float64, 1.6e-5 of the scale in float32."""
+
 FLORENCE2 = Family(
     name="florence2",
     model_type="florence2",
@@ -151,6 +156,7 @@ FLORENCE2 = Family(
     complete=complete,
     generation=generation,
     depth=depth,
+    noise=NOISE,
     plain=PLAIN,
     exact_loss=exact_loss,
 )
