@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 BLOCK_BYTES = 8 << 20
-BLOCKS = 6
+BLOCKS = 12
 """Blocks on their way at a time: the memory that a file takes while it is written is at most BLOCKS · BLOCK_BYTES."""
 
 # What every file system with O_DIRECT accepts as the alignment of addresses, sizes and offsets.
