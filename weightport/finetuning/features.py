@@ -124,7 +124,7 @@ def cached_part(family: Family, model: nn.Module, recipe: Recipe, frozen: frozen
             f"{recipe.model.frozen_mode!r}: their dropout acts anew in every step. Set model.frozen_mode=eval."
         )
     trained = {
-        family.parts.part_of(plain_name(name).replace(".modules_to_save.default.", "."))
+        family.parts.part_of(plain_name(name))
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }

@@ -16,7 +16,6 @@ from ..errors import OutputError
 from .answering import chosen
 from .collation import BadSamples, Collator, Indexed, StoredFeatures
 from .feature_filling import filled_store
-from .features import FOLDER
 from .measuring import Measuring
 from .preparing import Job, Prepared, prepare
 from .progress import ProgressLine
@@ -46,7 +45,7 @@ def finetune(
     PartialState().wait_for_everyone()
     if main:
         announce(prepared)
-        _begin(job)
+        _begin(job, prepared.features.folder if prepared.features is not None else None)
     PartialState().wait_for_everyone()
     try:
         return _train(job, prepared, say=say if main else _silent, quiet=quiet or not main)
@@ -57,12 +56,12 @@ def finetune(
         raise
 
 
-def _begin(job: Job) -> None:
-    """Make the run's folder, with the recipe that gives the run again."""
+def _begin(job: Job, kept: Path | None) -> None:
+    """Make the run's folder, with the recipe that gives the run again; `kept` is what stays of a run before it."""
     if job.resume:
         return
     try:
-        _clear(job.output)
+        _clear(job.output, kept)
         job.output.mkdir(parents=True, exist_ok=True)
         comments = [f"Fine-tuned by weightport {__version__}. The same run again:"]
         comments.append(f"{job.command}  (--recipe with this file in place of the settings)")
@@ -71,12 +70,13 @@ def _begin(job: Job) -> None:
         raise OutputError(f"{job.output} cannot be written: {error}.") from error
 
 
-def _clear(output: Path) -> None:
-    """Remove a run that is replaced, but not the features of frozen parts: their key says whether they still fit."""
-    for path in output.iterdir() if output.exists() else ():
-        if path.name == FOLDER:
-            continue
-        if path.is_dir() and not path.is_symlink():
+def _clear(folder: Path, kept: Path | None) -> None:
+    """Empty the folder of a run that is replaced, but for features that the new run will use."""
+    for path in folder.iterdir() if folder.exists() else ():
+        if kept is not None and kept.is_relative_to(path):
+            if path != kept:
+                _clear(path, kept)
+        elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()

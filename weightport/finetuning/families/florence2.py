@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from ...errors import DataError, RecipeError
 from ..samples import Objects, Sample
@@ -45,7 +46,7 @@ def _encoder_output(model: Any, inputs: Mapping[str, torch.Tensor]) -> Features:
 
 def _as_encoder_output(inputs: Inputs, features: Features) -> Inputs:
     mask = features.mask().to(inputs["attention_mask"].dtype)
-    return {**inputs, "encoder_outputs": (features.states,), "attention_mask": mask}
+    return {**inputs, "encoder_outputs": BaseModelOutput(last_hidden_state=features.states), "attention_mask": mask}
 
 
 def _with_places_for_images(processor: Any, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -53,7 +54,8 @@ def _with_places_for_images(processor: Any, prompts: Sequence[str]) -> dict[str,
     _, texts, *_ = processor.prepare_inputs_layout(images=[], text=list(prompts))
     places = processor.replace_image_token({}, 0)
     texts = [text.replace(processor.image_token, places, 1) for text in texts]
-    return dict(processor.tokenizer(texts, padding=True, return_tensors="pt"))
+    # The layout has <s> and </s> in it.
+    return dict(processor.tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt"))
 
 
 class Florence2:
