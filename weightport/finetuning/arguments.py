@@ -32,6 +32,9 @@ def training_arguments(
     values["dataloader_num_workers"] = loader_workers(values)
     values.setdefault("dataloader_pin_memory", torch.cuda.is_available())
     values.setdefault("report_to", "none")
+    if not torch.accelerator.is_available():
+        # accelerate joins several processes without an accelerator only when told that there is none.
+        values["use_cpu"] = True
     # Tasks leave parameters unused (OFA's tables of image codes), which DDP has to be told.
     values.setdefault("ddp_find_unused_parameters", True)
     try:
