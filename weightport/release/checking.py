@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..adapters.merge_plan import Base
+from ..adapters.base_model import Base
 from ..checkpoints import open_checkpoint
 from ..checkpoints.sharded import read_json
 from ..converters.families import FAMILIES
