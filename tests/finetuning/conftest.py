@@ -43,5 +43,5 @@ def muge(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def boxes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """COCO annotations of three pictures."""
+    """COCO annotations of four pictures."""
     return draw_coco(tmp_path_factory.mktemp("boxes"), boxes_document())

@@ -22,6 +22,18 @@ CAPTIONS = ("red cat on mat", "big dog in sun", "old hat by bed", "hot tea for t
 CHINESE_CAPTIONS = ("图片描述", "述了什么", "么内容这", "片述么这")
 """Characters that cn-tiny's vocabulary has."""
 
+RECIPES = {
+    "muge-caption-ofa-cn": ("muge-caption", "ofa-cn", "muge", {"batch.image_size": 64}),
+    "caption-ofa": ("caption", "ofa", "pairs", {"batch.image_size": 64}),
+    "caption-florence2": ("caption", "florence2", "pairs", {}),
+    "docvqa-florence2": ("docvqa", "florence2", "pairs", {}),
+    "detection-ofa": ("detection", "ofa", "boxes", {"batch.image_size": 64}),
+    "detection-florence2": ("detection", "florence2", "boxes", {}),
+    "default-ofa": ("default", "ofa", "pairs", {"batch.image_size": 64}),
+    "default-florence2": ("default", "florence2", "pairs", {}),
+}
+"""Every shipped recipe on every family that it is for: its name, the model, the fixture of its data, tiny settings."""
+
 STILL = {
     "ofa": ("dropout", "encoder_drop_path_rate", "decoder_drop_path_rate"),
     "florence2": (
@@ -38,8 +50,9 @@ FIXED_RATE = {"training.warmup_steps": 0, "training.lr_scheduler_type": "constan
 
 
 def boxes_document() -> dict[str, Any]:
-    """COCO annotations of three pictures of 48 by 32 pixels; the boxes are as coarse as a tiny model's bins."""
-    places = [[(1, (0, 0, 20, 26))], [(2, (20, 6, 28, 26))], [(1, (0, 0, 20, 26)), (2, (20, 6, 28, 26))]]
+    """COCO annotations of four pictures of 48 by 32 pixels; the boxes are as coarse as a tiny model's bins."""
+    cat, dog = (1, (0, 0, 20, 26)), (2, (20, 6, 28, 26))
+    places = [[cat], [dog], [cat, dog], [dog, cat]]
     annotations = [
         {"image_id": image, "category_id": category, "bbox": list(box), "iscrowd": 0}
         for image, found in enumerate(places)

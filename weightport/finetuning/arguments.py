@@ -15,10 +15,16 @@ from .resuming import CHECKPOINTS
 
 
 def training_arguments(
-    settings: Mapping[str, Any], run: Path, *, evaluates: bool, explicit: frozenset[str] = frozenset()
+    settings: Mapping[str, Any],
+    run: Path,
+    *,
+    evaluates: bool,
+    leaves_unused: bool = True,
+    explicit: frozenset[str] = frozenset(),
 ) -> tuple[TrainingArguments, list[str]]:
-    """(arguments, notes on what this machine changes). `evaluates`: there is evaluation data. `explicit`: settings
-    given by hand, which are not fitted. Raises RecipeError for what cannot be."""
+    """(arguments, notes on what this machine changes). `evaluates`: there is evaluation data. `leaves_unused`: a step
+    may leave trained parameters without a gradient. `explicit`: settings given by hand, which are not fitted. Raises
+    RecipeError for what cannot be."""
     values, notes = dict(settings), []
     if not torch.cuda.is_available():
         for precision in ("fp16", "bf16"):
@@ -35,8 +41,8 @@ def training_arguments(
     if not torch.accelerator.is_available():
         # accelerate joins several processes without an accelerator only when told that there is none.
         values["use_cpu"] = True
-    # Tasks leave parameters unused (OFA's tables of image codes), which DDP has to be told.
-    values.setdefault("ddp_find_unused_parameters", True)
+    # DDP waits for every gradient unless it is told, and warns when it is told for nothing.
+    values.setdefault("ddp_find_unused_parameters", leaves_unused)
     try:
         arguments = TrainingArguments(
             output_dir=str(run / CHECKPOINTS),

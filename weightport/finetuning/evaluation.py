@@ -13,7 +13,8 @@ from ..errors import CheckpointError, RecipeError
 from .answering import answers, chosen, write_predictions
 from .arguments import loader_workers
 from .data import open_data
-from .loading import family_of, load_model, load_processor
+from .fitting import fitted
+from .loading import Loaded, family_of, load_model, load_processor
 from .lora import without_deprecations
 from .metrics import metric_named, score_all
 from .predictions import Prediction
@@ -64,6 +65,7 @@ def evaluate(
     model = load_model(directory, recipe.model, device=place, dtype=dtype).to(place)
     if adapter is not None:
         model = _with_adapter(model, adapter)
+    recipe, _ = fitted(recipe, Loaded(directory, model, processor, family))
     indices = chosen(len(samples), recipe.evaluation.samples)
     announce(len(indices))
     predictions = answers(
@@ -94,6 +96,6 @@ def _with_adapter(model: torch.nn.Module, adapter: Path) -> torch.nn.Module:
         raise CheckpointError(f"{adapter} is not an adapter: it has no adapter_config.json.")
     try:
         with without_deprecations():
-            return PeftModel.from_pretrained(model, str(adapter))  # type: ignore[arg-type]
+            return PeftModel.from_pretrained(model, str(adapter))
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"{adapter} does not fit the model: {error}") from error

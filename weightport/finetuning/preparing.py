@@ -14,6 +14,7 @@ from .arguments import training_arguments
 from .collation import FAILURE, BadSamples, Collator, Indexed
 from .data import open_data
 from .features import FeaturePlan, plan_features
+from .fitting import fitted
 from .freezing import Share, freeze, frozen_parts, shares
 from .loading import Loaded, family_of, load_model, load_processor
 from .lora import with_lora
@@ -46,7 +47,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run before its first step: everything has been opened and checked, nothing written."""
+    """A run before its first step: everything has been opened and checked, nothing written. `recipe` is the job's,
+    fitted to the model."""
 
     loaded: Loaded
     arguments: TrainingArguments
@@ -55,6 +57,7 @@ class Prepared:
     shares: list[Share]
     checkpoint: Path | None
     notes: tuple[str, ...]
+    recipe: Recipe
     features: FeaturePlan | None = None
 
 
@@ -78,7 +81,11 @@ def prepare(job: Job) -> Prepared:
         metric_named(name)
     checkpoint = _output_state(job)
     arguments, notes = training_arguments(
-        recipe.training, job.output, evaluates=job.eval_data is not None, explicit=job.explicit
+        recipe.training,
+        job.output,
+        evaluates=job.eval_data is not None,
+        leaves_unused=family.leaves_unused and recipe.model.method == "full",
+        explicit=job.explicit,
     )
     samples = open_data(job.data, recipe.data)
     eval_samples = open_data(job.eval_data, recipe.data, grouped=True) if job.eval_data is not None else None
@@ -108,13 +115,15 @@ def prepare(job: Job) -> Prepared:
             f"Nothing is left to train: {', '.join(recipe.model.freeze)} together are the whole model. Freeze less."
         )
     _require_space(job.output, found, arguments)
-    # One sample shows whether prompts and answers fit the model, before any step does.
     loaded, features = Loaded(job.model, model, processor, family), None
+    recipe, fitting = fitted(recipe, loaded)
+    notes += fitting
+    # One sample shows whether prompts and answers fit the model, before any step does.
     _try_one(loaded, recipe, samples)
     if recipe.model.cache_features:
         features = plan_features(loaded, recipe, arguments, samples, frozen, job.output)
         notes.append(features.note())
-    return Prepared(loaded, arguments, samples, eval_samples, found, checkpoint, tuple(notes), features)
+    return Prepared(loaded, arguments, samples, eval_samples, found, checkpoint, tuple(notes), recipe, features)
 
 
 def _require_measurable(samples: Samples, recipe: Recipe) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,9 @@ def finetune(
         _begin(job, prepared.features.folder if prepared.features is not None else None)
     PartialState().wait_for_everyone()
     try:
-        return _train(job, prepared, say=say if main else _silent, quiet=quiet or not main)
+        return _train(
+            replace(job, recipe=prepared.recipe), prepared, say=say if main else _silent, quiet=quiet or not main
+        )
     except BaseException:
         # A run that has nothing to resume from leaves nothing behind.
         if main and not job.resume and last_checkpoint(job.output) is None:

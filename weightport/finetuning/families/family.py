@@ -46,20 +46,33 @@ class Answer:
     objects: Objects | None = None
 
 
+@dataclass(frozen=True)
+class Room:
+    """Tokens that the model has positions for: of a prompt without its special tokens, and of an answer with them."""
+
+    prompt: int
+    answer: int
+
+
 class Family(Protocol):
     """One family. `name` is its model_type.
 
     `own_loss` is True when the model's loss never counts padding, so that a guide that counts it needs another.
+    `leaves_unused`: a step leaves some of the trained parameters without a gradient.
     `cached` are the beginnings of the model whose output can be kept while they are frozen, the longest first.
     """
 
     name: str
     parts: Parts
     own_loss: bool
+    leaves_unused: bool
     cached: tuple[CachedPart, ...]
 
     def resize(self, processor: Any, config: Any, pixels: int) -> None:
         """Make the processor turn images into squares of `pixels`. Raises RecipeError for a size that cannot be."""
+
+    def room(self, processor: Any, config: Any) -> Room:
+        """How long prompts and answers may be."""
 
     def smooth_labels(self, model: PreTrainedModel, amount: float) -> bool:
         """Set the model's own label smoothing; False when it has none, and the Trainer's is used."""

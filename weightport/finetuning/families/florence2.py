@@ -14,7 +14,7 @@ from ...errors import DataError, RecipeError
 from ..samples import Objects, Sample
 from ..settings import BatchSettings
 from .cached_part import CachedPart, Features, Inputs, as_pixels, whole
-from .family import Answer, Images, Parts, filled, shifted, shortened, without_marks
+from .family import Answer, Images, Parts, Room, filled, shifted, shortened, without_marks
 
 TASK_TOKENS = {
     "caption": "<CAPTION>",
@@ -63,6 +63,7 @@ class Florence2:
 
     name = "florence2"
     own_loss = False
+    leaves_unused = False
     parts = Parts(
         prefixes={
             "vision": ("model.vision_tower",),
@@ -130,6 +131,10 @@ class Florence2:
             images.crop_size = {"height": pixels, "width": pixels}
         # One vector of the whole image, then one a patch.
         images.image_seq_length = processor.num_image_tokens = (pixels // stride) ** 2 + 1
+
+    def room(self, processor: Any, config: Any) -> Room:
+        positions = config.text_config.max_position_embeddings
+        return Room(positions - processor.num_image_tokens - 2, positions)
 
     def smooth_labels(self, model: PreTrainedModel, amount: float) -> bool:
         return False

@@ -14,7 +14,7 @@ from ...modeling.ofa.prompts_ofa import TASKS
 from ..samples import Objects, Sample
 from ..settings import BatchSettings
 from .cached_part import CachedPart, Features, Inputs, as_pixels, whole
-from .family import Answer, Images, Parts, filled, shifted, shortened, without_marks
+from .family import Answer, Images, Parts, Room, filled, shifted, shortened, without_marks
 
 PATCH = 16
 """Pixels of an image patch, along a side."""
@@ -49,6 +49,8 @@ class OFA:
 
     name = "ofa"
     own_loss = True
+    # Its tables of image codes serve other tasks.
+    leaves_unused = True
     parts = Parts(
         prefixes={
             "vision": ("model.encoder.vision_tower",),
@@ -93,6 +95,9 @@ class OFA:
         if pixels % PATCH or not 0 < pixels <= limit:
             raise RecipeError(f"batch.image_size is a multiple of {PATCH} up to {limit} for this model, not {pixels}.")
         processor.image_processor.size = {"height": pixels, "width": pixels}
+
+    def room(self, processor: Any, config: Any) -> Room:
+        return Room(config.max_position_embeddings - 2, config.decoder_max_position_embeddings)
 
     def smooth_labels(self, model: PreTrainedModel, amount: float) -> bool:
         model.config.label_smoothing = amount

@@ -1,0 +1,111 @@
+"""The same run twice, and a run that was killed: the same losses, bit for bit, with dropout on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_processes import killed_at
+from tiny_runs import RECIPES, job_of, losses, run
+
+from weightport.errors import TrainingError
+from weightport.finetuning.resuming import last_checkpoint
+
+SHORT = {
+    "training.learning_rate": 1e-3,
+    "training.per_device_train_batch_size": 1,
+    "training.max_steps": 6,
+    "training.save_strategy": "steps",
+    "training.save_steps": 2,
+    "training.save_total_limit": None,
+    "training.logging_steps": 1,
+    "training.dataloader_num_workers": 0,
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_killed_and_resumed_run_has_the_losses_of_an_uninterrupted_one(
+    name: str, tiny: Callable[[str], Path], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    recipe, model, data, settings = RECIPES[name]
+    source = request.getfixturevalue(data)
+    more = {**SHORT, **settings}
+    whole = run(tiny(model), recipe, source, tmp_path / "whole", more=more)
+    killed_at(job_of(tiny(model), recipe, source, tmp_path / "killed", more=more), 2)
+    assert not (tmp_path / "killed" / "model").exists(), "a killed run has left a result"
+
+    resumed = run(tiny(model), recipe, source, tmp_path / "killed", resume=True, more=more)
+    assert len(losses(whole.history)) == SHORT["training.max_steps"]
+    assert losses(resumed.history) == losses(whole.history)
+    for file in ("model/model.safetensors", "model/config.json", "model/generation_config.json"):
+        assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+
+
+def test_recipe_file_of_a_run_gives_the_same_run(tiny: Callable[[str], Path], pairs: Path, tmp_path: Path) -> None:
+    first = run(tiny("florence2"), "docvqa", pairs, tmp_path / "a", eval_data=pairs, more=SHORT)
+    again = run(tiny("florence2"), tmp_path / "a" / "recipe.yaml", pairs, tmp_path / "b", eval_data=pairs)
+    assert losses(again.history) == losses(first.history)
+    assert again.metrics == first.metrics
+    weights = [(tmp_path / each / "model" / "model.safetensors").read_bytes() for each in "ab"]
+    assert weights[0] == weights[1]
+
+
+def test_seed_decides_the_losses(tiny: Callable[[str], Path], pairs: Path, tmp_path: Path) -> None:
+    def seen(name: str, seed: int) -> dict[int, float]:
+        return losses(run(tiny("florence2"), "docvqa", pairs, tmp_path / name, seed=seed, more=SHORT).history)
+
+    first = seen("a", 1)
+    assert seen("b", 1) == first
+    assert seen("c", 2) != first
+
+
+def test_checkpoint_that_was_being_written_is_passed_over(
+    tiny: Callable[[str], Path], pairs: Path, tmp_path: Path
+) -> None:
+    whole = run(tiny("florence2"), "docvqa", pairs, tmp_path / "run", more=SHORT)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "checkpoint-6" / "trainer_state.json").unlink()
+    (checkpoints / "checkpoint-4" / "trainer_state.json").write_text('{"global_st')
+    (checkpoints / "checkpoint-99").mkdir()
+    assert last_checkpoint(tmp_path / "run") == checkpoints / "checkpoint-2"
+    resumed = run(tiny("florence2"), "docvqa", pairs, tmp_path / "run", resume=True, more=SHORT)
+    assert losses(resumed.history) == losses(whole.history)
+
+
+def test_run_without_a_checkpoint_is_resumed_from_its_beginning(
+    tiny: Callable[[str], Path], pairs: Path, tmp_path: Path
+) -> None:
+    whole = run(tiny("florence2"), "docvqa", pairs, tmp_path / "run", more={**SHORT, "training.save_strategy": "no"})
+    resumed = run(
+        tiny("florence2"), "docvqa", pairs, tmp_path / "run", resume=True, more={**SHORT, "save_strategy": "no"}
+    )
+    assert losses(resumed.history) == losses(whole.history)
+
+
+def test_resuming_with_another_setting_is_refused_by_name(
+    tiny: Callable[[str], Path], pairs: Path, tmp_path: Path
+) -> None:
+    run(tiny("florence2"), "docvqa", pairs, tmp_path / "run", more=SHORT)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    with pytest.raises(TrainingError, match=r"training\.learning_rate: 0\.001 then, 0\.5 now"):
+        run(
+            tiny("florence2"), "docvqa", pairs, tmp_path / "run", resume=True,
+            more={**SHORT, "training.learning_rate": 0.5},
+        )  # fmt: skip
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+def test_resuming_what_is_no_run_is_refused(tiny: Callable[[str], Path], pairs: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"is not a run that could be resumed"):
+        run(tiny("florence2"), "docvqa", pairs, tmp_path / "nothing", resume=True, more=SHORT)
+
+
+def test_finished_run_is_resumed_to_the_same_result(tiny: Callable[[str], Path], pairs: Path, tmp_path: Path) -> None:
+    whole = run(tiny("florence2"), "docvqa", pairs, tmp_path / "run", eval_data=pairs, more=SHORT)
+    weights = (whole.directory / "model.safetensors").read_bytes()
+    again = run(tiny("florence2"), "docvqa", pairs, tmp_path / "run", eval_data=pairs, resume=True, more=SHORT)
+    assert (again.directory / "model.safetensors").read_bytes() == weights
+    assert again.metrics == whole.metrics
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == dict(whole.metrics)
