@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import applied, load, logits, write_adapter, write_base
 
 from weightport.adapters.base_record import record_base
+from weightport.adapters.merge_plan import MergePlan
 from weightport.adapters.merging import MergeOptions, Written, merge_lora
 from weightport.converters.writing import HashedFile
 from weightport.errors import (
@@ -149,6 +151,25 @@ def test_companions_are_kept_and_what_would_be_wrong_is_not(base: Path, adapter:
         (own / name).write_text("{}")
     out = merge_lora(own, [(adapter, 1.0)], tmp_path / "out").directory
     assert {path.name for path in out.iterdir()} == {*kept, "config.json", "model.safetensors", "merge.json"}
+
+
+def test_processor_and_records_of_the_training_follow_the_adapter(base: Path, adapter: Path, tmp_path: Path) -> None:
+    beside = {"processor_config.json": {"size": 256}, "training.json": {"steps": 3}, "metrics.json": {"f1": 1.0}}
+    for name, content in beside.items():
+        (adapter / name).write_text(json.dumps(content))
+    merge_lora(base, [(adapter, 1.0)], tmp_path / "whole")
+    assert {name: json.loads((tmp_path / "whole" / name).read_text()) for name in beside} == beside
+
+    merge_lora(base, [(adapter, 0.5)], tmp_path / "half")
+    assert (tmp_path / "half" / "processor_config.json").is_file()
+    assert not (tmp_path / "half" / "metrics.json").exists(), "half an adapter is not what was measured"
+
+    other = shutil.copytree(adapter, tmp_path / "other")
+    (other / "processor_config.json").write_text(json.dumps({"size": 480}))
+    plans: list[MergePlan] = []
+    merge_lora(base, [(adapter, 1.0), (other, 1.0)], tmp_path / "both", announce=plans.append)
+    assert not (tmp_path / "both" / "processor_config.json").exists()
+    assert any("different image processors" in note for note in plans[0].notes)
 
 
 def test_merged_directory_is_merged_into_again_with_its_history(base: Path, adapter: Path, tmp_path: Path) -> None:

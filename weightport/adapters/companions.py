@@ -26,6 +26,8 @@ _TOKENIZER = (
     "chat_template.json",
 )  # fmt: skip
 
+_PROCESSOR = ("processor_config.json", "preprocessor_config.json")
+
 
 def companions(base: Path) -> tuple[Path, ...]:
     """The base's files that the merged directory keeps: configuration, tokenizer, processor, code, licence,
@@ -49,6 +51,26 @@ def adapter_tokenizer(adapter: Path) -> dict[str, Path]:
     return {name: adapter / name for name in _TOKENIZER if (adapter / name).is_file()}
 
 
+def adapter_processor(adapters: Sequence[Path]) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """(the processor's files that the adapters were trained with, notes): the base's stay where the adapters have
+    none, or differ."""
+    found = [{name: folder / name for name in _PROCESSOR if (folder / name).is_file()} for folder in adapters]
+    given = [files for files in found if files]
+    contents = {tuple((name, path.read_bytes()) for name, path in files.items()) for files in given}
+    if len(contents) > 1:
+        note = "the adapters were trained with different image processors: the base's is kept"
+        return {}, (note,)
+    return (given[0] if given else {}), ()
+
+
+def adapter_records(adapters: Sequence[tuple[Path, float]]) -> dict[str, Path]:
+    """How an adapter was trained and what was measured: true of the merged model where one adapter went in whole."""
+    if len(adapters) != 1 or adapters[0][1] != 1.0:
+        return {}
+    folder = adapters[0][0]
+    return {name: folder / name for name in ("training.json", "metrics.json") if (folder / name).is_file()}
+
+
 def require_tokenizer_fits(files: Mapping[str, Path], rows: int, adapter: Path) -> None:
     """Raises AdapterError when the adapter's tokenizer gives ids that the merged embedding of `rows` rows lacks."""
     if "tokenizer.json" not in files:
@@ -68,14 +90,19 @@ def require_tokenizer_fits(files: Mapping[str, Path], rows: int, adapter: Path) 
 
 
 def write_companions(
-    folder: Path, base: Path, tokenizer: Mapping[str, Path], config: Mapping[str, Any], changes: Mapping[str, Any]
+    folder: Path,
+    base: Path,
+    tokenizer: Mapping[str, Path],
+    others: Mapping[str, Path],
+    config: Mapping[str, Any],
+    changes: Mapping[str, Any],
 ) -> None:
-    """Copy what is kept into `folder`; `tokenizer` files take the place of the base's, `changes` go into
-    config.json."""
+    """Copy what is kept into `folder`; `tokenizer` files take the place of all of the base's, each of `others` that of
+    its namesake, `changes` go into config.json."""
     kept = companions(base)
     if tokenizer:
         kept = tuple(path for path in kept if path.name not in _TOKENIZER)
-    for path in (*kept, *tokenizer.values()):
+    for path in (*kept, *tokenizer.values(), *others.values()):
         shutil.copyfile(path, folder / path.name)
     if changes:
         text = json.dumps({**config, **changes}, indent=2, ensure_ascii=False)

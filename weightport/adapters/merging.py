@@ -31,6 +31,8 @@ from .base_model import Base, open_base
 from .combination import Combination
 from .companions import (
     RECORD,
+    adapter_processor,
+    adapter_records,
     adapter_tokenizer,
     changed_dtype,
     require_tokenizer_fits,
@@ -111,12 +113,16 @@ def merge_lora(
             source, opened, weights, options.dtype, options.combination, options.untie, options.quantized_base
         )
         tokenizer, config_changes = _configuration(source, plan, opened, options)
+        folders = [adapter.path for adapter in opened]
+        processor, notes = adapter_processor(folders)
+        plan = replace(plan, notes=(*plan.notes, *notes))
+        others = processor | adapter_records(list(zip(folders, weights)))
         announce(plan)
         needs = plan.nbytes + (1 << 20)
         with whole_directory(out, overwrite=options.overwrite, needs=needs) as folder:
             with one_thread():
                 files, tensors = _write(plan, source, folder, advance)
-            write_companions(folder, base, tokenizer, source.config, config_changes)
+            write_companions(folder, base, tokenizer, others, source.config, config_changes)
             record = _record(source, opened, adapters, plan, options, files, tensors, hashed.result())
             _write_record(folder, record)
             verification = check(Written(folder, base, tuple(opened), tuple(weights), plan, options))
