@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from weightport.converters import Options, convert
 from weightport.finetuning.preparing import Job, resolved
@@ -114,6 +117,21 @@ def job_of(
 def run(*args: Any, **settings: Any) -> Outcome:
     """`job_of`, run in this process without a word."""
     return finetune(job_of(*args, **settings), quiet=True)
+
+
+def trained_model(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A list that gets the model of each run to come, as it was when its last step was done, copied."""
+    from weightport.finetuning import run as module
+
+    found: list[Any] = []
+    finish = module.finish
+
+    def keep(job: Any, prepared: Any, trainer: Any, *args: Any) -> Outcome:
+        found.append(copy.deepcopy(trainer.accelerator.unwrap_model(trainer.model)))
+        return finish(job, prepared, trainer, *args)
+
+    monkeypatch.setattr(module, "finish", keep)
+    return found
 
 
 def losses(history: list[dict[str, Any]] | Path) -> dict[int, float]:

@@ -20,6 +20,8 @@ def with_lora(model: PreTrainedModel, parts: Parts, frozen: frozenset[str], sett
     from peft import LoraConfig, get_peft_model
 
     targets = settings.get("target_modules") or _default_targets(parts, frozen)
+    if targets == "all-linear":
+        targets = _all_linear(model)
     try:
         config = LoraConfig(**{**settings, "target_modules": targets})
     except (TypeError, ValueError) as error:
@@ -62,6 +64,12 @@ def _default_targets(parts: Parts, frozen: frozenset[str]) -> str:
     return "|".join(f"({expression})" for expression in expressions)
 
 
+def _all_linear(model: PreTrainedModel) -> list[str]:
+    """What peft means by `all-linear`: every linear layer but the head."""
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+
+
 def _is_target(config: Any, name: str) -> bool:
     from peft.tuners.tuners_utils import check_target_module_exists
 
@@ -73,4 +81,7 @@ def _can_hold(module: nn.Module) -> bool:
 
 
 def _shown(targets: Any) -> str:
-    return repr(targets if isinstance(targets, str) else sorted(targets))
+    if isinstance(targets, str):
+        return repr(targets)
+    names = sorted(targets)
+    return repr(names) if len(names) <= 8 else f"{names[:3]!r} and {len(names) - 3} more"

@@ -29,6 +29,21 @@ CHOICES = {
     "model.dtype": DTYPES,
     "model.frozen_mode": ("eval", "train"),
 }
+AT_LEAST = {
+    "batch.image_size": 1,
+    "batch.max_prompt_length": 1,
+    "batch.max_target_length": 3,
+    "evaluation.samples": 1,
+    "evaluation.batch_size": 1,
+    "evaluation.previews": 0,
+    "training.learning_rate": 0,
+    "training.weight_decay": 0,
+    "training.per_device_train_batch_size": 1,
+    "training.per_device_eval_batch_size": 1,
+    "training.gradient_accumulation_steps": 1,
+    "training.dataloader_num_workers": 0,
+}
+"""The smallest value of settings whose own libraries notice too late that they cannot be."""
 OPEN = ("model.config", "evaluation.generation")
 """Mappings whose keys belong to the model: checked when it is there."""
 
@@ -168,6 +183,9 @@ def _with_setting(recipe: Recipe, key: str, value: Any, place: str) -> Recipe:
     if key in CHOICES and value not in CHOICES[key]:
         raise RecipeError(f"{place}: {key} is one of {', '.join(CHOICES[key])}, found {value!r}.")
     value = _coerced(value, known_settings()[key], f"{place}: {key}")
+    least = AT_LEAST.get(key)
+    if least is not None and isinstance(value, (int, float)) and not value >= least:
+        raise RecipeError(f"{place}: {key} is {least} or more, found {value}.")
     current = getattr(recipe, section)
     if is_dataclass(current) and not isinstance(current, type):
         return _replaced(recipe, section, replace(current, **{name: value}))
@@ -202,13 +220,18 @@ def _coerced(value: Any, hint: Any, place: str) -> Any:
         raise RecipeError(f"{place} is a whole number, found {value!r}.")
     if kinds[0] is bool and len(kinds) == 1:
         raise RecipeError(f"{place} is true or false, found {value!r}.")
-    if any(get_origin(kind) is tuple for kind in kinds):
-        return tuple(str(each) for each in ([value] if isinstance(value, str) else value))
-    if kinds[0] is str and not isinstance(value, str):
-        if isinstance(value, (list, dict)):
-            raise RecipeError(f"{place} is text, found {value!r}.")
-        return str(value)
-    return value
+    origins = {get_origin(kind) or kind for kind in kinds}
+    if tuple in origins:
+        if isinstance(value, dict):
+            raise RecipeError(f"{place} is a list of names, found {value!r}.")
+        return tuple(str(each) for each in (value if isinstance(value, (list, tuple)) else [value]))
+    if isinstance(value, (list, dict)):
+        if not origins & {type(value), Any} and not (isinstance(value, dict) and Mapping in origins):
+            raise RecipeError(f"{place} is {'text' if str in kinds else 'one value'}, found {value!r}.")
+        return value
+    if origins & {Mapping, dict, list} and not origins & {str, int, float, bool}:
+        raise RecipeError(f"{place} holds several values, found {value!r}.")
+    return str(value) if kinds[0] is str else value
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
