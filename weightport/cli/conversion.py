@@ -14,7 +14,7 @@ import click
 
 from ..hashing import BackgroundDigests
 from .display import Lines, count, size
-from .running import command_body, json_option, quiet_option
+from .running import command_body, json_option, quiet_option, uncollected
 
 if TYPE_CHECKING:
     from ..converters import Conversion, Planned
@@ -184,7 +184,10 @@ def _run(
     parse_symbols: bool = False,
     image_token: str = "reuse",
 ) -> None:
-    from ..converters import Options, convert, parse_dtype
+    with uncollected():
+        import transformers.modeling_utils  # noqa: F401 - planning needs it, and it is most of all imports
+
+        from ..converters import Options, convert, parse_dtype
 
     options = Options(
         dtype=parse_dtype(dtype),

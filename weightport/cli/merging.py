@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +13,7 @@ import click
 from ..hashing import BackgroundDigests, likely_weights
 from .conversion import DTYPES
 from .display import Lines, count, size
-from .running import command_body, json_option, quiet_option
+from .running import command_body, json_option, quiet_option, uncollected
 
 if TYPE_CHECKING:
     from ..adapters.merge_plan import MergePlan
@@ -112,7 +110,7 @@ def port_merge_lora(
     memory is bounded by the largest tensor. Adapters trained on an original's module names are ported on the way."""
     # A large file takes seconds to hash, and so do the imports: they may as well be done together.
     with BackgroundDigests(likely_weights(base)) as digests:
-        with _uncollected():
+        with uncollected():
             from ..adapters.combination import Combination
             from ..adapters.merging import MergeOptions, merge_lora
             from ..converters import parse_dtype
@@ -143,20 +141,6 @@ def port_merge_lora(
             return
         lines.line(f"{out}/", " · ".join(sorted(path.name for path in out.iterdir())))
         lines.line("next", f"weightport generate {out} IMAGE · port-release {out} --repo ORG/NAME --dry-run")
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Imports without garbage collection, which would walk through all that they build, again and again and once more
-    at the end of the process, to free nothing."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-        gc.freeze()
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _show_plan(lines: Lines, base: Path, adapters: tuple[tuple[Path, float], ...], plan: MergePlan) -> None:

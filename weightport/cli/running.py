@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import gc
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -57,6 +59,20 @@ def command_body(function: Command) -> Command:
             )
 
     return debug_option(run)  # type: ignore[return-value]
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Imports without garbage collection, which would walk through all that they build, again and again and once more
+    at the end of the process, to free nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        if enabled:
+            gc.enable()
 
 
 debug_option = click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
