@@ -9,7 +9,7 @@ import click
 
 from .display import Lines, samples
 from .finetuning import DEFAULT_RECIPE, require_extra
-from .running import command_body, json_option, quiet_option
+from .running import command_body, json_option, quiet_option, uncollected
 
 
 @click.command("evaluate")
@@ -60,10 +60,11 @@ def evaluate_command(
 ) -> None:
     """Let the model directory MODEL answer a data set, and measure the answers."""
     require_extra()
-    from ..finetuning.evaluation import evaluate
-    from ..finetuning.preparing import resolved
-    from ..finetuning.previews import preview_lines
-    from ..finetuning.recipe import load_recipe, parse_assignments, with_settings
+    with uncollected():
+        from ..finetuning.evaluation import evaluate
+        from ..finetuning.preparing import resolved
+        from ..finetuning.previews import preview_lines
+        from ..finetuning.recipe import load_recipe, parse_assignments, with_settings
 
     recipe, _ = resolved(load_recipe(recipe_name), model, as_published=False)
     settings = parse_assignments(assignments)

@@ -13,7 +13,7 @@ import click
 
 from ..errors import UsageError
 from .display import Lines, count
-from .running import INTERRUPTED, Terminated, command_body, fail, json_option, quiet_option
+from .running import INTERRUPTED, Terminated, command_body, fail, json_option, quiet_option, uncollected
 
 if TYPE_CHECKING:
     from ..finetuning.preparing import Job, Prepared
@@ -47,7 +47,7 @@ DEFAULT_RECIPE = "default"
     multiple=True,
     metavar="PART",
     help="Parts that stand still, in place of the recipe's: vision, projector, encoder, decoder, embeddings, "
-    "language, or none. Repeatable.",
+    "language, or none. Repeatable, or with commas.",
 )
 @click.option(
     "--set",
@@ -87,9 +87,10 @@ def port_finetune(
     """Fine-tune the model directory MODEL on data by a recipe, on one process or under torchrun or accelerate launch.
     The result is OUTPUT/model (or OUTPUT/adapter), with its metrics and OUTPUT/report.html."""
     require_extra()
-    from ..finetuning.preparing import Job, resolved
-    from ..finetuning.recipe import load_recipe, parse_assignments, qualified, with_settings
-    from ..finetuning.run import finetune
+    with uncollected():
+        from ..finetuning.preparing import Job, resolved
+        from ..finetuning.recipe import load_recipe, parse_assignments, qualified, with_settings
+        from ..finetuning.run import finetune
 
     if resume and overwrite:
         raise UsageError("--resume goes on with a run and --overwrite replaces it: give one of them.")
@@ -145,7 +146,7 @@ def _options(
     if method is not None:
         found["model.method"] = method
     if freeze:
-        found["model.freeze"] = [target for target in freeze if target != "none"]
+        found["model.freeze"] = [part for each in freeze for part in each.split(",") if part != "none"]
     if cache_features:
         found["model.cache_features"] = True
     if skip_bad is not None:
