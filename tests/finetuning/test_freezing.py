@@ -98,7 +98,9 @@ def test_dropout_is_off_in_frozen_parts_and_on_elsewhere(name: str, family: str,
     assert not any(module.training for module in encoder.layers.modules())
     assert all(module.training for module in decoder.layers.modules())
     moving = frozen_model(tiny(name), family, ("encoder",), keep_still=False)
-    assert all(module.training for module in moving.modules())
+    still_ones = [name for name, module in moving.named_modules() if not module.training]
+    # OFA's own train() holds the batch statistics of a frozen tower.
+    assert all(name.endswith("normalization") for name in still_ones)
 
 
 def test_trained_embeddings_inside_a_frozen_encoder_are_trained(tiny: Callable[[str], Path]) -> None:
