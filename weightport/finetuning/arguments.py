@@ -13,6 +13,8 @@ from transformers import TrainingArguments
 from ..errors import RecipeError
 from .resuming import CHECKPOINTS
 
+TENSORBOARD = "tensorboard"
+
 
 def training_arguments(
     settings: Mapping[str, Any],
@@ -38,6 +40,8 @@ def training_arguments(
     values["dataloader_num_workers"] = loader_workers(values)
     values.setdefault("dataloader_pin_memory", torch.cuda.is_available())
     values.setdefault("report_to", "none")
+    # transformers' TensorBoard callback knows no other way.
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run / TENSORBOARD))
     if not torch.accelerator.is_available():
         # accelerate joins several processes without an accelerator only when told that there is none.
         values["use_cpu"] = True
