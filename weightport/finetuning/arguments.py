@@ -41,7 +41,7 @@ def training_arguments(
     values.setdefault("dataloader_pin_memory", torch.cuda.is_available())
     values.setdefault("report_to", "none")
     # transformers' TensorBoard callback knows no other way.
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run / TENSORBOARD))
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run / TENSORBOARD)
     if not torch.accelerator.is_available():
         # accelerate joins several processes without an accelerator only when told that there is none.
         values["use_cpu"] = True
