@@ -154,9 +154,11 @@ def make_model(workload: Workload, size: Size, folder: Path) -> Path:
     sys.path.insert(0, str(ROOT / "tests" / "golden"))
     from golden_case import Case
     from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers.utils import logging
 
     from weightport.converters import Options, convert
 
+    logging.disable_progress_bar()
     case = Case(ROOT / "tests" / "golden" / "cases" / workload.case, workload.case)
     (folder / "original").mkdir(parents=True)
     directory = folder / "model"
@@ -191,12 +193,14 @@ def _by_hand(
     workload: Workload, size: Size, folder: Path, data: Path, trainer: str, gpu: bool, steps: int
 ) -> tuple[list[float], float]:
     from transformers import AutoModelForImageTextToText
+    from transformers.utils import logging
 
     from weightport.finetuning.loading import family_of, load_processor
     from weightport.finetuning.settings import BatchSettings
 
     family = family_of(folder / "model")
     processor = load_processor(folder / "model", family, BatchSettings(image_size=size.pixels))
+    logging.disable_progress_bar()
     model = AutoModelForImageTextToText.from_pretrained(folder / "model")
     device = torch.device("cuda" if gpu else "cpu")
     guide = GUIDES[family.name]

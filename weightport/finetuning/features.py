@@ -105,6 +105,11 @@ def plan_features(
     part = cached_part(family, loaded.model, recipe, frozen)
     if arguments.n_gpu > 1:
         raise RecipeError("--cache-features needs one process a GPU: start it with torchrun or accelerate launch.")
+    if any(parameter.is_meta or not parameter.numel() for parameter in loaded.model.parameters()):
+        raise RecipeError(
+            "--cache-features needs whole weights in every process: DeepSpeed's stage 3 shares them out, FSDP's "
+            "cpu_ram_efficient_loading loads them in one. Turn that off."
+        )
     records = distinct(samples, family, loaded.processor, recipe.batch, per_prompt=part.per_prompt)
     features = _probe(loaded, recipe.batch, arguments, samples, int(records.firsts[records.longest]), part)
     key = feature_key(loaded, recipe, arguments, samples, part, records.of)
