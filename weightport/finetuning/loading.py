@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from ..checkpoints.sharded import read_json
@@ -14,6 +17,9 @@ from ..errors import CheckpointError, RecipeError, TrainingError
 from .families import FAMILIES
 from .families.family import Family
 from .settings import BatchSettings, ModelSettings
+
+_LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""Nothing is fetched, and no code of the directory is run."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +62,12 @@ def load_processor(directory: Path, family: Family, batch: BatchSettings) -> Any
 
     from .. import modeling  # noqa: F401 - registers the families that transformers lacks
 
-    processor = AutoProcessor.from_pretrained(directory, local_files_only=True)
+    try:
+        processor = AutoProcessor.from_pretrained(directory, **_LOCAL)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise CheckpointError(f"{directory} has no whole tokenizer and processor: {error}") from error
     if batch.image_size is not None:
-        family.resize(processor, AutoConfig.from_pretrained(directory, local_files_only=True), batch.image_size)
+        family.resize(processor, AutoConfig.from_pretrained(directory, **_LOCAL), batch.image_size)
     return processor
 
 
@@ -76,23 +85,35 @@ def load_model(
 
     from .. import modeling  # noqa: F401 - registers the families that transformers lacks
 
-    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    config = AutoConfig.from_pretrained(directory, **_LOCAL)
     for name, value in settings.config.items():
         _set_config(config, name, value)
     options: dict[str, Any] = {
         "config": config,
         "dtype": dtype or getattr(torch, settings.dtype),
-        "local_files_only": True,
+        "output_loading_info": True,
+        **_LOCAL,
     }
     if settings.attention is not None:
         options["attn_implementation"] = settings.attention
     if settings.method == "qlora":
         options |= {"quantization_config": four_bits(settings), "device_map": {"": device}}
     logging.disable_progress_bar()
+    model: Any
+    found: Mapping[str, Any]
     try:
-        return AutoModelForImageTextToText.from_pretrained(directory, **options)
-    except (OSError, ValueError, RuntimeError) as error:
+        model, found = AutoModelForImageTextToText.from_pretrained(directory, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{directory} cannot be loaded: {error}") from error
+    absent = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
+    if absent:
+        # transformers would begin with random numbers there.
+        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        raise CheckpointError(
+            f"{directory} has no weights of the right shape for {', '.join(sorted(absent)[:3])}{more}: it is not "
+            "whole, or its config.json belongs to another model."
+        )
+    return model
 
 
 def _set_config(config: Any, name: str, value: Any) -> None:
@@ -101,7 +122,11 @@ def _set_config(config: Any, name: str, value: Any) -> None:
         config = getattr(config, each, None)
     if config is None or last not in config.to_dict():
         raise RecipeError(f"model.config.{name}: the model's config.json has no {name!r}.")
-    setattr(config, last, value)
+    try:
+        setattr(config, last, value)
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise RecipeError(f"model.config.{name} cannot be {value!r}: {reason}") from error
 
 
 def four_bits(settings: ModelSettings) -> Any:

@@ -93,8 +93,8 @@ def prepare(job: Job) -> Prepared:
         if each is not None and each.skipped:
             notes.append(f"{len(each.skipped)} samples of {each.name} are left out: {each.skipped[0]}, …")
 
-    if eval_samples is not None and recipe.evaluation.metrics:
-        _require_measurable(eval_samples, recipe)
+    if eval_samples is not None:
+        _require_measurable(eval_samples, recipe, arguments)
 
     set_seed(arguments.seed)
     processor = load_processor(job.model, family, recipe.batch)
@@ -126,8 +126,9 @@ def prepare(job: Job) -> Prepared:
     return Prepared(loaded, arguments, samples, eval_samples, found, checkpoint, tuple(notes), recipe, features)
 
 
-def _require_measurable(samples: Samples, recipe: Recipe) -> None:
-    """Raises DataError when the recipe's metrics cannot be computed on this data: perfect answers show it."""
+def _require_measurable(samples: Samples, recipe: Recipe, arguments: TrainingArguments) -> None:
+    """Raises DataError when the recipe's metrics cannot be computed on this data: perfect answers show it. Raises
+    RecipeError when the best model is chosen by a metric that is not among them."""
     found = []
     for index in chosen(len(samples), min(RECONNAISSANCE, recipe.evaluation.samples or RECONNAISSANCE)):
         try:
@@ -138,7 +139,12 @@ def _require_measurable(samples: Samples, recipe: Recipe) -> None:
         key = sample.picture.key if sample.picture else ""
         text, references = (sample.references or ("",))[0], sample.references
         found.append(Prediction(index, sample.place, key, "", text, references, sample.objects, sample.objects))
-    score_all(recipe.evaluation.metrics, found)
+    measured = ["loss", *score_all(recipe.evaluation.metrics, found)] if recipe.evaluation.metrics else ["loss"]
+    best = (arguments.metric_for_best_model or "loss").removeprefix("eval_")
+    if arguments.load_best_model_at_end and best not in measured:
+        raise RecipeError(
+            f"training.metric_for_best_model is {best!r}, and what is measured is {', '.join(measured)}."
+        )
 
 
 def _output_state(job: Job) -> Path | None:

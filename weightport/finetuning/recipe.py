@@ -36,6 +36,8 @@ AT_LEAST = {
     "evaluation.samples": 1,
     "evaluation.batch_size": 1,
     "evaluation.previews": 0,
+    "evaluation.generation.num_beams": 1,
+    "evaluation.generation.max_new_tokens": 1,
     "training.learning_rate": 0,
     "training.weight_decay": 0,
     "training.per_device_train_batch_size": 1,
@@ -90,6 +92,10 @@ def parse_recipe(text: str, place: str) -> Recipe:
             raise RecipeError(f"{place} has no {key!r}.")
     families = content["families"]
     families = {name: {} for name in families} if isinstance(families, list) else families
+    published = content.get("published") or {}
+    for key, found in (("families", families), ("published", published)):
+        if not isinstance(found, Mapping) or not all(isinstance(own or {}, Mapping) for own in found.values()):
+            raise RecipeError(f"{place}: {key!r} holds model types, each with settings; found {found!r:.60}.")
     recipe = Recipe(
         name=str(content["name"]),
         title=str(content["title"]),
@@ -97,7 +103,7 @@ def parse_recipe(text: str, place: str) -> Recipe:
         families={str(name): dict(own or {}) for name, own in families.items()},
         published={
             str(name): Published(dict(each.get("settings") or {}), tuple(each.get("mistakes") or ()))
-            for name, each in (content.get("published") or {}).items()
+            for name, each in published.items()
         },
     )
     settings = {key: content[key] for key in (*SECTIONS, "training", "lora") if content.get(key)}
@@ -178,18 +184,25 @@ def _with_setting(recipe: Recipe, key: str, value: Any, place: str) -> Recipe:
     outer = next((open_ for open_ in OPEN if key.startswith(f"{open_}.")), None)
     if outer is not None:
         section, _, name = outer.partition(".")
+        _require_least(key, value, place)
         mapping = {**getattr(getattr(recipe, section), name), key.removeprefix(f"{outer}."): value}
         return _replaced(recipe, section, replace(getattr(recipe, section), **{name: mapping}))
     if key in CHOICES and value not in CHOICES[key]:
         raise RecipeError(f"{place}: {key} is one of {', '.join(CHOICES[key])}, found {value!r}.")
     value = _coerced(value, known_settings()[key], f"{place}: {key}")
-    least = AT_LEAST.get(key)
-    if least is not None and isinstance(value, (int, float)) and not value >= least:
-        raise RecipeError(f"{place}: {key} is {least} or more, found {value}.")
+    _require_least(key, value, place)
     current = getattr(recipe, section)
     if is_dataclass(current) and not isinstance(current, type):
         return _replaced(recipe, section, replace(current, **{name: value}))
     return _replaced(recipe, section, {**current, name: value})
+
+
+def _require_least(key: str, value: Any, place: str) -> None:
+    least = AT_LEAST.get(key)
+    if least is None or value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
+        raise RecipeError(f"{place}: {key} is {least} or more, found {value!r}.")
 
 
 def _replaced(recipe: Recipe, section: str, changed: Any) -> Recipe:

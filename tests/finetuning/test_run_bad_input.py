@@ -1,0 +1,310 @@
+"""What a run refuses: one clear error, the right exit status, no traceback, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from drawn_data import draw_jsonl, write_lines
+from safetensors.torch import load_file, save_file
+
+from weightport import cli
+
+FEW = (
+    "warmup_steps=0", "max_steps=3", "save_strategy=no", "logging_steps=1", "dataloader_num_workers=0",
+    "per_device_train_batch_size=2",
+)  # fmt: skip
+
+
+@pytest.fixture
+def finetune(tiny: Callable[[str], Path], pairs: Path, tmp_path: Path) -> Callable[..., Result]:
+    """`port-finetune MODEL --data … -o tmp_path/run` with a few steps; words are added to it."""
+
+    def call(*words: Any, model: Path | None = None, data: Path | str | None = None, steps: Any = FEW) -> Result:
+        arguments = [model or tiny("florence2"), "--data", data or pairs, "-o", tmp_path / "run"]
+        arguments += [word for each in steps for word in ("--set", each)]
+        return CliRunner().invoke(cli.port_finetune, [str(each) for each in (*arguments, *words)])
+
+    return call
+
+
+def refused(done: Result, status: int, *parts: str) -> None:
+    """One error with these parts, no traceback, no defect."""
+    assert done.exit_code == status, done.output
+    for part in parts:
+        assert part in done.output, done.output
+    assert "Traceback" not in done.output and "defect" not in done.output, done.output
+    assert done.output.count("port-finetune: ") <= 1, done.output
+
+
+USAGE = {
+    "recipe": (["--recipe", "docvqua"], ["no recipe 'docvqua'", "docvqa"]),
+    "recipe file": (["--recipe", "missing.yaml"], ["missing.yaml", "cannot be read"]),
+    "key": (["--set", "learning_rat=1"], ["no setting 'learning_rat'", "training.learning_rate"]),
+    "ambiguous key": (["--set", "seed"], ["expected key=value"]),
+    "our own argument": (["--set", "training.output_dir=/tmp"], ["no setting 'training.output_dir'"]),
+    "number": (["--set", "learning_rate=fast"], ["training.learning_rate", "number", "'fast'"]),
+    "negative number": (["--set", "learning_rate=-1"], ["training.learning_rate", "-1"]),
+    "whole number": (["--set", "evaluation.samples=2.5"], ["evaluation.samples", "whole number"]),
+    "nothing to answer": (["--set", "evaluation.samples=0"], ["evaluation.samples", "1 or more"]),
+    "no batch": (["--set", "evaluation.batch_size=0"], ["evaluation.batch_size"]),
+    "empty batch": (["--set", "per_device_train_batch_size=0"], ["per_device_train_batch_size"]),
+    "truth": (["--set", "batch.count_padding=maybe"], ["batch.count_padding", "true or false"]),
+    "list for text": (["--set", "batch.prompt=[a, b]"], ["batch.prompt", "text"]),
+    "number for a mapping": (["--set", "model.config=5"], ["model.config"]),
+    "number for names": (["--set", "model.freeze=5"], ["no freeze target '5'"]),
+    "yaml": (["--set", "batch.prompt=[a"], ["no YAML"]),
+    "choice": (["--set", "model.dtype=float8"], ["model.dtype", "float32"]),
+    "scheduler": (["--set", "lr_scheduler_type=zigzag"], ["zigzag", "cosine"]),
+    "optimizer": (["--set", "optim=magic"], ["magic"]),
+    "freeze target": (["--freeze", "tower"], ["no freeze target 'tower'", "vision"]),
+    "metric": (["--set", "evaluation.metrics=[bleu-5]"], ["bleu-5", "bleu-4"]),
+    "generation setting": (["--set", "evaluation.generation.num_beam=3"], ["num_beam"]),
+    "generation value": (["--set", "evaluation.generation.num_beams=-2"], ["num_beams"]),
+    "config field": (["--set", "model.config.quux=1"], ["model.config.quux"]),
+    "config value": (["--set", "model.config.text_config.dropout=much"], ["model.config.text_config.dropout", "much"]),
+    "image size": (["--set", "batch.image_size=50"], ["batch.image_size", "multiple of 32"]),
+    "image too large": (["--set", "batch.image_size=99968"], ["batch.image_size", "up to"]),
+    "task": (["--set", "batch.task=dance", "--set", "batch.prompt=null"], ["no task 'dance'"]),
+    "strategies that disagree": (
+        ["--set", "load_best_model_at_end=true", "--set", "eval_strategy=epoch", "--set", "save_strategy=steps",
+         "--eval-data", "SAME"], ["training: "],
+    ),
+    "best by no metric": (
+        ["--set", "load_best_model_at_end=true", "--set", "metric_for_best_model=beauty",
+         "--set", "save_strategy=epoch", "--eval-data", "SAME"], ["beauty", "exact-match"],
+    ),
+    "both": (["--resume", "--overwrite"], ["--resume", "--overwrite"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", USAGE)
+def test_what_cannot_be_asked_for_is_a_usage_error(
+    what: str, finetune: Callable[..., Result], pairs: Path, tmp_path: Path
+) -> None:
+    words, parts = USAGE[what]
+    done = finetune(*[str(pairs) if word == "SAME" else word for word in words])
+    refused(done, 2, *parts)
+    assert not (tmp_path / "run").exists()
+
+
+RECIPE_FILES = {
+    "no yaml": ("name: [", "is no YAML"),
+    "no sections": ("- 1", "is no recipe"),
+    "unknown section": ("name: a\ntitle: b\nfamilies: [florence2]\ntrainning: {}", "'trainning' is no section"),
+    "no family": ("name: a\ntitle: b", "has no 'families'"),
+    "another family": ("name: a\ntitle: b\nfamilies: [ofa]", "is for ofa"),
+    "section is no mapping": ("name: a\ntitle: b\nfamilies: [florence2]\ntraining: 3", "training"),
+    "families is text": ("name: a\ntitle: b\nfamilies: florence2", "families"),
+    "family is text": ("name: a\ntitle: b\nfamilies: {florence2: x}", "families"),
+    "published is text": ("name: a\ntitle: b\nfamilies: [florence2]\npublished: x", "published"),
+    "key of a number": ("name: a\ntitle: b\nfamilies: [florence2]\ntraining: {3: 4}", "3"),
+    "empty": ("", "is no recipe"),
+}
+
+
+@pytest.mark.parametrize("what", RECIPE_FILES)
+def test_recipe_file_that_is_none_is_refused(what: str, finetune: Callable[..., Result], tmp_path: Path) -> None:
+    text, part = RECIPE_FILES[what]
+    (tmp_path / "own.yaml").write_text(text, "utf-8")
+    refused(finetune("--recipe", tmp_path / "own.yaml"), 2, part)
+    assert not (tmp_path / "run").exists()
+
+
+def test_recipe_of_another_family_says_whose_it_is(finetune: Callable[..., Result], tmp_path: Path) -> None:
+    refused(finetune("--recipe", "muge-caption"), 2, "is for ofa", "florence2")
+    assert not (tmp_path / "run").exists()
+
+
+def spoil_nothing(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def spoil_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def break_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": ')
+
+
+def other_family(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+
+
+def no_processor(folder: Path) -> None:
+    (folder / "processor_config.json").unlink()
+
+
+def broken_processor(folder: Path) -> None:
+    (folder / "processor_config.json").write_text("{}}")
+
+
+def no_tokenizer(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+
+
+def an_adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def half_the_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def missing_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[next(name for name in tensors if "decoder.layers.0" in name)]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "nothing": (spoil_nothing, "not a model directory"),
+    "no config": (spoil_config, "config.json"),
+    "broken config": (break_config, "config.json"),
+    "other family": (other_family, "'bert'"),
+    "no processor": (no_processor, "processor_config.json"),
+    "broken processor": (broken_processor, "processor"),
+    "no tokenizer": (no_tokenizer, "tokenizer"),
+    "adapter": (an_adapter, "port-merge-lora"),
+    "no weights": (no_weights, "model.safetensors"),
+    "half the weights": (half_the_weights, "cannot be loaded"),
+    "missing tensor": (missing_tensor, "decoder.layers.0"),
+}
+
+
+@pytest.mark.parametrize("what", MODELS)
+def test_what_is_no_whole_model_directory_is_refused(
+    what: str, finetune: Callable[..., Result], tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    spoil, part = MODELS[what]
+    shutil.copytree(tiny("florence2"), tmp_path / "model")
+    spoil(tmp_path / "model")
+    refused(finetune(model=tmp_path / "model"), 1, part)
+    assert not (tmp_path / "run").exists()
+
+
+def test_attention_that_there_is_not_is_refused(finetune: Callable[..., Result], tmp_path: Path) -> None:
+    refused(finetune("--set", "model.attention=quantum"), 1, "quantum", "sdpa")
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_do_not_fit_are_named_by_file_and_line(finetune: Callable[..., Result], tmp_path: Path) -> None:
+    path = draw_jsonl(tmp_path / "data")
+    good = path.read_text("utf-8").splitlines()
+    spoiled = {
+        "missing image": ('{"image": "9.png", "prefix": "a", "suffix": "b"}', ["line 2", "9.png"]),
+        "broken line": ('{"image": ', ["line 2"]),
+        "empty answer": ('{"image": "1.png", "prefix": "a", "suffix": ""}', ["line 2"]),
+        "other columns": ('{"picture": "1.png", "text": 5}', ["line 2"]),
+    }
+    for line, parts in spoiled.values():
+        write_lines(path, [good[0], line, *good[2:]])
+        refused(finetune(data=path), 1, "annotations.jsonl", *parts)
+        assert not (tmp_path / "run").exists()
+    refused(finetune(data=tmp_path / "nowhere.jsonl"), 1, "does not exist")
+    refused(finetune("--eval-data", tmp_path / "nowhere.jsonl"), 1, "does not exist")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_undecodable_picture_met_on_the_way_is_named_and_can_be_skipped(
+    workers: int, finetune: Callable[..., Result], tmp_path: Path
+) -> None:
+    path = draw_jsonl(tmp_path / "data")
+    (tmp_path / "data" / "2.png").write_bytes(b"this is no picture")
+    more = ("--set", f"dataloader_num_workers={workers}")
+    done = finetune(*more, data=path)
+    refused(done, 1, "annotations.jsonl, line 3", "2.png", "--skip-bad")
+    assert not (tmp_path / "run").exists(), "a run that could not be is left behind"
+    skipping = finetune("--skip-bad", "1", *more, data=path)
+    assert skipping.exit_code == 0, skipping.output
+    assert "1 samples were left out" in skipping.output or "1 sample" in skipping.output, skipping.output
+
+
+def test_undecodable_picture_of_the_evaluation_data_is_named(finetune: Callable[..., Result], tmp_path: Path) -> None:
+    path = draw_jsonl(tmp_path / "data")
+    (tmp_path / "data" / "2.png").write_bytes(b"this is no picture")
+    refused(finetune("--eval-data", path), 1, "annotations.jsonl, line 3", "2.png")
+    assert not (tmp_path / "run").exists()
+    skipping = finetune("--eval-data", path, "--skip-bad", "1")
+    assert skipping.exit_code == 0, skipping.output
+
+
+def test_output_that_exists_is_kept(finetune: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    refused(finetune(), 1, "exists", "--overwrite")
+    refused(finetune("--overwrite"), 1, "is not a run")
+    refused(finetune("--resume"), 1, "is not a run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_output_that_is_a_file_is_kept(finetune: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    refused(finetune(), 1, "run")
+    refused(finetune("--overwrite"), 1, "run")
+    assert (tmp_path / "run").read_text() == "a file"
+
+
+def test_run_is_replaced_when_asked(finetune: Callable[..., Result], tmp_path: Path) -> None:
+    assert finetune().exit_code == 0
+    refused(finetune(), 1, "--resume", "--overwrite")
+    done = finetune("--overwrite", "--set", "max_steps=1")
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "run" / "model" / "training.json").read_text())["steps"] == 1
+
+
+def test_too_little_disk_is_noticed_before_the_first_step(
+    finetune: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    refused(finetune(), 1, "0.0 GB free", "--output")
+    assert not (tmp_path / "run").exists()
+
+
+def test_loss_that_is_no_number_stops_the_run_and_names_the_batch(
+    finetune: Callable[..., Result], tmp_path: Path
+) -> None:
+    done = finetune("--set", "learning_rate=1e30", "--set", "max_grad_norm=0")
+    refused(done, 1, "The loss is", "at step", "annotations.jsonl, line ", "learning rate")
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_weight_that_is_no_number_is_noticed_in_the_first_step(
+    finetune: Callable[..., Result], tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(tiny("florence2"), tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("decoder.layers.0.fc1.weight"))
+    tensors[name].fill_(torch.nan)
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    refused(finetune(model=tmp_path / "model"), 1, "The loss is nan at step 1", "line ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_metric_that_the_data_cannot_have_is_refused_before_training(
+    finetune: Callable[..., Result], pairs: Path, tmp_path: Path
+) -> None:
+    done = finetune("--eval-data", pairs, "--set", "evaluation.metrics=[ap]")
+    refused(done, 1, "gives no boxes")
+    assert not (tmp_path / "run").exists()
+
+
+def test_best_model_without_evaluation_data_is_said_to_be_impossible(finetune: Callable[..., Result]) -> None:
+    done = finetune("--set", "load_best_model_at_end=true", "--set", "eval_strategy=epoch")
+    assert done.exit_code == 0, done.output
+    assert "load_best_model_at_end is off" in " ".join(done.output.split())
