@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..converters.output import check_absent, whole_directory
-from ..errors import CheckpointError, RecipeError
+from ..errors import CheckpointError, RecipeError, UsageError
 from .answering import answers, chosen, write_predictions
 from .arguments import loader_workers
 from .data import open_data
@@ -60,7 +60,7 @@ def evaluate(
     family = family_of(directory)
     samples = open_data(data, recipe.data, grouped=True)
     processor = load_processor(directory, family, recipe.batch)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = _device(device)
     dtype = base_dtype(directory) or torch.float32
     model = load_model(directory, recipe.model, device=place, dtype=dtype).to(place)
     if adapter is not None:
@@ -87,6 +87,15 @@ def evaluate(
             write_json(work / EVALUATION, {"data": samples.name, "samples": len(predictions), "recipe": plain(recipe)})
             write_predictions(work / PREDICTIONS, predictions)
     return result
+
+
+def _device(named: str | None) -> torch.device:
+    try:
+        place = torch.device(named or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"--device {named} cannot be used here: {str(error).splitlines()[0]}") from error
+    return place
 
 
 def _with_adapter(model: torch.nn.Module, adapter: Path) -> torch.nn.Module:

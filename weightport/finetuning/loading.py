@@ -99,12 +99,11 @@ def load_model(
     if settings.method == "qlora":
         options |= {"quantization_config": four_bits(settings), "device_map": {"": device}}
     logging.disable_progress_bar()
-    model: Any
-    found: Mapping[str, Any]
     try:
-        model, found = AutoModelForImageTextToText.from_pretrained(directory, **options)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(directory, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{directory} cannot be loaded: {error}") from error
+    model, found = loaded
     absent = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
     if absent:
         # transformers would begin with random numbers there.
