@@ -6,7 +6,7 @@
     python benchmarks/finetune.py --only florence2 --steps 6
 
 Two workloads: OFA-CN's LiT-tuning (encoder, with its ResNet, and embeddings frozen) on 10 captions an image, and
-Florence-2 with a frozen vision tower on questions about documents, 10 an image. Pictures are drawn here. Models are
+Florence-2 with vision tower and projector frozen on questions about documents, 10 an image. Pictures are drawn here. Models are
 golden cases made larger, with random weights.
 
 Each trainer is a process of its own, in turn on the same files, `--runs` times. samples/s: of the steps after the
