@@ -6,8 +6,8 @@
     python benchmarks/finetune.py --only florence2 --steps 6
 
 Two workloads: OFA-CN's LiT-tuning (encoder, with its ResNet, and embeddings frozen) on 10 captions an image, and
-Florence-2 with vision tower and projector frozen on questions about documents, 10 an image. Pictures are drawn here. Models are
-golden cases made larger, with random weights.
+Florence-2 with vision tower and projector frozen on questions about documents, 10 an image. Pictures
+are drawn here. Models are golden cases made larger, with random weights.
 
 Each trainer is a process of its own, in turn on the same files, `--runs` times. samples/s: of the steps after the
 first WARM ones, start and filling left out. Memory: the peak of the process's private memory (RssAnon), on a GPU of
