@@ -115,4 +115,19 @@ def test_gradient_checkpointing_changes_no_loss(tiny: Callable[[str], Path], une
             more |= {"batch.image_size": 64} if name == "ofa" else {}
             out = run(tiny(name), "default", uneven, tmp_path / f"{name}{checkpointing}", more=more)
             seen.append(losses(out.history))
+            config = (out.directory / "config.json").read_bytes()
+            assert config == (tiny(name) / "config.json").read_bytes(), "training left a mark in the configuration"
         assert seen[1] == pytest.approx(seen[0], abs=TOLERANCE)
+
+
+def test_gradient_checkpointing_trains_an_adapter_as_well_and_without_a_warning(
+    tiny: Callable[[str], Path], uneven: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    seen = []
+    for checkpointing in (False, True):
+        more = {**STEPS, "training.per_device_train_batch_size": 2, "gradient_checkpointing": checkpointing}
+        more |= {"model.method": "lora", "training.learning_rate": 5e-2, "evaluation.samples": 2}
+        out = run(tiny("florence2"), "docvqa", uneven, tmp_path / str(checkpointing), eval_data=uneven, more=more)
+        seen.append(losses(out.history))
+    assert seen[1] == pytest.approx(seen[0], abs=TOLERANCE)
+    assert not [warning for warning in recwarn if "checkpointing" in str(warning.message)]

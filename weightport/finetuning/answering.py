@@ -138,14 +138,14 @@ def evaluating(model: Any) -> Iterator[None]:
     training = model.training
     checkpointing = getattr(model, "is_activation_checkpointing", False)
     if checkpointing:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
     model.eval()
     try:
         yield
     finally:
         model.train(training)
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:

@@ -37,6 +37,10 @@ def training_arguments(
         values["eval_strategy"] = "no"
         if values.pop("load_best_model_at_end", False):
             notes.append("load_best_model_at_end is off: there is no evaluation data")
+    for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        if name in values:
+            # The name that guides use; transformers is about to drop it.
+            values.setdefault(name.replace("gradient", "activation"), values.pop(name))
     values["dataloader_num_workers"] = loader_workers(values)
     values.setdefault("dataloader_pin_memory", torch.cuda.is_available())
     values.setdefault("report_to", "none")

@@ -100,6 +100,9 @@ def prepare(job: Job) -> Prepared:
     processor = load_processor(job.model, family, recipe.batch)
     model = load_model(job.model, recipe.model, device=arguments.device)
     generation_options(model, recipe.evaluation.generation)
+    if arguments.activation_checkpointing:
+        # Keys are not kept while activations are computed again; transformers would say so at every start.
+        model.config.use_cache = model.config.get_text_config(decoder=True).use_cache = False
     if arguments.label_smoothing_factor and family.smooth_labels(model, arguments.label_smoothing_factor):
         arguments.label_smoothing_factor = 0.0
     freeze(model, family.parts, frozen, still=recipe.model.frozen_mode == "eval")
@@ -107,7 +110,9 @@ def prepare(job: Job) -> Prepared:
         if recipe.model.method == "qlora":
             from peft import prepare_model_for_kbit_training
 
-            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=arguments.gradient_checkpointing)
+            model = prepare_model_for_kbit_training(
+                model, use_gradient_checkpointing=arguments.activation_checkpointing
+            )
         model = with_lora(model, family.parts, frozen, recipe.lora)
     found = shares(model, family.parts)
     if not any(share.trainable for share in found):
