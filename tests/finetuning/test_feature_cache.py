@@ -22,7 +22,7 @@ from tiny_runs import FIXED_RATE, assigned, job_of, losses, run, still
 from weightport.errors import DataError, OutputError, RecipeError
 from weightport.finetuning.collation import FEATURE_LENGTHS, FEATURES
 from weightport.finetuning.families import FAMILIES
-from weightport.finetuning.feature_store import STATES, FeatureStore, Layout, RecordFile, StoreWriter, open_store
+from weightport.finetuning.features.store import STATES, FeatureStore, Layout, RecordFile, StoreWriter, open_store
 from weightport.finetuning.preparing import prepare
 from weightport.finetuning.samples import Picture
 from weightport.finetuning.trainer import PortTrainer
@@ -251,7 +251,7 @@ def test_too_little_disk_is_said_before_the_run(
     tiny: Callable[[str], Path], questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr("weightport.finetuning.feature_store.shutil.disk_usage", lambda path: usage(100))
+    monkeypatch.setattr("weightport.finetuning.features.store.shutil.disk_usage", lambda path: usage(100))
     monkeypatch.setattr("weightport.finetuning.preparing._require_space", lambda *given: None)
     with pytest.raises(OutputError, match=r"--cache-features needs .* model\.feature_folder"):
         trained(tiny("florence2"), questions, tmp_path / "run", cache=True, model__freeze=["vision"])

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from weightport.errors import OutputError
-from weightport.finetuning.curves import Axes, Curve, Point, chart, curve, figure, ticks
-from weightport.finetuning.gallery import SHOWN, differences, gallery, thumbnail
+from weightport.finetuning.display.curves import Axes, Curve, Point, chart, curve, figure, ticks
+from weightport.finetuning.display.gallery import SHOWN, differences, gallery, thumbnail
+from weightport.finetuning.display.report import RunSummary, duration, report_page, write_report
 from weightport.finetuning.predictions import Prediction
-from weightport.finetuning.report import RunSummary, duration, report_page, write_report
 from weightport.finetuning.samples import Objects
 
 HOSTILE = "<script>alert(1)</script>\"'&\x00\ud800"

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..hashing import BackgroundDigests
-from .display import Lines, count, size
+from ..words import count, size
+from .display import Lines
 from .running import command_body, json_option, quiet_option, uncollected
 
 if TYPE_CHECKING:

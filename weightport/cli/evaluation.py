@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from .display import Lines, samples
+from ..words import samples
+from .display import Lines
 from .finetuning import DEFAULT_RECIPE, require_extra
 from .running import command_body, json_option, quiet_option, uncollected
 
@@ -61,9 +62,9 @@ def evaluate_command(
     """Let the model directory MODEL answer a data set, and measure the answers."""
     require_extra()
     with uncollected():
+        from ..finetuning.display.previews import preview_lines
         from ..finetuning.evaluation import evaluate
         from ..finetuning.preparing import resolved
-        from ..finetuning.previews import preview_lines
         from ..finetuning.recipe import load_recipe, parse_assignments, with_settings
 
     recipe, _ = resolved(load_recipe(recipe_name), model, as_published=False)

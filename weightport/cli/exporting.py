@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from .display import Lines, size
+from ..words import size
+from .display import Lines
 from .running import command_body, json_option, quiet_option
 
 

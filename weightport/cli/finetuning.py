@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UsageError
-from .display import Lines, count
+from ..words import count
+from .display import Lines
 from .running import INTERRUPTED, Terminated, command_body, fail, json_option, quiet_option, uncollected
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .display import Lines, count, size
+from ..words import count, size
+from .display import Lines
 from .running import command_body, json_option
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..hashing import BackgroundDigests, likely_weights
+from ..words import count, size
 from .conversion import DTYPES
-from .display import Lines, count, size
+from .display import Lines
 from .running import command_body, json_option, quiet_option, uncollected
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .display import Lines, count, size
+from ..words import count, size
+from .display import Lines
 from .running import command_body, json_option, quiet_option
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..errors import DataError
 from .families.family import Family
-from .feature_store import FeatureStore
+from .features.store import FeatureStore
 from .samples import Sample, Samples
 from .settings import BatchSettings
 

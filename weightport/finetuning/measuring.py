@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from .answering import World, answers, chosen, write_predictions
+from .display.previews import preview_lines
+from .display.progress import ProgressLine
 from .metrics import score_all
 from .predictions import Prediction
 from .preparing import Prepared
-from .previews import preview_lines
-from .progress import ProgressLine
 from .samples import Samples
 from .settings import Recipe
 

@@ -13,7 +13,7 @@ from .answering import chosen, generation_options
 from .arguments import training_arguments
 from .collation import FAILURE, BadSamples, Collator, Indexed
 from .data import open_data
-from .features import FeaturePlan, plan_features
+from .features.plan import FeaturePlan, plan_features
 from .fitting import fitted
 from .freezing import Share, freeze, frozen_parts, shares
 from .loading import Loaded, family_of, load_model, load_processor

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from .. import __version__
+from .display.previews import spread
+from .display.report import RunSummary, write_report
 from .predictions import Prediction
 from .preparing import Job, Prepared
-from .previews import spread
 from .recipe import plain
-from .report import RunSummary, write_report
 from .resuming import CHECKPOINTS
 from .samples import Samples
 from .saving import METRICS, Result, save_adapter, save_model, write_json

@@ -16,10 +16,10 @@ from .. import __version__
 from ..errors import OutputError
 from .answering import chosen
 from .collation import BadSamples, Collator, Indexed, StoredFeatures
-from .feature_filling import filled_store
+from .display.progress import ProgressLine
+from .features.filling import filled_store
 from .measuring import Measuring
 from .preparing import Job, Prepared, prepare
-from .progress import ProgressLine
 from .recipe import as_yaml
 from .results import Outcome, finish
 from .resuming import RECIPE, last_checkpoint

@@ -13,7 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..errors import DataError, TrainingError
 from .collation import FAILURE, FEATURE_LENGTHS, FEATURES, INDICES, Collator
-from .features import FeaturePlan
+from .features.plan import FeaturePlan
 from .samples import Samples
 
 

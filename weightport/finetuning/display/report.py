@@ -11,11 +11,11 @@ from typing import Any
 
 from PIL import Image
 
-from ..cli.display import count
-from ..converters.output import whole_file
+from ...converters.output import whole_file
+from ...words import count
+from ..predictions import Prediction
 from .curves import Curve, chart, curve, figure, legend, text
 from .gallery import gallery
-from .predictions import Prediction
 from .progress import TIMINGS
 from .report_style import STYLE
 

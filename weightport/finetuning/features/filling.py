@@ -13,14 +13,14 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader, Subset
 from transformers import TrainingArguments
 
-from ..errors import DataError, OutputError
-from .collation import Indexed
-from .families.family import Family
-from .feature_store import FeatureStore, RecordFile, StoreWriter, locked, open_store
-from .features import FeaturePlan, computed
-from .loading import Loaded
-from .samples import Sample, Samples
-from .settings import BatchSettings, Recipe
+from ...errors import DataError, OutputError
+from ..collation import Indexed
+from ..families.family import Family
+from ..loading import Loaded
+from ..samples import Sample, Samples
+from ..settings import BatchSettings, Recipe
+from .plan import FeaturePlan, computed
+from .store import FeatureStore, RecordFile, StoreWriter, locked, open_store
 
 SECONDS_BETWEEN_LINES = 15.0
 

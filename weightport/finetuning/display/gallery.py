@@ -11,10 +11,10 @@ from io import BytesIO
 
 from PIL import Image
 
+from ..predictions import Prediction
+from ..samples import Objects
 from .curves import text
-from .predictions import Prediction
 from .previews import described, spread
-from .samples import Objects
 
 SHOWN = 48
 """Samples on a page at most."""

@@ -19,7 +19,7 @@ from rich.table import Column
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..cli.display import size
+from ...words import size
 from .pace import Clock, Pace
 
 PLAIN_INTERVAL = 10.0

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import OutputError
+from ...errors import OutputError
 
 HEADER, STATES, LENGTHS = "header.json", "states.bin", "lengths.bin"
 FORMAT = 1

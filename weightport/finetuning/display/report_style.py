@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..parity.page_style import STYLE as PAGE
+from ...parity.page_style import STYLE as PAGE
 
 STYLE = (
     PAGE

@@ -19,17 +19,17 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from ..errors import DataError, RecipeError
-from .collation import Indexed, StoredFeatures
-from .families.cached_part import CachedPart, Features, bypass
-from .families.family import Family
-from .feature_key import feature_key
-from .feature_store import FeatureStore, Layout, open_store, require_space
-from .freezing import plain_name
-from .loading import Loaded
-from .precision import autocast, autocast_dtype
-from .samples import Sample, Samples
-from .settings import BatchSettings, Recipe
+from ...errors import DataError, RecipeError
+from ..collation import Indexed, StoredFeatures
+from ..families.cached_part import CachedPart, Features, bypass
+from ..families.family import Family
+from ..freezing import plain_name
+from ..loading import Loaded
+from ..precision import autocast, autocast_dtype
+from ..samples import Sample, Samples
+from ..settings import BatchSettings, Recipe
+from .key import feature_key
+from .store import FeatureStore, Layout, open_store, require_space
 
 FOLDER = "features"
 """Within the run, unless `model.feature_folder` says another."""

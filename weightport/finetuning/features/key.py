@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from transformers import TrainingArguments
 
-from .. import __version__
-from ..hashing import BackgroundDigests
-from .data.hashing import fingerprint_of
-from .families.cached_part import CachedPart
-from .loading import Loaded
-from .precision import autocast_dtype
-from .samples import Samples
-from .settings import Recipe
+from ...hashing import BackgroundDigests
+from ... import __version__
+from ..data.hashing import fingerprint_of
+from ..families.cached_part import CachedPart
+from ..loading import Loaded
+from ..precision import autocast_dtype
+from ..samples import Samples
+from ..settings import Recipe
 
 OF_A_MODEL = (".safetensors", ".json", ".txt", ".model", ".jinja")
-RECORDS = ("conversion.json", "parity.json", "finetuning.json", "metrics.json", "generation_config.json")
+RECORDS = ("conversion.json", "merge.json", "parity.json", "training.json", "metrics.json", "generation_config.json")
 """Files of a model directory that no forward pass depends on."""
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "pillow", "numpy")
