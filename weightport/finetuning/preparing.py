@@ -13,6 +13,7 @@ from .answering import chosen, generation_options
 from .arguments import training_arguments
 from .collation import FAILURE, BadSamples, Collator, Indexed
 from .data import open_data
+from .families.family import Family
 from .features.plan import FeaturePlan, plan_features
 from .fitting import fitted
 from .freezing import Share, freeze, frozen_parts, shares
@@ -96,31 +97,13 @@ def prepare(job: Job) -> Prepared:
     if eval_samples is not None:
         _require_measurable(eval_samples, recipe, arguments)
 
-    set_seed(arguments.seed)
-    processor = load_processor(job.model, family, recipe.batch)
-    model = load_model(job.model, recipe.model, device=arguments.device)
-    generation_options(model, recipe.evaluation.generation)
-    if arguments.activation_checkpointing:
-        # Keys are not kept while activations are computed again; transformers would say so at every start.
-        model.config.use_cache = model.config.get_text_config(decoder=True).use_cache = False
-    if arguments.label_smoothing_factor and family.smooth_labels(model, arguments.label_smoothing_factor):
-        arguments.label_smoothing_factor = 0.0
-    freeze(model, family.parts, frozen, still=recipe.model.frozen_mode == "eval")
-    if recipe.model.method != "full":
-        if recipe.model.method == "qlora":
-            from peft import prepare_model_for_kbit_training
-
-            model = prepare_model_for_kbit_training(
-                model, use_gradient_checkpointing=arguments.activation_checkpointing
-            )
-        model = with_lora(model, family.parts, frozen, recipe.lora)
-    found = shares(model, family.parts)
+    loaded, features = _trainable(job.model, family, recipe, arguments, frozen), None
+    found = shares(loaded.model, family.parts)
     if not any(share.trainable for share in found):
         raise TrainingError(
             f"Nothing is left to train: {', '.join(recipe.model.freeze)} together are the whole model. Freeze less."
         )
     _require_space(job.output, found, arguments)
-    loaded, features = Loaded(job.model, model, processor, family), None
     recipe, fitting = fitted(recipe, loaded)
     notes += fitting
     # One sample shows whether prompts and answers fit the model, before any step does.
@@ -129,6 +112,29 @@ def prepare(job: Job) -> Prepared:
         features = plan_features(loaded, recipe, arguments, samples, frozen, job.output)
         notes.append(features.note())
     return Prepared(loaded, arguments, samples, eval_samples, found, checkpoint, tuple(notes), recipe, features)
+
+
+def _trainable(
+    directory: Path, family: Family, recipe: Recipe, arguments: TrainingArguments, frozen: frozenset[str]
+) -> Loaded:
+    """The model as it is trained: frozen parts still, adapters in place, drawn from the recipe's seed."""
+    set_seed(arguments.seed)
+    processor = load_processor(directory, family, recipe.batch)
+    model = load_model(directory, recipe.model, device=arguments.device)
+    generation_options(model, recipe.evaluation.generation)
+    if arguments.activation_checkpointing:
+        # Keys are not kept while activations are computed again; transformers would say so at every start.
+        model.config.use_cache = model.config.get_text_config(decoder=True).use_cache = False
+    if arguments.label_smoothing_factor and family.smooth_labels(model, arguments.label_smoothing_factor):
+        arguments.label_smoothing_factor = 0.0
+    freeze(model, family.parts, frozen, still=recipe.model.frozen_mode == "eval")
+    if recipe.model.method == "qlora":
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=arguments.activation_checkpointing)
+    if recipe.model.method != "full":
+        model = with_lora(model, family.parts, frozen, recipe.lora)
+    return Loaded(directory, model, processor, family)
 
 
 def _require_measurable(samples: Samples, recipe: Recipe, arguments: TrainingArguments) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from transformers import TrainingArguments
 
-from ...hashing import BackgroundDigests
 from ... import __version__
+from ...hashing import BackgroundDigests
 from ..data.hashing import fingerprint_of
 from ..families.cached_part import CachedPart
 from ..loading import Loaded
