@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,9 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from drawn_data import draw_jsonl, write_lines
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import Trainer
 
 from weightport import cli
 
@@ -268,8 +271,12 @@ def test_run_is_replaced_when_asked(finetune: Callable[..., Result], tmp_path: P
 
 
 def test_too_little_disk_is_noticed_before_the_first_step(
-    finetune: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    finetune: Callable[..., Result],
+    tiny: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
+    tiny("florence2")  # converted before the disk seems full
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     refused(finetune(), 1, "0.0 GB free", "--output")
@@ -294,6 +301,32 @@ def test_weight_that_is_no_number_is_noticed_in_the_first_step(
     save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     refused(finetune(model=tmp_path / "model"), 1, "The loss is nan at step 1", "line ")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0: file write failed"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+@pytest.mark.parametrize("saved", [0, 1])
+def test_disk_that_fills_up_is_named_and_whole_checkpoints_stay(
+    error: Exception, saved: int, finetune: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    save, calls = Trainer._save_optimizer_and_scheduler, []
+
+    def full(trainer: Trainer, folder: str) -> None:
+        calls.append(folder)
+        if len(calls) > saved:
+            raise error
+        save(trainer, folder)
+
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
+    done = finetune("--set", "save_strategy=steps", "--set", "save_steps=1", "--set", "max_steps=2")
+    refused(done, 1, "is full", "--resume" if saved else "Nothing was left behind")
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-1").exists() == bool(saved)
 
 
 def test_metric_that_the_data_cannot_have_is_refused_before_training(

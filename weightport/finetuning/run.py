@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from transformers import PrinterCallback
 
 from .. import __version__
@@ -49,14 +52,32 @@ def finetune(
         _begin(job, prepared.features.folder if prepared.features is not None else None)
     PartialState().wait_for_everyone()
     try:
-        return _train(
-            replace(job, recipe=prepared.recipe), prepared, say=say if main else _silent, quiet=quiet or not main
-        )
+        with _full_disk_named(job.output):
+            return _train(
+                replace(job, recipe=prepared.recipe), prepared, say=say if main else _silent, quiet=quiet or not main
+            )
     except BaseException:
         # A run that has nothing to resume from leaves nothing behind.
         if main and not job.resume and last_checkpoint(job.output) is None:
             shutil.rmtree(job.output, ignore_errors=True)
         raise
+
+
+@contextmanager
+def _full_disk_named(run: Path) -> Iterator[None]:
+    """A checkpoint that found no space is an OutputError, whichever library was writing it."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and not any(sign in str(error) for sign in _SIGNS_OF_A_FULL_DISK):
+            raise
+        left = "The checkpoints before are whole (--resume)." if last_checkpoint(run) else "Nothing was left behind."
+        raise OutputError(f"The disk of {run} is full. {left} Make room, or choose another --output.") from error
+
+
+_SIGNS_OF_A_FULL_DISK = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos")
+"""safetensors and torch.save say so in words only."""
 
 
 def _begin(job: Job, kept: Path | None) -> None:
