@@ -16,6 +16,7 @@ from weightport.adapters.quantized import (
     is_quantized_layer,
     nf4_round_trip,
 )
+from weightport.errors import UsageError
 
 
 def test_levels_are_the_normal_quantiles_of_the_paper() -> None:
@@ -89,6 +90,7 @@ def test_linear_layers_are_rounded_and_nothing_else() -> None:
         "shared.weight",
         "transformer.wte.weight",
         "a.q_proj.bias",
+        "model.decoder.token_rel_pos_tables.0.weight",
     ):
         assert not is_quantized_layer(name, (8, 8))
     assert not is_quantized_layer("model.norm.weight", (8,))
@@ -113,3 +115,32 @@ def test_merge_into_a_4_bit_base_adds_to_the_rounded_values(tmp_path: Path) -> N
     untouched = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(after[untouched], nf4_round_trip(before[untouched]))
     assert torch.equal(after["lm_head.weight"], before["lm_head.weight"])
+
+
+def test_layers_that_the_training_recorded_are_rounded_and_no_others(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    from peft import LoraConfig
+    from tiny_models import write_adapter, write_base
+
+    from weightport.adapters.base_record import Quantization, record_base
+    from weightport.adapters.merging import MergeOptions, Written, merge_lora
+    from weightport.adapters.verification import verify_merge
+
+    base = write_base("llama", tmp_path / "base", torch.float32)
+    adapter = write_adapter(base, tmp_path / "adapter", LoraConfig(r=4, target_modules=["q_proj"]))
+    layer = "model.layers.1.mlp.up_proj"
+    record_base(adapter, base, Quantization("nf4-double", frozenset({layer})))
+    checked = []
+
+    def check(written: Written) -> None:
+        checked.append(verify_merge(written))
+
+    options = MergeOptions(quantized_base="nf4-double")
+    out = merge_lora(base, [(adapter, 1.0)], tmp_path / "out", options, check=check).directory
+    before, after = load_file(base / "model.safetensors"), load_file(out / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)} | {f"{layer}.weight"}
+    assert torch.equal(after[f"{layer}.weight"], nf4_round_trip(before[f"{layer}.weight"], double=True))
+    assert checked, "peft did not see the merge"
+    with pytest.raises(UsageError, match="trained on a base in nf4-double"):
+        merge_lora(base, [(adapter, 1.0)], tmp_path / "other", MergeOptions(quantized_base="nf4"))

@@ -54,6 +54,7 @@ def plan_merge(
     combination: Combination = WEIGHTED_SUM,
     untie: bool = False,
     quantized_base: str | None = None,
+    quantized_layers: frozenset[str] | None = None,
 ) -> MergePlan:
     """The plan of merging `adapters` with `weights` into `base`. Raises AdapterError, CoverageError, UsageError."""
     check_combination(
@@ -71,7 +72,7 @@ def plan_merge(
     for adapter in adapters:
         require_all_layers(base, adapter)
     untied = settle_ties(tied, touched, tensors, adapters, untie)
-    context = EditBuilder(base, adapters, weights, combination, quantized_base)
+    context = EditBuilder(base, adapters, weights, combination, quantized_base, quantized_layers)
     edits, problems = context.edits(touched, untied)
     if problems:
         raise AdapterError(listed(f"{names_of(adapters)} cannot be merged into {base.path}:", problems))

@@ -110,7 +110,14 @@ def merge_lora(
         weights = [weight for _, weight in adapters]
         _require_same_base(source, opened, hashed)
         plan = plan_merge(
-            source, opened, weights, options.dtype, options.combination, options.untie, options.quantized_base
+            source,
+            opened,
+            weights,
+            options.dtype,
+            options.combination,
+            options.untie,
+            options.quantized_base,
+            quantized_layers(opened, options.quantized_base),
         )
         tokenizer, config_changes = _configuration(source, plan, opened, options)
         folders = [adapter.path for adapter in opened]
@@ -199,6 +206,20 @@ def _require_same_base(base: Base, adapters: Sequence[LoraAdapter], digests: Bac
                 "Merge it into the base it was trained on; if the weights were only saved again, remove base.json "
                 "from the adapter."
             )
+
+
+def quantized_layers(adapters: Sequence[LoraAdapter], kind: str | None) -> frozenset[str] | None:
+    """The layers that the adapters' trainings held in 4 bits of this `kind`; None where they do not say. Raises
+    UsageError when they say another kind, or differ."""
+    from .base_record import recorded_quantization
+
+    found = [known for adapter in adapters if kind and (known := recorded_quantization(adapter.path)) is not None]
+    for known in found:
+        if known.kind != kind:
+            raise UsageError(f"--quantized-base {kind}: the adapter was trained on a base in {known.kind}.")
+        if known.layers != found[0].layers:
+            raise UsageError("--quantized-base: the adapters were trained with different layers in 4 bits.")
+    return found[0].layers if found else None
 
 
 def _configuration(

@@ -30,14 +30,16 @@ KINDS = ("nf4", "nf4-double")
 _CHUNK = 1 << 22
 
 _NOT_LINEAR = re.compile(
-    r"(^|.*[._])(\w*embed\w*|shared|wte|wpe|relative_attention_bias|\w*norm\w*|ln_\w+|\w*router\w*|gate)\.weight"
+    r"(^|.*[._])(\w*embed\w*|\w*tables\.\d+|shared|wte|wpe|relative_attention_bias|\w*norm\w*|ln_\w+|\w*router\w*|gate)\.weight"
 )
 _HEAD = re.compile(r"(^|.*\.)(lm_head|embed_out|output_projection|score|classifier|cls\.predictions\.decoder)\.weight")
 
 
-def is_quantized_layer(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether bitsandbytes would have held this tensor in 4 bits: the weight of a linear layer that is not the
-    head."""
+def is_quantized_layer(name: str, shape: tuple[int, ...], layers: frozenset[str] | None = None) -> bool:
+    """Whether a training held this tensor in 4 bits: one of `layers` where these are known, else what bitsandbytes
+    takes by default, the weight of a linear layer that is not the head."""
+    if layers is not None:
+        return name.removesuffix(".weight") in layers and name.endswith(".weight")
     return (
         len(shape) == 2 and name.endswith(".weight") and not _NOT_LINEAR.fullmatch(name) and not _HEAD.fullmatch(name)
     )

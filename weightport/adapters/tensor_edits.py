@@ -29,6 +29,7 @@ class EditBuilder:
     weights: Sequence[float]
     combination: Combination
     quantized: str | None
+    quantized_layers: frozenset[str] | None
 
     def edits(self, touched: Mapping[str, Touched], untied: TiedHead | None) -> tuple[dict[str, Edit], list[str]]:
         """(edit by tensor, what cannot be done)."""
@@ -37,7 +38,7 @@ class EditBuilder:
         tensors = self.base.checkpoint.tensors
         if self.quantized:
             for name, ref in tensors.items():
-                if is_quantized_layer(name, ref.shape):
+                if is_quantized_layer(name, ref.shape, self.quantized_layers):
                     module = name.removesuffix(".weight")
                     edits[name] = Edit(
                         (self.quantized,), quantized=self.quantized, flipped=is_conv1d(module, self.base.model_type)

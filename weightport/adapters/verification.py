@@ -18,7 +18,7 @@ import torch
 
 from ..errors import ParityError
 from .combination import SUM
-from .merging import Written
+from .merging import Written, quantized_layers
 from .quantized import is_quantized_layer, nf4_round_trip
 
 if TYPE_CHECKING:
@@ -132,7 +132,8 @@ def _tuned(written: Written) -> Any:
 
     model = load_model(written.base)
     if written.options.quantized_base:
-        _quantize(model, written.options.quantized_base)
+        kind = written.options.quantized_base
+        _quantize(model, kind, quantized_layers(written.adapters, kind))
     if written.plan.resized is not None:
         model.resize_token_embeddings(written.plan.resized[1], mean_resizing=False)
     names = [f"adapter_{place}" for place in range(len(written.adapters))]
@@ -163,14 +164,14 @@ def _tuned(written: Written) -> Any:
 
 
 @torch.no_grad()
-def _quantize(model: PreTrainedModel, kind: str) -> None:
+def _quantize(model: PreTrainedModel, kind: str, layers: frozenset[str] | None) -> None:
     from transformers.pytorch_utils import Conv1D
 
     for name, module in model.named_modules():
         if not isinstance(module, (torch.nn.Linear, Conv1D)):
             continue
         weight = module.weight
-        if is_quantized_layer(f"{name}.weight", tuple(weight.shape)):
+        if is_quantized_layer(f"{name}.weight", tuple(weight.shape), layers):
             flipped = isinstance(module, Conv1D)
             stored = weight.to(model.config.dtype or torch.float32)
             weight.copy_(nf4_round_trip(stored, double=kind == "nf4-double", flipped=flipped))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -47,7 +47,7 @@ def evaluate(
 ) -> Evaluation:
     """Answer the data set `data` with the model in `directory` and measure by the recipe's metrics.
 
-    The model runs in its own dtype. `adapter`: a LoRA adapter to put on it. `output`: a folder that gets metrics.json,
+    The model runs in its own dtype, whatever the recipe trains. `adapter`: a LoRA adapter to put on it. `output`: a folder that gets metrics.json,
     evaluation.json (the settings) and predictions.jsonl. Raises a WeightportError for a model, data or settings that
     cannot be.
     """
@@ -62,7 +62,7 @@ def evaluate(
     processor = load_processor(directory, family, recipe.batch)
     place = _device(device)
     dtype = base_dtype(directory) or torch.float32
-    model = load_model(directory, recipe.model, device=place, dtype=dtype).to(place)
+    model = load_model(directory, replace(recipe.model, method="full"), device=place, dtype=dtype).to(place)
     if adapter is not None:
         model = _with_adapter(model, adapter)
     recipe, _ = fitted(recipe, Loaded(directory, model, processor, family))
@@ -76,7 +76,7 @@ def evaluate(
         indices,
         recipe.batch,
         recipe.evaluation,
-        skip_bad=max(0, recipe.data.skip_bad - len(samples.skipped)),
+        skip_bad=recipe.data.skip_bad,
         workers=loader_workers(recipe.training),
         advance=advance,
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..adapters.base_record import record_base
+from ..adapters.base_record import Quantization, record_base
 from ..adapters.companions import changed_dtype, companions
 from ..checkpoints.sharded import read_json
 from ..converters.output import whole_directory
@@ -72,7 +72,7 @@ def save_adapter(result: Result, out: Path) -> list[str]:
         (work / "README.md").unlink(missing_ok=True)
         _copy(result.base, work, lambda name: name in _PROCESSOR or name in _TOKENIZER)
         _write_processor(result, work)
-        record_base(work, result.base)
+        record_base(work, result.base, _quantization(result.model))
         _write_records(result, work)
     return []
 
@@ -93,6 +93,16 @@ def largest(model: torch.nn.Module) -> float:
 def write_json(path: Path, content: Any, indent: int = 1) -> None:
     """UTF-8 JSON for people and programs."""
     path.write_text(json.dumps(content, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
+
+
+def _quantization(model: Any) -> Quantization | None:
+    """Which layers are bitsandbytes' in 4 bits, by the base's names; the kind is that of `loading.four_bits`."""
+    layers = {
+        name.removeprefix("base_model.model.").removesuffix(".base_layer")
+        for name, module in model.named_modules()
+        if type(module).__name__ == "Linear4bit"
+    }
+    return Quantization("nf4-double", frozenset(layers)) if layers else None
 
 
 def _config(result: Result, dtype: torch.dtype) -> dict[str, Any]:
