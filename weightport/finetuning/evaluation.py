@@ -47,9 +47,9 @@ def evaluate(
 ) -> Evaluation:
     """Answer the data set `data` with the model in `directory` and measure by the recipe's metrics.
 
-    The model runs in its own dtype, whatever the recipe trains. `adapter`: a LoRA adapter to put on it. `output`: a folder that gets metrics.json,
-    evaluation.json (the settings) and predictions.jsonl. Raises a WeightportError for a model, data or settings that
-    cannot be.
+    The model runs in its own dtype, whatever the recipe trains. `adapter`: a LoRA adapter to put on it. `output`: a
+    folder that gets metrics.json, evaluation.json (the settings) and predictions.jsonl. Raises a WeightportError for a
+    model, data or settings that cannot be.
     """
     if not recipe.evaluation.metrics:
         raise RecipeError(f"The recipe {recipe.name!r} measures nothing: give --metric.")
