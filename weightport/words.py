@@ -13,7 +13,9 @@ def size(count: float) -> str:
 
 
 def samples(number: float) -> str:
-    """12 samples, 3.4 samples."""
+    """12 samples, 1 sample, 3.4 samples."""
+    if number == 1:
+        return "1 sample"
     return f"{number:,.0f} samples" if number == int(number) or number >= 100 else f"{number:.1f} samples"
 
 

@@ -65,7 +65,7 @@ def first_batch(prepared: Any) -> dict[str, Any]:
     """All four samples, as the trainer gets them."""
     loaded, samples = prepared.loaded, prepared.samples
     collator = Collator(
-        loaded.family, loaded.processor, loaded.model.config, prepared.recipe.batch, BadSamples(len(samples), 0)
+        loaded.family, loaded.processor, loaded.model.config, prepared.recipe.batch, BadSamples(samples, 0)
     )
     indexed = Indexed(samples)
     return collator([indexed[index] for index in range(4)])

@@ -18,7 +18,7 @@ from ..errors import DataError, RecipeError
 from .collation import Indexed, Questioner, Questions
 from .families.family import Family
 from .predictions import Prediction
-from .samples import Samples
+from .samples import Samples, left_to_skip
 from .settings import BatchSettings, EvaluationSettings
 
 
@@ -54,8 +54,9 @@ def answers(
 ) -> list[Prediction]:
     """What `model` generates for the samples at `indices`, in their order, in every process the same list.
 
-    `autocast`: dtype of mixed precision, None for the model's own. `skip_bad`: samples that may be left out because
-    they cannot be read. Raises DataError for one that cannot, RecipeError for generation settings that do not exist.
+    `autocast`: dtype of mixed precision, None for the model's own. `skip_bad`: samples of the data set that may be
+    left out, those that opening left out included. Raises DataError for one more that cannot be read, RecipeError for
+    generation settings that do not exist.
     """
     world = world or World()
     options = generation_options(model, settings.generation)
@@ -73,7 +74,7 @@ def answers(
             if isinstance(questions, str):
                 raise DataError(questions)
             skipped += questions.skipped
-            if len(skipped) > skip_bad:
+            if len(skipped) > left_to_skip(samples, skip_bad):
                 raise DataError(f"More than {skip_bad} samples are bad (--skip-bad {skip_bad}): {skipped[0]}")
             if questions.indices:
                 found += _answered(model, processor, family, batch, options, questions, autocast)

@@ -13,7 +13,7 @@ from PIL import Image
 from ..errors import DataError
 from .families.family import Family
 from .features.store import FeatureStore
-from .samples import Sample, Samples
+from .samples import Sample, Samples, left_to_skip
 from .settings import BatchSettings
 
 INDICES, FAILURE = "sample_indices", "failure"
@@ -41,11 +41,13 @@ class Indexed(torch.utils.data.Dataset[tuple[int, Sample | str]]):
 
 
 class BadSamples:
-    """How many samples turned out bad while training, counted across the data loader's workers."""
+    """How many samples turned out bad while training, counted across the data loader's workers. `skip_bad`: how many
+    of the data set may be, those that opening left out included."""
 
-    def __init__(self, samples: int, allowed: int) -> None:
-        self.allowed = allowed
-        self._seen = torch.zeros(samples, dtype=torch.uint8).share_memory_()
+    def __init__(self, samples: Samples, skip_bad: int) -> None:
+        self.skip_bad = skip_bad
+        self.allowed = left_to_skip(samples, skip_bad)
+        self._seen = torch.zeros(len(samples), dtype=torch.uint8).share_memory_()
 
     @property
     def count(self) -> int:
@@ -125,8 +127,8 @@ class Collator:
 
 
 def _advice(message: str, bad: BadSamples) -> str:
-    if bad.allowed:
-        return f"{message}\n  More than {bad.allowed} samples are bad (--skip-bad {bad.allowed})."
+    if bad.skip_bad:
+        return f"{message}\n  More than {bad.skip_bad} samples are bad (--skip-bad {bad.skip_bad})."
     return f"{message}\n  Mend it, or pass --skip-bad N to leave out up to N bad samples."
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from transformers import TrainingArguments, set_seed
 
 from ..errors import DataError, OutputError, RecipeError, TrainingError
+from ..words import samples as in_words
+from ..words import size
 from .answering import chosen, generation_options
 from .arguments import training_arguments
 from .collation import FAILURE, BadSamples, Collator, Indexed
@@ -92,7 +94,8 @@ def prepare(job: Job) -> Prepared:
     eval_samples = open_data(job.eval_data, recipe.data, grouped=True) if job.eval_data is not None else None
     for each in (samples, eval_samples):
         if each is not None and each.skipped:
-            notes.append(f"{len(each.skipped)} samples of {each.name} are left out: {each.skipped[0]}, …")
+            are, more = ("is", "") if len(each.skipped) == 1 else ("are", " …")
+            notes.append(f"{in_words(len(each.skipped))} of {each.name} {are} left out: {each.skipped[0]}{more}")
 
     if eval_samples is not None:
         _require_measurable(eval_samples, recipe, arguments)
@@ -184,18 +187,19 @@ def _require_space(output: Path, found: list[Share], arguments: TrainingArgument
     existing = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if needs > free:
+        checkpoints = f" with {kept} checkpoints" if kept else ""
         raise OutputError(
-            f"{existing} has {free / 1e9:.1f} GB free, and {kept} checkpoints with the result need about "
-            f"{needs / 1e9:.1f} GB. Lower training.save_total_limit, or choose another --output."
+            f"{existing} has {size(free)} free, and the result{checkpoints} needs about {size(needs)}. "
+            "Lower training.save_total_limit, or choose another --output."
         )
 
 
 def _try_one(loaded: Loaded, recipe: Recipe, samples: Samples) -> None:
     """Raises DataError or RecipeError when the first readable sample does not become a batch."""
-    bad = BadSamples(len(samples), recipe.data.skip_bad)
+    bad = BadSamples(samples, recipe.data.skip_bad)
     collator = Collator(loaded.family, loaded.processor, loaded.model.config, recipe.batch, bad)
     indexed = Indexed(samples)
-    for index in range(min(len(samples), recipe.data.skip_bad + 1)):
+    for index in range(min(len(samples), bad.allowed + 1)):
         made = collator([indexed[index]])
         if FAILURE not in made:
             return

@@ -17,6 +17,7 @@ from transformers import PrinterCallback
 
 from .. import __version__
 from ..errors import OutputError
+from ..words import samples as in_words
 from .answering import chosen
 from .collation import BadSamples, Collator, Indexed, StoredFeatures
 from .display.progress import ProgressLine
@@ -109,7 +110,7 @@ def _clear(folder: Path, kept: Path | None) -> None:
 def _train(job: Job, prepared: Prepared, *, say: Callable[[str], None], quiet: bool) -> Outcome:
     recipe, loaded, arguments = job.recipe, prepared.loaded, prepared.arguments
     family, eval_samples = loaded.family, prepared.eval_samples
-    bad = BadSamples(len(prepared.samples), recipe.data.skip_bad)
+    bad = BadSamples(prepared.samples, recipe.data.skip_bad)
 
     features = _features(job, prepared, say)
 
@@ -130,7 +131,7 @@ def _train(job: Job, prepared: Prepared, *, say: Callable[[str], None], quiet: b
             compute_loss_func=loss_with_padding if recipe.batch.count_padding and family.own_loss else None,
             callbacks=[LogBeforeSaving(), progress],
             samples=prepared.samples,
-            eval_collator=collator(BadSamples(len(eval_samples), recipe.data.skip_bad)) if eval_samples else None,
+            eval_collator=collator(BadSamples(eval_samples, recipe.data.skip_bad)) if eval_samples else None,
             measure=measuring,
             features=prepared.features,
         )
@@ -140,7 +141,8 @@ def _train(job: Job, prepared: Prepared, *, say: Callable[[str], None], quiet: b
             trainer.evaluate()
     notes = list(prepared.notes)
     if bad.count:
-        notes.append(f"{bad.count} samples were left out while training, because they could not be read")
+        were, they = ("was", "it") if bad.count == 1 else ("were", "they")
+        notes.append(f"{in_words(bad.count)} {were} left out while training, because {they} could not be read")
     return finish(job, prepared, trainer, measuring.predictions if measuring else [], notes)
 
 

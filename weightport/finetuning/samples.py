@@ -78,3 +78,8 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample: ...
+
+
+def left_to_skip(samples: Samples, skip_bad: int) -> int:
+    """How many samples may still be left out of the `skip_bad`, after those that opening left out."""
+    return max(0, skip_bad - len(samples.skipped))

@@ -17,7 +17,7 @@ from ...errors import DataError, OutputError
 from ..collation import Indexed
 from ..families.family import Family
 from ..loading import Loaded
-from ..samples import Sample, Samples
+from ..samples import Sample, Samples, left_to_skip
 from ..settings import BatchSettings, Recipe
 from .plan import FeaturePlan, computed
 from .store import FeatureStore, RecordFile, StoreWriter, locked, open_store
@@ -131,7 +131,7 @@ def _fill(
     told = begun
     for asked in loader:
         failures += len(asked.failures)
-        if failures > recipe.data.skip_bad:
+        if failures > left_to_skip(samples, recipe.data.skip_bad):
             advice = "More samples are bad" if recipe.data.skip_bad else "Mend it, or leave bad samples out"
             raise DataError(f"{asked.failures[0]}\n  {advice}: --skip-bad N allows up to N.")
         if asked.indices:

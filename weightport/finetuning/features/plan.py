@@ -20,6 +20,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ...errors import DataError, RecipeError
+from ...words import size
 from ..collation import Indexed, StoredFeatures
 from ..families.cached_part import CachedPart, Features, bypass
 from ..families.family import Family
@@ -71,7 +72,7 @@ class FeaturePlan:
         kept = "are used again" if self.filled else "are computed before the first step"
         return (
             f"features of the frozen {self.part.name} {kept}: {self.layout.records:,} × {shape} "
-            f"{str(self.layout.dtype).removeprefix('torch.')}, {_size(self.layout.nbytes)} in {self.folder}"
+            f"{str(self.layout.dtype).removeprefix('torch.')}, {size(self.layout.nbytes)} in {self.folder}"
         )
 
     def stored(self, store: FeatureStore) -> StoredFeatures:
@@ -235,7 +236,3 @@ def computed(model: Any, part: CachedPart, inputs: dict[str, torch.Tensor], argu
 def base_model(model: Any) -> Any:
     """The model itself, without peft around it."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:,.1f} MB"

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ...errors import OutputError
+from ...words import size
 
 HEADER, STATES, LENGTHS = "header.json", "states.bin", "lengths.bin"
 FORMAT = 1
@@ -168,7 +169,7 @@ def require_space(folder: Path, layout: Layout) -> None:
     free = shutil.disk_usage(existing).free
     if layout.nbytes > free:
         raise OutputError(
-            f"{existing} has {free / 1e9:.1f} GB free, and --cache-features needs {layout.nbytes / 1e9:.1f} GB there "
+            f"{existing} has {size(free)} free, and --cache-features needs {size(layout.nbytes)} there "
             f"({layout.records:,} records). Set model.feature_folder to a larger disk, or train without."
         )
 
