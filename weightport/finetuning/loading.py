@@ -119,8 +119,13 @@ def _set_config(config: Any, name: str, value: Any) -> None:
     *outer, last = name.split(".")
     for each in outer:
         config = getattr(config, each, None)
-    if config is None or last not in config.to_dict():
-        raise RecipeError(f"model.config.{name}: the model's config.json has no {name!r}.")
+    fields = config.to_dict() if config is not None else {}
+    if last not in fields:
+        near = [
+            f"model.config.{key}.{last}" for key, inner in fields.items() if isinstance(inner, dict) and last in inner
+        ]
+        hint = f" (did you mean {' or '.join(near)}?)" if near and not outer else ""
+        raise RecipeError(f"model.config.{name}: the model's config.json has no {name!r}{hint}.")
     try:
         setattr(config, last, value)
     except (TypeError, ValueError, StrictDataclassError) as error:

@@ -157,9 +157,20 @@ def qualified(key: str, place: str) -> str:
     own = [name for name in matches if name.split(".")[0] in SECTIONS]
     if len(own or matches) == 1:
         return (own or matches)[0]
+    if not matches and key in generation_settings():
+        return f"evaluation.generation.{key}"
     if matches:
         raise RecipeError(f"{place}: {key!r} may be {' or '.join(matches)}: write which.")
-    raise RecipeError(f"{place}: there is no setting {key!r}{_similar(key, known)}.")
+    every = [*known, *(f"evaluation.generation.{name}" for name in generation_settings())]
+    raise RecipeError(f"{place}: there is no setting {key!r}{_similar(key, every)}.")
+
+
+@cache
+def generation_settings() -> frozenset[str]:
+    """Names of transformers' GenerationConfig."""
+    from transformers import GenerationConfig
+
+    return frozenset(GenerationConfig().to_dict())
 
 
 @cache
@@ -282,10 +293,11 @@ def _plain(value: Any) -> Any:
 
 def _similar(name: str, known: typing.Iterable[str]) -> str:
     names = list(known)
-    close = (
-        difflib.get_close_matches(name, names, n=3)
-        or [each for each in names if difflib.SequenceMatcher(None, name, each.rpartition(".")[2]).ratio() > 0.75][:3]
-    )
+    # A shared section makes names of settings look alike that are not: their last parts decide.
+    last = name.rpartition(".")[2]
+    likeness = {each: difflib.SequenceMatcher(None, last, each.rpartition(".")[2]).ratio() for each in names}
+    likeness |= {each: 1.0 for each in names if last and last in each.rpartition(".")[2].split("_")}
+    close = sorted((each for each in names if likeness[each] > 0.7), key=lambda each: -likeness[each])[:3]
     if close:
-        return f"; did you mean {' or '.join(close)}?"
+        return f" (did you mean {' or '.join(close)}?)"
     return f" (there are {', '.join(names)})" if len(names) <= 12 else ""
