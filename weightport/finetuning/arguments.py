@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from ..errors import RecipeError
 from .resuming import CHECKPOINTS
@@ -64,7 +65,17 @@ def training_arguments(
         )
     except (TypeError, ValueError, ImportError) as error:
         raise RecipeError(f"training: {error}") from error
+    _require_reporting(arguments)
     return arguments, notes
+
+
+def _require_reporting(arguments: TrainingArguments) -> None:
+    """Raises RecipeError for a service that is not known or not installed: Trainer would notice after the start."""
+    try:
+        for callback in get_reporting_integration_callbacks(arguments.report_to):
+            callback()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise RecipeError(f"training.report_to: {error}") from error
 
 
 def loader_workers(settings: Mapping[str, Any]) -> int:
