@@ -3,6 +3,7 @@ end when a loss is no number."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,6 +36,8 @@ class PortTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        # Checkpoints within a second of each other, as small runs write them, are sorted by number: no cause to warn.
+        logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
         self._eval_collator = eval_collator
         self._samples = samples
         self._measure = measure

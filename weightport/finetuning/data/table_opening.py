@@ -5,7 +5,8 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,14 +31,29 @@ def open_table(path: str, settings: DataSettings) -> Dataset:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             return _load_saved(folder, settings)
         if files := find_parquet(path, settings):
-            return datasets.load_dataset(
-                "parquet", data_files=[glob.escape(file) for file in check_parquet(files)], split="train"
-            )
+            with _without_bars():
+                return datasets.load_dataset(
+                    "parquet", data_files=[glob.escape(file) for file in check_parquet(files)], split="train"
+                )
         if folder.exists():
             raise DataError(f"{path}: no table here. Looked for *.parquet and for a folder of datasets' save_to_disk.")
         return _load_from_hub(path, settings)
     except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
         raise _explained(path, error) from error
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No bars of `datasets`, which would stand in the output of --json and --quiet; what is here is read at once."""
+    from datasets import utils
+
+    shown = not utils.are_progress_bars_disabled()
+    utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            utils.enable_progress_bars()
 
 
 def find_parquet(path: str, settings: DataSettings) -> list[str]:
