@@ -45,6 +45,8 @@ def generate(
     from . import modeling  # noqa: F401 - registers the families that transformers lacks
 
     directory = Path(directory)
+    if (directory / "adapter_config.json").is_file():
+        raise CheckpointError(f"{directory} is an adapter: merge it first (port-merge-lora BASE {directory} OUT).")
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory} is not a model directory: it has no config.json.")
     if not (directory / "processor_config.json").is_file():

@@ -70,7 +70,7 @@ def test_a_folder_without_data_says_what_was_looked_for_and_found(tmp_path: Path
         open_data(tmp_path, PLAIN)
     for words in ("annotations.jsonl", "_annotations.coco.json", "*.parquet", "save_to_disk", "00.txt", "2 more"):
         assert words in str(raised.value)
-    with pytest.raises(DataError, match=r"Looked for _annotations\.coco\.json or another COCO file; and"):
+    with pytest.raises(DataError, match=r"Looked for _annotations\.coco\.json, .* can be given itself"):
         open_data(tmp_path, DataSettings(reader="coco"))
 
 

@@ -49,7 +49,9 @@ def refused(done: Result, status: int, *parts: str) -> None:
 USAGE = {
     "recipe": (["--recipe", "docvqua"], ["no recipe 'docvqua'", "docvqa"]),
     "recipe file": (["--recipe", "missing.yaml"], ["missing.yaml", "cannot be read"]),
-    "key": (["--set", "learning_rat=1"], ["no setting 'learning_rat'", "training.learning_rate"]),
+    "key": (["--set", "learning_rat=1"], ["no setting 'learning_rat' (did you mean training.learning_rate?)."]),
+    "part of a key": (["--set", "epochs=1"], ["no setting 'epochs'", "training.num_train_epochs"]),
+    "key of generate": (["--set", "max_new_token=1"], ["evaluation.generation.max_new_tokens"]),
     "ambiguous key": (["--set", "seed"], ["expected key=value"]),
     "our own argument": (["--set", "training.output_dir=/tmp"], ["no setting 'training.output_dir'"]),
     "number": (["--set", "learning_rate=fast"], ["training.learning_rate", "number", "'fast'"]),
@@ -65,12 +67,14 @@ USAGE = {
     "yaml": (["--set", "batch.prompt=[a"], ["no YAML"]),
     "choice": (["--set", "model.dtype=float8"], ["model.dtype", "float32"]),
     "scheduler": (["--set", "lr_scheduler_type=zigzag"], ["zigzag", "cosine"]),
+    "reporting": (["--set", "report_to=telegraph"], ["training.report_to", "telegraph"]),
     "optimizer": (["--set", "optim=magic"], ["magic"]),
     "freeze target": (["--freeze", "tower"], ["no freeze target 'tower'", "vision"]),
     "metric": (["--set", "evaluation.metrics=[bleu-5]"], ["bleu-5", "bleu-4"]),
     "generation setting": (["--set", "evaluation.generation.num_beam=3"], ["num_beam"]),
     "generation value": (["--set", "evaluation.generation.num_beams=-2"], ["num_beams"]),
     "config field": (["--set", "model.config.quux=1"], ["model.config.quux"]),
+    "config field elsewhere": (["--set", "model.config.dropout=0"], ["model.config.text_config.dropout"]),
     "config value": (["--set", "model.config.text_config.dropout=much"], ["model.config.text_config.dropout", "much"]),
     "image size": (["--set", "batch.image_size=50"], ["batch.image_size", "multiple of 32"]),
     "image too large": (["--set", "batch.image_size=99968"], ["batch.image_size", "up to"]),
@@ -234,7 +238,21 @@ def test_undecodable_picture_met_on_the_way_is_named_and_can_be_skipped(
     assert not (tmp_path / "run").exists(), "a run that could not be is left behind"
     skipping = finetune("--skip-bad", "1", *more, data=path)
     assert skipping.exit_code == 0, skipping.output
-    assert "1 samples were left out" in skipping.output or "1 sample" in skipping.output, skipping.output
+    assert "1 sample was left out" in skipping.output, skipping.output
+
+
+def test_skip_bad_counts_broken_lines_and_broken_pictures_together(
+    finetune: Callable[..., Result], tmp_path: Path
+) -> None:
+    path = draw_jsonl(tmp_path / "data")
+    with path.open("a", encoding="utf-8") as file:
+        file.write("{broken\n")
+    (tmp_path / "data" / "2.png").write_bytes(b"this is no picture")
+    refused(finetune("--skip-bad", "1", data=path), 1, "2.png", "More than 1 samples are bad (--skip-bad 1)")
+    refused(finetune("--eval-data", path, "--skip-bad", "1"), 1, "2.png", "More than 1 samples are bad")
+    kept = finetune("--eval-data", path, "--skip-bad", "2", data=path)
+    assert kept.exit_code == 0, kept.output
+    assert kept.output.count("broken JSON") == 2, "a note is not shown once a data set"
 
 
 def test_undecodable_picture_of_the_evaluation_data_is_named(finetune: Callable[..., Result], tmp_path: Path) -> None:
@@ -279,7 +297,7 @@ def test_too_little_disk_is_noticed_before_the_first_step(
     tiny("florence2")  # converted before the disk seems full
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    refused(finetune(), 1, "0.0 GB free", "--output")
+    refused(finetune(), 1, "1.0 kB free", "--output")
     assert not (tmp_path / "run").exists()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -261,4 +262,5 @@ def _show_result(lines: Lines, result: Conversion, seconds: float) -> None:
     lines.line("written", f"{size(written)} in {seconds:.1f} s")
     names = sorted(path.name for path in result.directory.iterdir())
     lines.line(f"{result.directory}/", " · ".join(names))
-    lines.line("next", f"port-parity {result.directory} --reference … · weightport generate {result.directory} IMAGE")
+    made = shlex.quote(str(result.directory))
+    lines.line("next", f"port-parity {made} --reference … · weightport generate {made} IMAGE")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UsageError
-from ..words import count
+from ..words import count, samples
 from .display import Lines
 from .running import INTERRUPTED, Terminated, command_body, fail, json_option, quiet_option, uncollected
 
@@ -112,8 +112,11 @@ def port_finetune(
     )
     lines = Lines(quiet=quiet or as_json)
 
+    told: set[str] = set()
+
     def announce(prepared: Prepared) -> None:
         _show_start(lines, job, prepared)
+        told.update(prepared.notes)
 
     try:
         outcome = finetune(job, announce=announce, say=lambda line: lines.line("", line), quiet=quiet or as_json)
@@ -133,7 +136,8 @@ def port_finetune(
     for name, value in outcome.metrics.items():
         lines.line("measured", f"{name} {value:.4g}")
     for note in outcome.notes:
-        lines.line("note", note)
+        if note not in told:
+            lines.line("note", note)
     lines.line(f"{outcome.directory}/", " · ".join(sorted(path.name for path in outcome.directory.iterdir())))
     lines.line("report", str(outcome.report))
     lines.line("next", _next(model, outcome.directory))
@@ -168,10 +172,11 @@ def _show_start(lines: Lines, job: Job, prepared: Prepared) -> None:
     arguments = prepared.arguments
     batch = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
     evaluated = f" · measured on {len(prepared.eval_samples)}" if prepared.eval_samples is not None else ""
-    lines.line("data", f"{len(prepared.samples)} samples{evaluated}")
+    lines.line("data", f"{samples(len(prepared.samples))}{evaluated}")
     lines.line(
         "steps",
-        f"{batch} samples each · learning rate {arguments.learning_rate:g} · {arguments.num_train_epochs:g} epochs"
+        f"{batch} samples each · learning rate {arguments.learning_rate:g} · {arguments.num_train_epochs:g} epoch"
+        + ("s" if arguments.num_train_epochs != 1 else "")
         + (f" · resumed from {prepared.checkpoint.name}" if prepared.checkpoint else ""),
     )
     for note in prepared.notes:
@@ -179,9 +184,10 @@ def _show_start(lines: Lines, job: Job, prepared: Prepared) -> None:
 
 
 def _next(model: Path, directory: Path) -> str:
+    made = shlex.quote(str(directory))
     if directory.name == "adapter":
-        return f"port-merge-lora {model} {directory} MERGED"
-    return f"weightport generate {directory} IMAGE · port-release {directory} --repo ORG/NAME --dry-run"
+        return f"port-merge-lora {shlex.quote(str(model))} {made} MERGED"
+    return f"weightport generate {made} IMAGE · port-release {made} --repo ORG/NAME --dry-run"
 
 
 def _stopped(output: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -141,7 +142,8 @@ def port_merge_lora(
             click.echo(json.dumps({"directory": str(result.directory), **result.record}, ensure_ascii=False))
             return
         lines.line(f"{out}/", " · ".join(sorted(path.name for path in out.iterdir())))
-        lines.line("next", f"weightport generate {out} IMAGE · port-release {out} --repo ORG/NAME --dry-run")
+        made = shlex.quote(str(out))
+        lines.line("next", f"weightport generate {made} IMAGE · port-release {made} --repo ORG/NAME --dry-run")
 
 
 def _show_plan(lines: Lines, base: Path, adapters: tuple[tuple[Path, float], ...], plan: MergePlan) -> None:
@@ -219,4 +221,4 @@ def extract_lora_command(
     worst_kept = largest_loss(result)
     if worst_kept is not None:
         lines.line("least", f"{worst_kept[0]}: {worst_kept[1]:.1%}")
-    lines.line("next", f"port-merge-lora {base} {out} MERGED")
+    lines.line("next", f"port-merge-lora {shlex.quote(str(base))} {shlex.quote(str(out))} MERGED")

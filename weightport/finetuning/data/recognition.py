@@ -26,7 +26,7 @@ FOLDER_PATTERNS = (
     ("jsonl", "annotations.jsonl", "annotations.jsonl or another *.jsonl"),
     ("jsonl", "metadata.jsonl", ""),
     ("jsonl", "*.jsonl", ""),
-    ("coco", "_annotations.coco.json", "_annotations.coco.json or another COCO file"),
+    ("coco", "_annotations.coco.json", "_annotations.coco.json, annotations.json or instances_*.json"),
     ("coco", "*.coco.json", ""),
     ("coco", "annotations.json", ""),
     ("coco", "instances_*.json", ""),
@@ -120,7 +120,7 @@ def _in_folder_or_splits(folder: Path, settings: DataSettings) -> Layout:
     more = f" and {len(inside) - 10} more" if len(inside) > 10 else ""
     raise DataError(
         f"{folder}: no data set found here. Looked for {'; '.join(looked)}; and for these in folders train, valid, "
-        f"test. Found: {', '.join(inside[:10]) or 'nothing'}{more}."
+        f"test. Found: {', '.join(inside[:10]) or 'nothing'}{more}. A file of another name can be given itself."
     )
 
 
