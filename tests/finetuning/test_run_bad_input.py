@@ -359,3 +359,10 @@ def test_best_model_without_evaluation_data_is_said_to_be_impossible(finetune: C
     done = finetune("--set", "load_best_model_at_end=true", "--set", "eval_strategy=epoch")
     assert done.exit_code == 0, done.output
     assert "load_best_model_at_end is off" in " ".join(done.output.split())
+
+
+def test_warm_up_longer_than_the_run_is_noted(finetune: Callable[..., Result]) -> None:
+    done = finetune("--set", "warmup_steps=3000")
+    assert done.exit_code == 0, done.output
+    assert "3 of 3,000 warm-up steps" in done.output
+    assert "warm-up" not in finetune("--set", "warmup_steps=2", "--overwrite").output

@@ -15,7 +15,9 @@ from .running import command_body, json_option, quiet_option, uncollected
 
 @click.command("evaluate")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--data", required=True, help="Data to measure on: a file, a folder or a Hub data set.")
+@click.option(
+    "--data", required=True, metavar="PATH[:SPLIT]", help="Data to measure on: a file, a folder or a Hub data set."
+)
 @click.option(
     "--metric",
     "metrics",
@@ -36,7 +38,7 @@ from .running import command_body, json_option, quiet_option, uncollected
     "--output",
     "-o",
     type=click.Path(path_type=Path),
-    help="Folder for metrics.json and predictions.jsonl; by default nothing is written.",
+    help="Folder for metrics.json, evaluation.json and predictions.jsonl; by default nothing is written.",
 )
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting of the recipe.")
 @click.option("--skip-bad", type=click.IntRange(min=0), metavar="N", help="Leave out up to N samples that are broken.")

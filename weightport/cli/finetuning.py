@@ -26,9 +26,16 @@ DEFAULT_RECIPE = "default"
 @click.command("port-finetune", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
-    "--data", required=True, help="Training data: a file, a folder or a Hub data set; see docs/finetuning.md."
+    "--data",
+    required=True,
+    metavar="PATH[:SPLIT]",
+    help="Training data: a file, a folder or a Hub data set; see docs/finetuning.md.",
 )
-@click.option("--eval-data", help="Data to measure on, in the same layout. Without it nothing is measured.")
+@click.option(
+    "--eval-data",
+    metavar="PATH[:SPLIT]",
+    help="Data to measure on, in the same layout. Without it nothing is measured.",
+)
 @click.option(
     "--output", "-o", required=True, type=click.Path(path_type=Path), help="Folder of the run: checkpoints and result."
 )
@@ -55,8 +62,8 @@ DEFAULT_RECIPE = "default"
     "assignments",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Any setting of the recipe, of transformers' TrainingArguments or of peft's LoraConfig: learning_rate=1e-5. "
-    "Repeatable.",
+    help="Any setting of the recipe, of transformers' TrainingArguments and GenerationConfig, or of peft's "
+    "LoraConfig: learning_rate=1e-5. Repeatable.",
 )
 @click.option("--as-published", is_flag=True, help="Do as the recipe's guide does, mistakes included, and say which.")
 @click.option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,6 +77,14 @@ def _require_reporting(arguments: TrainingArguments) -> None:
             callback()
     except (ValueError, RuntimeError, ImportError) as error:
         raise RecipeError(f"training.report_to: {error}") from error
+
+
+def planned_steps(arguments: TrainingArguments, samples: int) -> int:
+    """Optimizer steps of a run over a data set of `samples`, as Trainer counts them."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    batches = math.ceil(samples / (arguments.train_batch_size * arguments.world_size))
+    return math.ceil(arguments.num_train_epochs * math.ceil(batches / arguments.gradient_accumulation_steps))
 
 
 def loader_workers(settings: Mapping[str, Any]) -> int:

@@ -12,7 +12,7 @@ from ..errors import DataError, OutputError, RecipeError, TrainingError
 from ..words import samples as in_words
 from ..words import size
 from .answering import chosen, generation_options
-from .arguments import training_arguments
+from .arguments import planned_steps, training_arguments
 from .collation import FAILURE, BadSamples, Collator, Indexed
 from .data import open_data
 from .families.family import Family
@@ -96,7 +96,12 @@ def prepare(job: Job) -> Prepared:
         if each is not None and each.skipped:
             are, more = ("is", "") if len(each.skipped) == 1 else ("are", " …")
             notes.append(f"{in_words(len(each.skipped))} of {each.name} {are} left out: {each.skipped[0]}{more}")
-
+    steps = planned_steps(arguments, len(samples))
+    if (warm_up := arguments.get_warmup_steps(steps)) > steps:
+        notes.append(
+            f"the run ends after {steps:,} of {warm_up:,} warm-up steps, before the learning rate is reached: lower "
+            "training.warmup_steps, as 0.05 for a share of the steps"
+        )
     if eval_samples is not None:
         _require_measurable(eval_samples, recipe, arguments)
 
