@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,6 +96,18 @@ def test_resuming_with_another_setting_is_refused_by_name(
             more={**SHORT, "training.learning_rate": 0.5},
         )  # fmt: skip
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+def test_resuming_on_other_data_is_refused_and_on_moved_data_is_noted(
+    tiny: Callable[[str], Path], pairs: Path, tmp_path: Path
+) -> None:
+    run(tiny("florence2"), "docvqa", pairs, tmp_path / "run", more=SHORT)
+    moved = Path(shutil.copytree(pairs.parent, tmp_path / "moved")) / pairs.name
+    resumed = run(tiny("florence2"), "docvqa", moved, tmp_path / "run", resume=True, more=SHORT)
+    assert any(f"was started with data {pairs}, and goes on with {moved}" in note for note in resumed.notes)
+    moved.write_text("".join(moved.read_text("utf-8").splitlines(keepends=True)[:3]), encoding="utf-8")
+    with pytest.raises(TrainingError, match=r"was started on 4 samples .* there are 3 now"):
+        run(tiny("florence2"), "docvqa", moved, tmp_path / "run", resume=True, more=SHORT)
 
 
 def test_resuming_what_is_no_run_is_refused(tiny: Callable[[str], Path], pairs: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainingArguments, set_seed
 
@@ -24,7 +25,7 @@ from .lora import with_lora
 from .metrics import metric_named, score_all
 from .predictions import Prediction
 from .recipe import for_family
-from .resuming import RECIPE, last_checkpoint, require_same
+from .resuming import RECIPE, changed_inputs, last_checkpoint, require_same
 from .samples import Samples
 from .settings import Recipe
 
@@ -46,6 +47,10 @@ class Job:
     explicit: frozenset[str] = frozenset()
     command: str = ""
     mistakes: tuple[str, ...] = ()
+
+    def inputs(self, samples: Samples) -> dict[str, Any]:
+        """What it is trained on, for the records of --resume."""
+        return {"model": str(self.model.resolve()), "data": samples.name, "samples": len(samples)}
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,8 @@ def prepare(job: Job) -> Prepared:
         if each is not None and each.skipped:
             are, more = ("is", "") if len(each.skipped) == 1 else ("are", " …")
             notes.append(f"{in_words(len(each.skipped))} of {each.name} {are} left out: {each.skipped[0]}{more}")
+    if checkpoint is not None:
+        notes += changed_inputs(job.output, job.inputs(samples))
     steps = planned_steps(arguments, len(samples))
     if (warm_up := arguments.get_warmup_steps(steps)) > steps:
         notes.append(

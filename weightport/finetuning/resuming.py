@@ -12,7 +12,7 @@ from ..errors import TrainingError
 from .recipe import parse_recipe, plain
 from .settings import Recipe
 
-RECIPE, CHECKPOINTS = "recipe.yaml", "checkpoints"
+RECIPE, CHECKPOINTS, INPUTS = "recipe.yaml", "checkpoints", "inputs.json"
 
 
 def last_checkpoint(run: Path) -> Path | None:
@@ -49,6 +49,32 @@ def require_same(run: Path, recipe: Recipe) -> None:
             f"{run} was started with other settings:\n      " + "\n      ".join(different[:12]) + "\n"
             f"  Resume with the same (--recipe {path}), or start another run."
         )
+
+
+def write_inputs(run: Path, inputs: Mapping[str, Any]) -> None:
+    """Keep what a run is trained on, for `changed_inputs`."""
+    path = run / CHECKPOINTS / INPUTS
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(inputs, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def changed_inputs(run: Path, inputs: Mapping[str, Any]) -> list[str]:
+    """Notes on what is elsewhere now than when the run was started: data and models may have been moved. Raises
+    TrainingError when the data have another number of samples, whose order would be another."""
+    try:
+        before = json.loads((run / CHECKPOINTS / INPUTS).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{run} cannot be resumed: {run / CHECKPOINTS / INPUTS} is not whole: {error}.") from error
+    if before["samples"] != inputs["samples"]:
+        raise TrainingError(
+            f"{run} was started on {before['samples']:,} samples ({before['data']}), and there are "
+            f"{inputs['samples']:,} now ({inputs['data']}). Resume with the same data, or start another run."
+        )
+    return [
+        f"the run was started with {name} {before[name]}, and goes on with {inputs[name]}"
+        for name in ("model", "data")
+        if before[name] != inputs[name]
+    ]
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

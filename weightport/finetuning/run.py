@@ -26,7 +26,7 @@ from .measuring import Measuring
 from .preparing import Job, Prepared, prepare
 from .recipe import as_yaml
 from .results import Outcome, finish
-from .resuming import RECIPE, last_checkpoint
+from .resuming import RECIPE, last_checkpoint, write_inputs
 from .samples import Samples
 from .settings import Recipe
 from .trainer import LogBeforeSaving, PortTrainer, loss_with_padding
@@ -50,7 +50,7 @@ def finetune(
     PartialState().wait_for_everyone()
     if main:
         announce(prepared)
-        _begin(job, prepared.features.folder if prepared.features is not None else None)
+        _begin(job, prepared)
     PartialState().wait_for_everyone()
     try:
         with _full_disk_named(job.output):
@@ -81,16 +81,19 @@ _SIGNS_OF_A_FULL_DISK = ("No space left on device", "PytorchStreamWriter failed"
 """safetensors and torch.save say so in words only."""
 
 
-def _begin(job: Job, kept: Path | None) -> None:
-    """Make the run's folder, with the recipe that gives the run again; `kept` is what stays of a run before it."""
+def _begin(job: Job, prepared: Prepared) -> None:
+    """Make the run's folder, with the recipe that gives the run again; features of a run before it stay if they are
+    used again."""
     if job.resume:
         return
+    kept = prepared.features.folder if prepared.features is not None else None
     try:
         _clear(job.output, kept)
         job.output.mkdir(parents=True, exist_ok=True)
         comments = [f"Fine-tuned by weightport {__version__}. The same run again:"]
         comments.append(f"{job.command}  (--recipe with this file in place of the settings)")
         (job.output / RECIPE).write_text(as_yaml(job.recipe, comments), encoding="utf-8")
+        write_inputs(job.output, job.inputs(prepared.samples))
     except OSError as error:
         raise OutputError(f"{job.output} cannot be written: {error}.") from error
 

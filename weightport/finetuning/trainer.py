@@ -57,6 +57,12 @@ class PortTrainer(Trainer):
             return placed
         return self._features.feed(placed, placed.pop(FEATURES), placed.pop(FEATURE_LENGTHS))
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # A checkpoint holds a tied matrix once: the names that share it are not missing.
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result)
+
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
