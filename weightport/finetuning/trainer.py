@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from ..errors import DataError, TrainingError
 from .collation import FAILURE, FEATURE_LENGTHS, FEATURES, INDICES, Collator
 from .features.plan import FeaturePlan
 from .samples import Samples
+
+IGNORED = -100
+"""The label that no loss counts."""
 
 
 class PortTrainer(Trainer):
@@ -42,6 +46,7 @@ class PortTrainer(Trainer):
         self._samples = samples
         self._measure = measure
         self._features = features
+        self._evaluated = -1
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         collator = self.data_collator
@@ -79,7 +84,15 @@ class PortTrainer(Trainer):
         return loss
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        _indices(inputs)
+        indices = _indices(inputs)
+        # Several processes get batches of one size, the last ones filled with samples from the beginning: these have
+        # been counted. A batch of nothing else is left as it is: Trainer drops its loss.
+        highest = list(accumulate((self._evaluated, *indices), max))
+        new = torch.tensor([after > before for before, after in pairwise(highest)])
+        self._evaluated = highest[-1]
+        if new.any() and not new.all():
+            labels = inputs["labels"]
+            inputs["labels"] = labels.masked_fill(~new.to(labels.device)[:, None], IGNORED)
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def evaluation_loop(
@@ -90,7 +103,16 @@ class PortTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        self._evaluated = -1
+        shared = self.args.average_tokens_across_devices
+        # A step's loss is divided by the tokens of all processes; here some of these tokens are not counted.
+        self.args.average_tokens_across_devices = False
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        finally:
+            self.args.average_tokens_across_devices = shared
         if self._measure is not None and output.metrics is not None:
             found = self._measure(self.accelerator.unwrap_model(self.model), self.state.global_step)
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
