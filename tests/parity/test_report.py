@@ -13,6 +13,7 @@ from rich.console import Console
 from weightport.checkpoints.types import TensorRef
 from weightport.parity import Expected, Selection, Verdict, check_parity, render
 from weightport.parity.compare import Place, compare, compare_generation
+from weightport.parity.families.ofa import OFA
 from weightport.parity.noise import KINK, Noise
 from weightport.parity.seams import Observed, observe
 
@@ -75,7 +76,7 @@ def test_json_holds_what_the_table_is_made_of(report) -> None:
     row = next(each for each in data["comparisons"] if each["seam"] == "logits")
     assert row["largest"] <= row["allowed"] and row["agreement"] == 1.0
     assert all(
-        each["relative_allowed"] <= NOISE.limit * (1 + 1e-9)
+        each["relative_allowed"] <= OFA.noise.limit * (1 + 1e-9)
         for each in data["comparisons"]
         if each["against"] == "float64" and each["allowed"] and not each["seam"].startswith("grad")
     )
