@@ -187,7 +187,7 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no tokenizer": (no_tokenizer, "tokenizer"),
     "adapter": (an_adapter, "port-merge-lora"),
     "no weights": (no_weights, "model.safetensors"),
-    "half the weights": (half_the_weights, "cannot be loaded"),
+    "half the weights": (half_the_weights, "truncated or damaged; fetch it again"),
     "missing tensor": (missing_tensor, "decoder.layers.0"),
 }
 

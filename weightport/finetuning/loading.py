@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from ..checkpoints import open_checkpoint
 from ..checkpoints.sharded import read_json
 from ..errors import CheckpointError, RecipeError, TrainingError
 from .families import FAMILIES
@@ -99,6 +100,8 @@ def load_model(
     if settings.method == "qlora":
         options |= {"quantization_config": four_bits(settings), "device_map": {"": device}}
     logging.disable_progress_bar()
+    # Our reader says what is wrong with a damaged file, and what to do.
+    open_checkpoint(directory)
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(directory, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

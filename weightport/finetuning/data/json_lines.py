@@ -7,19 +7,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ...errors import DataError
+from ..samples import Picture
 from .columns import answers_of, find_columns, parse_object, question_of, value_of
-from .entries import Entry
 from .faults import Faults
 from .files import Line, PinnedFile, index_lines
 from .hashing import fingerprint_of, key_of
 from .image_folder import ImageFolder, find_image_folder
+from .line_rows import LineRows
 from .settings import DataSettings
 
 
-class JsonLines:
+class JsonLines(LineRows):
     """A JSONL file and its image folder. `suffix` is a text or a list of accepted texts; `prefix` may be left out.
 
     Opening reads the file once and checks every line and that its image exists; no picture is decoded.
@@ -37,7 +36,7 @@ class JsonLines:
         images_seen = hashlib.blake2b()
 
         def examine(line: Line) -> tuple[int, int]:
-            place = self._place(line)
+            place = self.place_of(line)
             row = parse_object(line.content, place)
             image = value_of(row, self.columns.image, place)
             question = question_of(row, self.columns.prefix, place)
@@ -50,27 +49,8 @@ class JsonLines:
         self.skipped = tuple(faults.skipped)
         self.fingerprint = fingerprint_of(["jsonl", file.identity, asdict(settings), images_seen.hexdigest()])
 
-    @property
-    def answer_counts(self) -> np.ndarray:
-        return self.index.counts
-
-    @property
-    def question_keys(self) -> np.ndarray:
-        return self.index.keys
-
-    def entry(self, row: int) -> Entry:
-        line = self.index.line(row)
-        place = self._place(line)
-        found = parse_object(line.content, place)
-        return Entry(
-            place,
-            self.images.picture(value_of(found, self.columns.image, place), place),
-            question_of(found, self.columns.prefix, place),
-            answers_of(found, self.columns.suffix, place),
-        )
-
-    def _place(self, line: Line) -> str:
-        return f"{self.name}, line {line.number}"
+    def picture(self, found: dict[str, Any], place: str) -> Picture:
+        return self.images.picture(value_of(found, self.columns.image, place), place)
 
 
 def first_object(file: PinnedFile) -> dict[str, Any]:

@@ -6,16 +6,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ...errors import DataError
+from ..samples import Picture
 from .columns import Columns, answers_of, check_letters, kind_of, parse_object, question_of, value_of
-from .entries import Entry
 from .faults import Faults
-from .files import Line, LineIndex, PinnedFile, index_lines
+from .files import Line, PinnedFile, index_lines
 from .hashing import fingerprint_of, key_of
 from .image_folder import find_companion
 from .image_table import ImageTable
+from .line_rows import LineRows
 from .settings import DataSettings
 from .splits import split_named
 
@@ -24,7 +23,7 @@ SUFFIXES = ("", "_imgs", "_images", "_img")
 """What the image table of `train.jsonl` is called: train.tsv, train_imgs.tsv, …"""
 
 
-class MugeCaptions:
+class MugeCaptions(LineRows):
     """Captions and the table with their images. For training, every pair of an image and a caption is a sample.
 
     Opening reads both files once, checks every line and that its image is in the table; no image is decoded.
@@ -42,37 +41,21 @@ class MugeCaptions:
         self.images = ImageTable(find_image_table(path, settings.images), faults)
 
         def examine(line: Line) -> tuple[int, int]:
-            place = self._place(line)
+            place = self.place_of(line)
             found = parse_object(line.content, place)
             question = question_of(found, self.columns.prefix, place)
             answers = answers_of(found, self.columns.suffix, place)
             _, name = self._image_row(found, place)
             return len(answers), key_of(name.encode(), question.encode())
 
-        self.index: LineIndex = index_lines(captions, examine, faults)
+        self.index = index_lines(captions, examine, faults)
         self.skipped = tuple(faults.skipped)
         self.fingerprint = fingerprint_of(
             ["muge", captions.identity, self.images.index.file.identity, asdict(settings)]
         )
 
-    @property
-    def answer_counts(self) -> np.ndarray:
-        return self.index.counts
-
-    @property
-    def question_keys(self) -> np.ndarray:
-        return self.index.keys
-
-    def entry(self, row: int) -> Entry:
-        line = self.index.line(row)
-        place = self._place(line)
-        found = parse_object(line.content, place)
-        return Entry(
-            place,
-            self.images.picture(*self._image_row(found, place)),
-            question_of(found, self.columns.prefix, place),
-            answers_of(found, self.columns.suffix, place),
-        )
+    def picture(self, found: dict[str, Any], place: str) -> Picture:
+        return self.images.picture(*self._image_row(found, place))
 
     def _image_row(self, found: dict[str, Any], place: str) -> tuple[int, str]:
         name = image_id(value_of(found, self.columns.image, place), place)
@@ -80,9 +63,6 @@ class MugeCaptions:
         if row is None:
             raise DataError(f"{place}: the image id {name} is not in {self.images.path}.")
         return row, name
-
-    def _place(self, line: Line) -> str:
-        return f"{self.name}, line {line.number}"
 
 
 def image_id(value: Any, place: str) -> str:
