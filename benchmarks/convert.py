@@ -31,10 +31,10 @@ def write_checkpoint(path: Path, layers: int) -> int:
     import torch
 
     from weightport.checkpoints import Checkpoint, TensorRef
-    from weightport.checkpoints.torch_archive import StreamedTensor, write_torch_archive
     from weightport.converters.export import original_tensors
-    from weightport.converters.families import FAMILIES
+    from weightport.families import FAMILIES
     from weightport.modeling.ofa.configuration_ofa import OFAConfig
+    from weightport.writing.torch_archive import StreamedTensor, write_torch_archive
 
     family = FAMILIES["ofa"]
     config = OFAConfig(
@@ -94,7 +94,7 @@ def straightforward(source: Path, out: Path) -> None:
     """The way of the scripts in issue threads: everything in memory, twice."""
     import torch
 
-    from weightport.converters.families.ofa.rules import fairseq_rules
+    from weightport.families.ofa.rules import fairseq_rules
     from weightport.modeling.ofa.configuration_ofa import OFAConfig
     from weightport.modeling.ofa.modeling_ofa import OFAForConditionalGeneration
 

@@ -195,8 +195,8 @@ def _by_hand(
     from transformers import AutoModelForImageTextToText
     from transformers.utils import logging
 
-    from weightport.finetuning.loading import family_of, load_processor
-    from weightport.finetuning.settings import BatchSettings
+    from weightport.finetuning.recipes.settings import BatchSettings
+    from weightport.finetuning.setup.model_loading import family_of, load_processor
 
     family = family_of(folder / "model")
     processor = load_processor(folder / "model", family, BatchSettings(image_size=size.pixels))
@@ -211,10 +211,10 @@ def _by_hand(
 def _by_weightport(
     workload: Workload, size: Size, folder: Path, data: Path, trainer: str, gpu: bool, steps: int
 ) -> tuple[list[float], float]:
-    from weightport.finetuning import run as running
-    from weightport.finetuning.preparing import Job
-    from weightport.finetuning.recipe import for_family, load_recipe, with_settings
-    from weightport.finetuning.trainer import PortTrainer
+    from weightport.finetuning.recipes.recipe import for_family, load_recipe, with_settings
+    from weightport.finetuning.setup.preparing import Job
+    from weightport.finetuning.training import run as running
+    from weightport.finetuning.training.trainer import PortTrainer
 
     settings = {
         "batch.image_size": size.pixels, "model.freeze": list(workload.freeze),

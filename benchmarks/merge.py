@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 from processes import Timing, timed
 
-from weightport.converters.hashed_file import HashedFile
 from weightport.converters.plan import TensorSpec
-from weightport.converters.writing import as_bytes, safetensors_header
+from weightport.writing.hashed_file import HashedFile
+from weightport.writing.safetensors_shards import as_bytes, safetensors_header
 
 HIDDEN, INNER, VOCABULARY, RANK = 2048, 5504, 32000, 16
 LINEAR = {

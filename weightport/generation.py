@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from .errors import CheckpointError, UsageError
+from weightport.errors import CheckpointError, UsageError
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def generate(
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
 
-    from . import modeling  # noqa: F401 - registers the families that transformers lacks
+    from weightport import modeling  # noqa: F401 - registers the families that transformers lacks
 
     directory = Path(directory)
     if (directory / "adapter_config.json").is_file():

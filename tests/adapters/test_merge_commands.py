@@ -100,7 +100,7 @@ def test_merge_that_is_not_base_with_adapter_is_refused(
     ofa: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A planted mistake: the scaling is twice what it should be while weights are written, and right when checked."""
-    from weightport.converters.lora_settings import LoraSettings
+    from weightport.adapters.lora_settings import LoraSettings
 
     right = LoraSettings.scaling
     monkeypatch.setattr(LoraSettings, "scaling", lambda self, module: 2 * right(self, module))
@@ -112,7 +112,7 @@ def test_merge_that_is_not_base_with_adapter_is_refused(
 def test_small_mistake_that_outputs_hardly_show_is_seen_in_the_weights(
     ofa: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from weightport.converters.lora_settings import LoraSettings
+    from weightport.adapters.lora_settings import LoraSettings
 
     right = LoraSettings.scaling
     monkeypatch.setattr(LoraSettings, "scaling", lambda self, module: (1 + 1e-4) * right(self, module))

@@ -26,7 +26,6 @@ from tiny_models import applied, load, logits, write_adapter, write_base
 from weightport.adapters.base_record import record_base
 from weightport.adapters.merge_plan import MergePlan
 from weightport.adapters.merging import MergeOptions, Written, merge_lora
-from weightport.converters.writing import HashedFile
 from weightport.errors import (
     AdapterError,
     CheckpointError,
@@ -36,6 +35,7 @@ from weightport.errors import (
     UsageError,
     WeightportError,
 )
+from weightport.writing.safetensors_shards import HashedFile
 
 Q = "model.layers.0.self_attn.q_proj"
 

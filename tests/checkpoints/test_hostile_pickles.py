@@ -20,7 +20,7 @@ import torch
 from checkpoint_bytes import Call, foreign_classes, pickled, storage_id, tensor, write_archive
 
 from weightport.checkpoints import Record, Symbol, open_checkpoint, plain
-from weightport.checkpoints.pickles import unpickle
+from weightport.checkpoints.pickle.reader import unpickle
 from weightport.errors import CheckpointError, UnsafeCheckpointError, WeightportError
 
 

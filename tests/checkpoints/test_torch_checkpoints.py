@@ -15,9 +15,10 @@ import pytest
 import torch
 from checkpoint_bytes import StorageId, storage_id, tensor, write_archive
 
-from weightport.checkpoints import Record, TensorRef, mapped, open_checkpoint
-from weightport.checkpoints.mapped import MappedFile, Span
-from weightport.checkpoints.tensors import Storage, StorageView, rebuild_tensor
+from weightport.checkpoints import Record, TensorRef, open_checkpoint
+from weightport.checkpoints import mapped_file as mapped
+from weightport.checkpoints.mapped_file import MappedFile, Span
+from weightport.checkpoints.pickle.torch_tensors import Storage, StorageView, rebuild_tensor
 from weightport.errors import CheckpointError, UnsafeCheckpointError
 
 FORMATS = pytest.mark.parametrize("form", ["torch-zip", "torch-legacy"])

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from weightport.converters import writing
+from weightport.writing import safetensors_shards as writing
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ import random
 
 import pytest
 
-from weightport.converters import hashed_file
-from weightport.converters.hashed_file import HashedFile
+from weightport.writing import hashed_file
+from weightport.writing.hashed_file import HashedFile
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import textwrap
 
 import pytest
 
-from weightport.converters import output
-from weightport.converters.output import whole_directory, whole_file
 from weightport.errors import OutputError
+from weightport.writing import whole_output as output
+from weightport.writing.whole_output import whole_directory, whole_file
 
 
 def test_a_directory_appears_only_when_the_block_ends_well(tmp_path):

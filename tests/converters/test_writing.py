@@ -13,12 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from weightport.checkpoints import TensorRef
-from weightport.converters import writing
 from weightport.converters.native import NativeTensors
 from weightport.converters.plan import plan
 from weightport.converters.rules import move, permute, split, table, tie
-from weightport.converters.writing import lay_out, write_shards
 from weightport.errors import CoverageError, NonFiniteError
+from weightport.writing import safetensors_shards as writing
+from weightport.writing.safetensors_shards import lay_out, write_shards
 
 
 def refs(tensors: dict[str, torch.Tensor]) -> dict[str, TensorRef]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from weightport.finetuning.predictions import Prediction
-from weightport.finetuning.samples import Objects
+from weightport.finetuning.data.samples import Objects
+from weightport.finetuning.evaluation.predictions import Prediction
 
 Boxes = Sequence[tuple[str, tuple[float, float, float, float]]]
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from weightport.errors import DataError
 from weightport.finetuning.data import DataSettings, open_data
-from weightport.finetuning.samples import Sample
+from weightport.finetuning.data.samples import Sample
 
 PLAIN = DataSettings()
 

@@ -14,7 +14,7 @@ from drawn_data import draw_jsonl
 from tiny_runs import RECIPES, assigned, run
 
 from weightport import cli
-from weightport.finetuning.recipe import parse_recipe, plain, shipped_recipes
+from weightport.finetuning.recipes.recipe import parse_recipe, plain, shipped_recipes
 
 STEPS = {
     "training.learning_rate": 5e-3,

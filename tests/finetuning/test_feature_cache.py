@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import FIXED_RATE, assigned, job_of, losses, run, still
 
 from weightport.errors import DataError, OutputError, RecipeError
-from weightport.finetuning.collation import FEATURE_LENGTHS, FEATURES
+from weightport.finetuning.data.collation import FEATURE_LENGTHS, FEATURES
+from weightport.finetuning.data.samples import Picture
 from weightport.finetuning.families import FAMILIES
 from weightport.finetuning.features.store import STATES, FeatureStore, Layout, RecordFile, StoreWriter, open_store
-from weightport.finetuning.preparing import prepare
-from weightport.finetuning.samples import Picture
-from weightport.finetuning.trainer import PortTrainer
+from weightport.finetuning.setup.preparing import prepare
+from weightport.finetuning.training.trainer import PortTrainer
 
 FAST = {
     "training.num_train_epochs": 2,
@@ -252,7 +252,7 @@ def test_too_little_disk_is_said_before_the_run(
 ) -> None:
     usage = namedtuple("usage", "free")
     monkeypatch.setattr("weightport.finetuning.features.store.shutil.disk_usage", lambda path: usage(100))
-    monkeypatch.setattr("weightport.finetuning.preparing._require_space", lambda *given: None)
+    monkeypatch.setattr("weightport.finetuning.setup.preparing._require_space", lambda *given: None)
     with pytest.raises(OutputError, match=r"--cache-features needs .* model\.feature_folder"):
         trained(tiny("florence2"), questions, tmp_path / "run", cache=True, model__freeze=["vision"])
 
@@ -274,7 +274,7 @@ def test_a_sample_without_a_picture_is_refused_by_name(
     tiny: Callable[[str], Path], questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from weightport.finetuning.data.entries import EntrySamples
-    from weightport.finetuning.samples import Sample
+    from weightport.finetuning.data.samples import Sample
 
     bare = Sample("text.jsonl, line 5", None, "why?", "because", ("because",))
     original = EntrySamples.__getitem__

@@ -14,9 +14,9 @@ from torch import nn
 
 from weightport.errors import RecipeError, TrainingError
 from weightport.finetuning.families import FAMILIES
-from weightport.finetuning.freezing import freeze, frozen_parts, shares
-from weightport.finetuning.loading import load_model
-from weightport.finetuning.settings import ModelSettings
+from weightport.finetuning.recipes.settings import ModelSettings
+from weightport.finetuning.setup.freezing import freeze, frozen_parts, shares
+from weightport.finetuning.setup.model_loading import load_model
 
 STEPS = {
     "training.learning_rate": 1e-2,

@@ -99,7 +99,7 @@ def test_the_table_loads_without_the_libraries_of_the_finetune_extra():
         "import sys\n"
         f"for name in {libraries}: sys.modules[name] = None\n"
         "from weightport.finetuning.metrics import score_all\n"
-        "from weightport.finetuning.predictions import Prediction\n"
+        "from weightport.finetuning.evaluation.predictions import Prediction\n"
         "answer = [Prediction(0, 'p', 'k', '', 'yes', ('yes',))]\n"
         "assert score_all(['exact-match'], answer) == {'exact-match': 1.0}\n"
         "from weightport.errors import UsageError\n"

@@ -13,12 +13,12 @@ from rich.cells import cell_len
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
+from weightport.finetuning.data.samples import Objects
 from weightport.finetuning.display import pace, progress
 from weightport.finetuning.display.pace import Clock, Pace
 from weightport.finetuning.display.previews import described, preview_lines, show_previews, spread
 from weightport.finetuning.display.progress import ProgressLine
-from weightport.finetuning.predictions import Prediction
-from weightport.finetuning.samples import Objects
+from weightport.finetuning.evaluation.predictions import Prediction
 
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
 

@@ -13,9 +13,9 @@ from tiny_runs import RECIPES, assigned, job_of, losses, run, still
 
 from weightport import cli
 from weightport.errors import RecipeError
-from weightport.finetuning.collation import INDICES, BadSamples, Collator, Indexed
-from weightport.finetuning.preparing import prepare
-from weightport.finetuning.recipe import shipped_recipes
+from weightport.finetuning.data.collation import INDICES, BadSamples, Collator, Indexed
+from weightport.finetuning.recipes.recipe import shipped_recipes
+from weightport.finetuning.setup.preparing import prepare
 
 PAD = 1
 GUIDES = ["muge-caption-ofa-cn", "docvqa-florence2"]

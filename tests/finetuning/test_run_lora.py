@@ -16,7 +16,7 @@ from tiny_runs import run, trained_model
 from weightport import modeling  # noqa: F401 - registers OFA
 from weightport.adapters import merge_lora
 from weightport.errors import RecipeError, TrainingError
-from weightport.finetuning.recipe import shipped_recipes
+from weightport.finetuning.recipes.recipe import shipped_recipes
 
 STEPS = {
     "model.method": "lora",

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from weightport.adapters import MergeOptions, merge_lora
 from weightport.adapters.base_record import recorded_quantization
 from weightport.errors import UsageError
-from weightport.finetuning.evaluation import evaluate
-from weightport.finetuning.preparing import resolved
-from weightport.finetuning.recipe import load_recipe, with_settings
+from weightport.finetuning.evaluation.evaluate import evaluate
+from weightport.finetuning.recipes.recipe import load_recipe, with_settings
+from weightport.finetuning.setup.preparing import resolved
 
 pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes", exc_type=ImportError)
 

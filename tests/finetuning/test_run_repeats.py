@@ -12,7 +12,7 @@ from tiny_processes import killed_at
 from tiny_runs import RECIPES, job_of, losses, run
 
 from weightport.errors import TrainingError
-from weightport.finetuning.resuming import last_checkpoint
+from weightport.finetuning.training.resuming import last_checkpoint
 
 SHORT = {
     "training.learning_rate": 1e-3,

@@ -15,8 +15,8 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from weightport.converters import Options, convert
-from weightport.finetuning.collation import INDICES
-from weightport.finetuning.trainer import PortTrainer
+from weightport.finetuning.data.collation import INDICES
+from weightport.finetuning.training.trainer import PortTrainer
 from weightport.parity import check_parity, runner
 from weightport.parity.family import Family
 from weightport.parity.originals import Originals

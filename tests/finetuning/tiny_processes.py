@@ -13,13 +13,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from weightport.finetuning.preparing import Job
+from weightport.finetuning.setup.preparing import Job
 
 LIMIT = 120
 """Seconds after which a run that does not end is a failure."""
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["weightport.finetuning.run", "weightport.modeling", "transformers.trainer"])
+_CONTEXT.set_forkserver_preload(["weightport.finetuning.training.run", "weightport.modeling", "transformers.trainer"])
 
 
 def start(job: Job, environment: Mapping[str, str] | None = None) -> BaseProcess:
@@ -68,7 +68,7 @@ def _train(job: Job, environment: Mapping[str, Any]) -> None:
     os.environ.update(environment)
     import torch
 
-    from weightport.finetuning.run import finetune
+    from weightport.finetuning.training.run import finetune
 
     torch.set_num_threads(1)
     finetune(job, quiet=True)

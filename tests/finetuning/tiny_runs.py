@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from weightport.converters import Options, convert
-from weightport.finetuning.preparing import Job, resolved
-from weightport.finetuning.recipe import load_recipe, qualified, with_settings
-from weightport.finetuning.results import Outcome
-from weightport.finetuning.run import finetune
+from weightport.finetuning.recipes.recipe import load_recipe, qualified, with_settings
+from weightport.finetuning.setup.preparing import Job, resolved
+from weightport.finetuning.training.results import Outcome
+from weightport.finetuning.training.run import finetune
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 MODELS = {"ofa-cn": "ofa/cn-tiny", "ofa": "ofa/en-tiny-args", "florence2": "florence2/tiny-vocab-4k"}
@@ -121,7 +121,7 @@ def run(*args: Any, **settings: Any) -> Outcome:
 
 def trained_model(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A list that gets the model of each run to come, as it was when its last step was done, copied."""
-    from weightport.finetuning import run as module
+    from weightport.finetuning.training import run as module
 
     found: list[Any] = []
     finish = module.finish

@@ -20,11 +20,11 @@ import torch
 from golden_case import Case
 
 from weightport.checkpoints import Checkpoint, TensorRef
-from weightport.converters.families.florence2.layouts import locate
-from weightport.converters.families.florence2.rules import florence2_rules
+from weightport.families.florence2.layouts import locate
+from weightport.families.florence2.parity import complete
+from weightport.families.florence2.parity import exact_loss as exact_loss
+from weightport.families.florence2.rules import florence2_rules
 from weightport.parity import Selection, write_reference
-from weightport.parity.families.florence2 import complete
-from weightport.parity.families.florence2 import exact_loss as exact_loss
 from weightport.parity.reference import FLOAT64_SUFFIX
 from weightport.parity.selection import parse_selection
 

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from weightport.adapters import port_adapter, untie_head
 from weightport.errors import AdapterError
+from weightport.families.florence2.parity import NOISE
 from weightport.parity import check_parity, load_native, render
-from weightport.parity.families.florence2 import NOISE
 from weightport.parity.noise import scale_of
 
 peft = pytest.importorskip("peft")

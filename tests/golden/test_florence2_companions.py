@@ -17,10 +17,14 @@ from PIL import __version__ as pillow_version
 from transformers import Florence2Processor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from weightport.converters.families.florence2.grounding import post_processor_config
-from weightport.converters.families.florence2.images import RELEASED
+from weightport.families.florence2.grounding import post_processor_config
+from weightport.families.florence2.images import RELEASED
+from weightport.families.florence2.tokenizer import (
+    build_florence2_tokenizer,
+    read_florence2_vocabulary,
+    reusable_token,
+)
 from weightport.modeling.florence2 import Florence2OriginalProcessor
-from weightport.tokenizers.florence2 import build_florence2_tokenizer, read_florence2_vocabulary, reusable_token
 
 BLANK = Image.new("RGB", (64, 48), "white")
 SEQUENCE_LENGTH = 577

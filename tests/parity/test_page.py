@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 from weightport import cli
 from weightport.parity import ParityReport, check_parity
-from weightport.parity.page import page
+from weightport.reports.parity_page import page
 
 RUNS = ("image_text", "patch_masks", "generate.greedy")
 VOID = {"meta", "link", "img", "br", "line", "polyline"}

@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 
 from weightport.checkpoints.types import TensorRef
+from weightport.families.ofa.parity import OFA
 from weightport.parity import Expected, Selection, Verdict, check_parity, render
 from weightport.parity.compare import Place, compare, compare_generation
-from weightport.parity.families.ofa import OFA
 from weightport.parity.noise import KINK, Noise
 from weightport.parity.seams import Observed, observe
 

@@ -3,12 +3,12 @@ fine-tunings."""
 
 from __future__ import annotations
 
-from .base_record import record_base
-from .combination import Combination
-from .extraction import extract_lora
-from .heads import untie_head
-from .merging import MergeOptions, merge_lora
-from .porting import PortedAdapter, port_adapter
+from weightport.adapters.base_record import record_base
+from weightport.adapters.combination import Combination
+from weightport.adapters.extraction import extract_lora
+from weightport.adapters.heads import untie_head
+from weightport.adapters.merging import MergeOptions, merge_lora
+from weightport.adapters.porting import PortedAdapter, port_adapter
 
 __all__ = [
     "Combination",

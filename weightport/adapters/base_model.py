@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import Checkpoint, open_checkpoint
-from ..checkpoints.sharded import read_json
-from ..errors import CheckpointError, ConfigurationError
+from weightport.checkpoints import Checkpoint, open_checkpoint
+from weightport.checkpoints.formats.sharded import read_json
+from weightport.errors import CheckpointError, ConfigurationError
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 
-from ..checkpoints import TensorRef
+from weightport.checkpoints import TensorRef
 
 # Words that transformers puts before or takes from names without their meaning anything.
 _FILLERS = frozenset(

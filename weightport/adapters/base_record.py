@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import open_checkpoint
-from ..checkpoints.sharded import read_json
-from ..errors import CheckpointError
-from ..hashing import BackgroundDigests
+from weightport.checkpoints import open_checkpoint
+from weightport.checkpoints.formats.sharded import read_json
+from weightport.checkpoints.hashing import BackgroundDigests
+from weightport.errors import CheckpointError
 
 FILE = "base.json"
 

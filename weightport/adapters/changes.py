@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from .lora_tensors import ModuleAdapter
+from weightport.adapters.lora_tensors import ModuleAdapter
 
 
 class Change(Protocol):

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import UsageError
-from .changes import LowRank, Pair
+from weightport.adapters.changes import LowRank, Pair
+from weightport.errors import UsageError
 
 SUM = "cat"
 RANDOM = ("dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd")

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.sharded import read_json
-from ..errors import AdapterError
+from weightport.checkpoints.formats.sharded import read_json
+from weightport.errors import AdapterError
 
 RECORD = "merge.json"
 

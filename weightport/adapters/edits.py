@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..checkpoints import TensorRef
-from ..converters.writing import chunks
-from ..errors import NonFiniteError
-from .changes import Change, matrix_shape
-from .lora_tensors import is_finite
-from .quantized import nf4_round_trip
+from weightport.adapters.changes import Change, matrix_shape
+from weightport.adapters.lora_tensors import is_finite
+from weightport.adapters.quantized import nf4_round_trip
+from weightport.checkpoints import TensorRef
+from weightport.errors import NonFiniteError
+from weightport.writing.safetensors_shards import chunks
 
 CHUNK_ELEMENTS = 1 << 18
 """Elements that are worked on at a time: they stay in the processor's cache."""

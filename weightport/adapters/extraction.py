@@ -20,17 +20,17 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import TensorRef
-from ..converters.hashed_file import HashedFile
-from ..converters.output import check_absent, whole_directory
-from ..converters.plan import TensorSpec
-from ..converters.writing import as_bytes, chunks, safetensors_header, same_bits
-from ..errors import CoverageError, NonFiniteError, UsageError
-from .base_model import Base, open_base
-from .base_record import record_base
-from .changes import is_conv1d
-from .lora_tensors import is_finite
-from .ties import is_head_module, tied_head
+from weightport.adapters.base_model import Base, open_base
+from weightport.adapters.base_record import record_base
+from weightport.adapters.changes import is_conv1d
+from weightport.adapters.lora_tensors import is_finite
+from weightport.adapters.ties import is_head_module, tied_head
+from weightport.checkpoints import TensorRef
+from weightport.converters.plan import TensorSpec
+from weightport.errors import CoverageError, NonFiniteError, UsageError
+from weightport.writing.hashed_file import HashedFile
+from weightport.writing.safetensors_shards import as_bytes, chunks, safetensors_header, same_bits
+from weightport.writing.whole_output import check_absent, whole_directory
 
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "extraction.json"
 _PREFIX = "base_model.model."

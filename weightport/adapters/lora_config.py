@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.sharded import read_json
-from ..converters.lora_settings import LoraSettings
-from ..errors import AdapterError
+from weightport.adapters.lora_settings import LoraSettings
+from weightport.checkpoints.formats.sharded import read_json
+from weightport.errors import AdapterError
 
 CONFIG = "adapter_config.json"
 

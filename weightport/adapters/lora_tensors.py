@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints import TensorRef, open_checkpoint
-from ..errors import AdapterError, CheckpointError, NonFiniteError
-from .lora_config import MergeSettings, read_merge_settings
+from weightport.adapters.lora_config import MergeSettings, read_merge_settings
+from weightport.checkpoints import TensorRef, open_checkpoint
+from weightport.errors import AdapterError, CheckpointError, NonFiniteError
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIXES = ("base_model.model.", "module.", "_orig_mod.")

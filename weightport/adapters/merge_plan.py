@@ -13,15 +13,15 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints import Checkpoint, TensorRef
-from ..errors import AdapterError, CoverageError, UsageError
-from .base_model import Base
-from .combination import SUM, Combination, check_combination
-from .edits import Edit, Output
-from .lora_tensors import LoraAdapter
-from .tensor_edits import EditBuilder
-from .ties import TiedHead, is_head_module, tied_head, token_embedding
-from .touched import Touched, gather, listed, names_of, require_all_layers, settle_ties
+from weightport.adapters.base_model import Base
+from weightport.adapters.combination import SUM, Combination, check_combination
+from weightport.adapters.edits import Edit, Output
+from weightport.adapters.lora_tensors import LoraAdapter
+from weightport.adapters.tensor_edits import EditBuilder
+from weightport.adapters.ties import TiedHead, is_head_module, tied_head, token_embedding
+from weightport.adapters.touched import Touched, gather, listed, names_of, require_all_layers, settle_ties
+from weightport.checkpoints import Checkpoint, TensorRef
+from weightport.errors import AdapterError, CoverageError, UsageError
 
 WEIGHTED_SUM = Combination()
 _OUTPUT_BIAS = re.compile(r"(.*\.)?(final_logits_bias|(lm_head|predictions|predictions\.decoder)\.bias)")

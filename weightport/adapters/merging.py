@@ -20,16 +20,10 @@ from typing import Any
 
 import torch
 
-from .. import __version__
-from ..checkpoints.sharded import read_json
-from ..converters.output import check_absent, whole_directory
-from ..converters.plan import TensorSpec
-from ..converters.writing import Advance, HashedFile, WrittenFile, as_bytes, chunks, safetensors_header
-from ..errors import AdapterError, UsageError
-from ..hashing import BackgroundDigests, FileDigest
-from .base_model import Base, open_base
-from .combination import Combination
-from .companions import (
+from weightport import __version__
+from weightport.adapters.base_model import Base, open_base
+from weightport.adapters.combination import Combination
+from weightport.adapters.companions import (
     RECORD,
     adapter_processor,
     adapter_records,
@@ -39,11 +33,24 @@ from .companions import (
     resized_vocabulary,
     write_companions,
 )
-from .edits import Norms, Output, edited_chunks
-from .lora_tensors import LoraAdapter, open_adapter
-from .merge_plan import MergePlan, plan_merge
-from .quantized import KINDS
-from .touched import unresolved
+from weightport.adapters.edits import Norms, Output, edited_chunks
+from weightport.adapters.lora_tensors import LoraAdapter, open_adapter
+from weightport.adapters.merge_plan import MergePlan, plan_merge
+from weightport.adapters.quantized import KINDS
+from weightport.adapters.touched import unresolved
+from weightport.checkpoints.formats.sharded import read_json
+from weightport.checkpoints.hashing import BackgroundDigests, FileDigest
+from weightport.converters.plan import TensorSpec
+from weightport.errors import AdapterError, UsageError
+from weightport.writing.safetensors_shards import (
+    Advance,
+    HashedFile,
+    WrittenFile,
+    as_bytes,
+    chunks,
+    safetensors_header,
+)
+from weightport.writing.whole_output import check_absent, whole_directory
 
 FORMAT = 1
 
@@ -171,7 +178,7 @@ def _open(path: Path, base: Base, stack: ExitStack) -> LoraAdapter:
     strangers = unresolved(base, adapter)
     if not strangers or not _originals_names(base, strangers):
         return adapter
-    from .porting import port_adapter
+    from weightport.adapters.porting import port_adapter
 
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="weightport-adapter-")))
     port_adapter(path, folder / "ported", base.path)
@@ -181,11 +188,11 @@ def _open(path: Path, base: Base, stack: ExitStack) -> LoraAdapter:
 
 def _originals_names(base: Base, names: Sequence[str]) -> bool:
     """Whether the family's rule table knows one of these modules as the original's."""
-    from ..converters.families import FAMILIES
+    from weightport.families import FAMILIES
 
     if str(base.config.get("model_type")) not in FAMILIES:
         return False
-    from .porting import read_base
+    from weightport.adapters.porting import read_base
 
     rules = read_base(base.path).rules
     return any(next(rules.of_source(f"{name}.weight"), None) is not None for name in names)
@@ -193,7 +200,7 @@ def _originals_names(base: Base, names: Sequence[str]) -> bool:
 
 def _require_same_base(base: Base, adapters: Sequence[LoraAdapter], digests: BackgroundDigests) -> None:
     """An adapter that knows its base's hash must meet that base."""
-    from .base_record import recorded_base
+    from weightport.adapters.base_record import recorded_base
 
     for adapter in adapters:
         expected = recorded_base(adapter.path)
@@ -211,7 +218,7 @@ def _require_same_base(base: Base, adapters: Sequence[LoraAdapter], digests: Bac
 def quantized_layers(adapters: Sequence[LoraAdapter], kind: str | None) -> frozenset[str] | None:
     """The layers that the adapters' trainings held in 4 bits of this `kind`; None where they do not say. Raises
     UsageError when they say another kind, or differ."""
-    from .base_record import recorded_quantization
+    from weightport.adapters.base_record import recorded_quantization
 
     found = [known for adapter in adapters if kind and (known := recorded_quantization(adapter.path)) is not None]
     for known in found:

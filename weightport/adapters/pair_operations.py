@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..converters.operations import AppendRows, Copy, Operation, Split
-from ..errors import AdapterError
+from weightport.converters.operations import AppendRows, Copy, Operation, Split
+from weightport.errors import AdapterError
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from ..checkpoints import TensorRef, open_checkpoint
-from ..converters.families import FAMILIES
-from ..converters.family import Family, Options
-from ..converters.lora_settings import LoraSettings, parse_lora_settings
-from ..converters.output import check_absent, whole_directory
-from ..converters.recognition import recognise
-from ..converters.record import read_record
-from ..converters.rules import Rule, RuleTable
-from ..errors import AdapterError, CheckpointError
-from .pair_operations import Pair, followed
+from weightport.adapters.lora_settings import LoraSettings, parse_lora_settings
+from weightport.adapters.pair_operations import Pair, followed
+from weightport.checkpoints import TensorRef, open_checkpoint
+from weightport.converters.family import Family, Options
+from weightport.converters.record import read_record
+from weightport.converters.rules import Rule, RuleTable
+from weightport.errors import AdapterError, CheckpointError
+from weightport.families import FAMILIES
+from weightport.families.recognition import recognise
+from weightport.writing.whole_output import check_absent, whole_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -150,7 +150,7 @@ def read_base(base: Path) -> Base:
 
 
 def _native_config(base: Path) -> tuple[PreTrainedConfig, str, Path | None]:
-    from ..converters.export import family_of, load_config
+    from weightport.converters.export import family_of, load_config
 
     if base.is_dir() and _is_native(base):
         config = load_config(base)

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 import torch
 
-from ..checkpoints import TensorRef
-from ..converters.writing import same_bits
-from ..errors import AdapterError
-from .base_model import Base
-from .changes import Change, Vector, is_conv1d, is_flipped, misfit, parameter_change, read_pair
-from .combination import Combination, Weighted, combine
-from .edits import Dora, Edit
-from .lora_tensors import LoraAdapter, ModuleAdapter
-from .quantized import is_quantized_layer
-from .ties import TiedHead
-from .touched import Touched
+from weightport.adapters.base_model import Base
+from weightport.adapters.changes import Change, Vector, is_conv1d, is_flipped, misfit, parameter_change, read_pair
+from weightport.adapters.combination import Combination, Weighted, combine
+from weightport.adapters.edits import Dora, Edit
+from weightport.adapters.lora_tensors import LoraAdapter, ModuleAdapter
+from weightport.adapters.quantized import is_quantized_layer
+from weightport.adapters.ties import TiedHead
+from weightport.adapters.touched import Touched
+from weightport.checkpoints import TensorRef
+from weightport.errors import AdapterError
+from weightport.writing.safetensors_shards import same_bits
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..checkpoints import TensorRef
-from ..converters.writing import same_bits
-from ..errors import AdapterError
-from .base_model import Base
-from .base_names import BaseNames
-from .changes import parameter_change
-from .lora_tensors import LoraAdapter, ModuleAdapter
-from .ties import TiedHead, is_head_module
+from weightport.adapters.base_model import Base
+from weightport.adapters.base_names import BaseNames
+from weightport.adapters.changes import parameter_change
+from weightport.adapters.lora_tensors import LoraAdapter, ModuleAdapter
+from weightport.adapters.ties import TiedHead, is_head_module
+from weightport.checkpoints import TensorRef
+from weightport.errors import AdapterError
+from weightport.writing.safetensors_shards import same_bits
 
 SHOWN = 10
 

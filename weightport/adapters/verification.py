@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import ParityError
-from .combination import SUM
-from .merging import Written, quantized_layers
-from .quantized import is_quantized_layer, nf4_round_trip
+from weightport.adapters.combination import SUM
+from weightport.adapters.merging import Written, quantized_layers
+from weightport.adapters.quantized import is_quantized_layer, nf4_round_trip
+from weightport.errors import ParityError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -112,8 +112,8 @@ def load_model(directory: Path) -> PreTrainedModel:
     """The model of a directory in float32, by the architecture its configuration names; no code of it is executed."""
     import transformers
 
-    from ..parity.families import FAMILIES
-    from ..parity.loading import load_native
+    from weightport.parity.families import FAMILIES
+    from weightport.parity.loading import load_native
 
     config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
     if any(family.model_type == config.model_type for family in FAMILIES.values()):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from weightport.checkpoints.display import Section, plain, sections
-from weightport.checkpoints.fairseq import FairseqOptions, fairseq_options, is_fairseq
 from weightport.checkpoints.opening import open_checkpoint
-from weightport.checkpoints.records import Record, Symbol
+from weightport.checkpoints.pickle.records import Record, Symbol
 from weightport.checkpoints.types import Checkpoint, TensorRef
+from weightport.families.ofa.fairseq_options import FairseqOptions, fairseq_options, is_fairseq
 
 __all__ = [
     "Checkpoint",

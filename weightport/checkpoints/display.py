@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from weightport.checkpoints.dtypes import dtype_name
-from weightport.checkpoints.mapped import shown
-from weightport.checkpoints.omegaconf import unwrapped
-from weightport.checkpoints.records import Record, Symbol
+from weightport.checkpoints.mapped_file import shown
+from weightport.checkpoints.pickle.records import Record, Symbol
 from weightport.checkpoints.types import Checkpoint, TensorRef
+from weightport.families.ofa.omegaconf import unwrapped
 
 _CUT = "…"
 

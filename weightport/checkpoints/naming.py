@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from weightport.checkpoints.mapped import shown
-from weightport.checkpoints.records import Record
+from weightport.checkpoints.mapped_file import shown
+from weightport.checkpoints.pickle.records import Record
 from weightport.checkpoints.types import TensorRef
 from weightport.errors import CheckpointError
 

@@ -6,13 +6,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from weightport.checkpoints.archive import read_directory
-from weightport.checkpoints.hub_folder import open_folder
-from weightport.checkpoints.mapped import MappedFile, shown
-from weightport.checkpoints.npz import open_npz
-from weightport.checkpoints.safetensors_file import MAX_HEADER, open_safetensors
-from weightport.checkpoints.sharded import open_sharded
-from weightport.checkpoints.torch_files import is_legacy, open_legacy, open_zip
+from weightport.checkpoints.formats.hub_folder import open_folder
+from weightport.checkpoints.formats.npz import open_npz
+from weightport.checkpoints.formats.safetensors_file import MAX_HEADER, open_safetensors
+from weightport.checkpoints.formats.sharded import open_sharded
+from weightport.checkpoints.formats.torch_files import is_legacy, open_legacy, open_zip
+from weightport.checkpoints.formats.zip_archive import read_directory
+from weightport.checkpoints.mapped_file import MappedFile, shown
 from weightport.checkpoints.types import Checkpoint
 from weightport.errors import CheckpointError
 

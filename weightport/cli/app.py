@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import click
 
-from .. import __version__
-from .adapters import port_adapter_command
-from .comparing import compare_command
-from .conversion import convert_command
-from .evaluation import evaluate_command
-from .exporting import export_command
-from .finetuning import finetune_command, recipes_command
-from .generation import generate_command
-from .inspection import inspect_command
-from .merging import extract_lora_command, merge_lora_command
-from .parity import parity_command
-from .releasing import release_command
+from weightport import __version__
+from weightport.cli.adapters import port_adapter_command
+from weightport.cli.comparing import compare_command
+from weightport.cli.conversion import convert_command
+from weightport.cli.evaluation import evaluate_command
+from weightport.cli.exporting import export_command
+from weightport.cli.finetuning import finetune_command, recipes_command
+from weightport.cli.generation import generate_command
+from weightport.cli.inspection import inspect_command
+from weightport.cli.merging import extract_lora_command, merge_lora_command
+from weightport.cli.parity import parity_command
+from weightport.cli.releasing import release_command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .running import command_body, json_option, quiet_option
+from weightport.cli.running import command_body, json_option, quiet_option
 
 if TYPE_CHECKING:
-    from ..parity.difference import TensorDifference, WeightsReport
+    from weightport.parity.difference import TensorDifference, WeightsReport
 
 FAILED = 1
 SHOWN = 40
@@ -36,7 +36,7 @@ def compare_command(a: Path, b: Path, tolerance: float, as_json: bool, quiet: bo
 
     Used after a merge, an export or a re-save. The exit status is 1 when a tensor differs or only one side has it.
     """
-    from ..parity.difference import compare_weights
+    from weightport.parity.difference import compare_weights
 
     report = compare_weights(a, b, tolerance=tolerance)
     if as_json:
@@ -52,7 +52,7 @@ def _show(report: WeightsReport) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from ..parity.difference import Sameness
+    from weightport.parity.difference import Sameness
 
     console = Console()
     if not console.is_terminal:

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..hashing import BackgroundDigests
-from ..words import count, size
-from .display import Lines
-from .running import command_body, json_option, quiet_option, uncollected
+from weightport.checkpoints.hashing import BackgroundDigests
+from weightport.cli.display import Lines
+from weightport.cli.running import command_body, json_option, quiet_option, uncollected
+from weightport.formatting import count, size
 
 if TYPE_CHECKING:
-    from ..converters import Conversion, Planned
-    from ..converters.plan import Plan
+    from weightport.converters import Conversion, Planned
+    from weightport.converters.plan import Plan
 
 FAMILIES = ("ofa", "florence2")
 DTYPES = ("keep", "float32", "float16", "bfloat16")
@@ -189,7 +189,7 @@ def _run(
     with uncollected():
         import transformers.modeling_utils  # noqa: F401 - planning needs it, and it is most of all imports
 
-        from ..converters import Options, convert, parse_dtype
+        from weightport.converters import Options, convert, parse_dtype
 
     options = Options(
         dtype=parse_dtype(dtype),
@@ -230,7 +230,7 @@ def summary(result: Conversion) -> dict[str, Any]:
 
 
 def _show_plan(lines: Lines, planned: Planned) -> None:
-    from ..converters.plan import main_dtype, tensor_counts
+    from weightport.converters.plan import main_dtype, tensor_counts
 
     model, plan = planned.model, planned.plan
     unread = [f"{_SECTIONS.get(name, name)} {size(n)}" for name, n in model.unread.items() if n >= 10**5]

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import click
 
-from ..words import size
+from weightport.formatting import size
 
 PLAIN_INTERVAL = 5.0
 """Seconds between progress lines when standard output is not a terminal."""

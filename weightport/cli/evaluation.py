@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
-from ..words import samples
-from .display import Lines
-from .finetuning import DEFAULT_RECIPE, require_extra
-from .running import command_body, json_option, quiet_option, uncollected
+from weightport.cli.display import Lines
+from weightport.cli.finetuning import DEFAULT_RECIPE, require_extra
+from weightport.cli.running import command_body, json_option, quiet_option, uncollected
+from weightport.formatting import samples
 
 
 @click.command("evaluate")
@@ -64,10 +64,10 @@ def evaluate_command(
     """Let the model directory MODEL answer a data set, and measure the answers."""
     require_extra()
     with uncollected():
-        from ..finetuning.display.previews import preview_lines
-        from ..finetuning.evaluation import evaluate
-        from ..finetuning.preparing import resolved
-        from ..finetuning.recipe import load_recipe, parse_assignments, with_settings
+        from weightport.finetuning.display.previews import preview_lines
+        from weightport.finetuning.evaluation.evaluate import evaluate
+        from weightport.finetuning.recipes.recipe import load_recipe, parse_assignments, with_settings
+        from weightport.finetuning.setup.preparing import resolved
 
     recipe, _ = resolved(load_recipe(recipe_name), model, as_published=False)
     settings = parse_assignments(assignments)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from ..words import size
-from .display import Lines
-from .running import command_body, json_option, quiet_option
+from weightport.cli.display import Lines
+from weightport.cli.running import command_body, json_option, quiet_option
+from weightport.formatting import size
 
 
 @click.command("export")
@@ -21,7 +21,7 @@ from .running import command_body, json_option, quiet_option
 @command_body
 def export_command(directory: Path, target: Path, overwrite: bool, quiet: bool, as_json: bool) -> None:
     """Write the converted model in DIRECTORY to TARGET in its original format, bit for bit."""
-    from ..converters import export
+    from weightport.converters import export
 
     lines = Lines(quiet=quiet or as_json)
     with lines.progress("write") as (start, advance):

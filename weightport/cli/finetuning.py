@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import UsageError
-from ..words import count, samples
-from .display import Lines
-from .running import INTERRUPTED, Terminated, command_body, fail, json_option, quiet_option, uncollected
+from weightport.cli.display import Lines
+from weightport.cli.running import INTERRUPTED, Terminated, command_body, fail, json_option, quiet_option, uncollected
+from weightport.errors import UsageError
+from weightport.formatting import count, samples
 
 if TYPE_CHECKING:
-    from ..finetuning.preparing import Job, Prepared
-    from ..finetuning.settings import Recipe
+    from weightport.finetuning.recipes.settings import Recipe
+    from weightport.finetuning.setup.preparing import Job, Prepared
 
 DEFAULT_RECIPE = "default"
 
@@ -96,9 +96,9 @@ def port_finetune(
     The result is OUTPUT/model (or OUTPUT/adapter), with its metrics and OUTPUT/report.html."""
     require_extra()
     with uncollected():
-        from ..finetuning.preparing import Job, resolved
-        from ..finetuning.recipe import load_recipe, parse_assignments, qualified, with_settings
-        from ..finetuning.run import finetune
+        from weightport.finetuning.recipes.recipe import load_recipe, parse_assignments, qualified, with_settings
+        from weightport.finetuning.setup.preparing import Job, resolved
+        from weightport.finetuning.training.run import finetune
 
     if resume and overwrite:
         raise UsageError("--resume goes on with a run and --overwrite replaces it: give one of them.")
@@ -198,7 +198,7 @@ def _next(model: Path, directory: Path) -> str:
 
 
 def _stopped(output: Path) -> None:
-    from ..finetuning.resuming import last_checkpoint
+    from weightport.finetuning.training.resuming import last_checkpoint
 
     found = last_checkpoint(output)
     where = (
@@ -220,7 +220,7 @@ def _is_main() -> bool:
 def recipes_command(name: str | None, as_json: bool) -> None:
     """List the recipes, or show the one called NAME (or in the file NAME) as YAML."""
     require_extra()
-    from ..finetuning.recipe import as_yaml, load_recipe, plain, shipped_recipes
+    from weightport.finetuning.recipes.recipe import as_yaml, load_recipe, plain, shipped_recipes
 
     if name is not None:
         recipe = load_recipe(name)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from .running import command_body, json_option
+from weightport.cli.running import command_body, json_option
 
 
 @click.command("generate")
@@ -31,7 +31,7 @@ def generate_command(
     as_json: bool,
 ) -> None:
     """Print what the converted model in DIRECTORY says about IMAGE (or about the prompt alone)."""
-    from ..generation import generate
+    from weightport.generation import generate
 
     answer = generate(
         directory, image, prompt=prompt, task=task, beams=beams, max_new_tokens=max_new_tokens, device=device

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..words import count, size
-from .display import Lines
-from .running import command_body, json_option
+from weightport.cli.display import Lines
+from weightport.cli.running import command_body, json_option
+from weightport.formatting import count, size
 
 if TYPE_CHECKING:
-    from ..checkpoints import Checkpoint, TensorRef
+    from weightport.checkpoints import Checkpoint, TensorRef
 
 
 @click.command("inspect")
@@ -28,9 +28,9 @@ def inspect_command(source: Path, tensors: bool, as_json: bool) -> None:
 
     No weight is read, and nothing in the file is executed.
     """
-    from ..checkpoints import open_checkpoint
-    from ..converters import looks_like
-    from ..converters.families import FAMILIES
+    from weightport.checkpoints import open_checkpoint
+    from weightport.converters import looks_like
+    from weightport.families import FAMILIES
 
     checkpoint = open_checkpoint(source)
     family = next((f for f in FAMILIES.values() if f.recognises(checkpoint)), None)
@@ -43,7 +43,7 @@ def inspect_command(source: Path, tensors: bool, as_json: bool) -> None:
 
 def describe(checkpoint: Checkpoint, family: str | None, kind: str | None, *, tensors: bool) -> dict[str, Any]:
     """The inspection as plain data."""
-    from ..checkpoints import plain, sections
+    from weightport.checkpoints import plain, sections
 
     found: dict[str, Any] = {
         "path": str(checkpoint.path),

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..hashing import BackgroundDigests, likely_weights
-from ..words import count, size
-from .conversion import DTYPES
-from .display import Lines
-from .running import command_body, json_option, quiet_option, uncollected
+from weightport.checkpoints.hashing import BackgroundDigests, likely_weights
+from weightport.cli.conversion import DTYPES
+from weightport.cli.display import Lines
+from weightport.cli.running import command_body, json_option, quiet_option, uncollected
+from weightport.formatting import count, size
 
 if TYPE_CHECKING:
-    from ..adapters.merge_plan import MergePlan
-    from ..adapters.merging import Written
+    from weightport.adapters.merge_plan import MergePlan
+    from weightport.adapters.merging import Written
 
 COMBINATIONS = ("cat", "linear", "svd", "ties", "ties_svd", "magnitude_prune", "magnitude_prune_svd")
 RANDOM = ("dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd")
@@ -113,9 +113,9 @@ def port_merge_lora(
     # A large file takes seconds to hash, and so do the imports: they may as well be done together.
     with BackgroundDigests(likely_weights(base)) as digests:
         with uncollected():
-            from ..adapters.combination import Combination
-            from ..adapters.merging import MergeOptions, merge_lora
-            from ..converters import parse_dtype
+            from weightport.adapters.combination import Combination
+            from weightport.adapters.merging import MergeOptions, merge_lora
+            from weightport.converters import parse_dtype
         options = MergeOptions(
             dtype=parse_dtype(dtype),
             combination=Combination(combination, density, majority_sign, svd_rank),
@@ -161,8 +161,8 @@ def _show_plan(lines: Lines, base: Path, adapters: tuple[tuple[Path, float], ...
 
 def _verified(lines: Lines, written: Written, verify: bool | None) -> Mapping[str, Any] | None:
     """The record of the check; None when it was not asked for or cannot be had."""
-    from ..adapters.verification import verify_merge, why_not_verified, worst
-    from ..errors import UsageError
+    from weightport.adapters.verification import verify_merge, why_not_verified, worst
+    from weightport.errors import UsageError
 
     if verify is False:
         return None
@@ -207,7 +207,7 @@ def extract_lora_command(
 ) -> None:
     """Write what fine-tuning changed from the model directory BASE to TUNED as a LoRA adapter OUT: of each matrix the
     best approximation of the rank, everything else as a whole."""
-    from ..adapters.extraction import extract_lora, largest_loss
+    from weightport.adapters.extraction import extract_lora, largest_loss
 
     lines = Lines(quiet=quiet or as_json)
     with lines.progress("compare") as (start, advance):

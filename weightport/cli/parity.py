@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .running import command_body, quiet_option
+from weightport.cli.running import command_body, quiet_option
 
 FAILED = 1
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
@@ -81,7 +81,7 @@ def port_parity(
 
     # A reference's generation settings stand beside the directory's own: transformers warns of each pair.
     logging.set_verbosity_error()
-    from ..parity import check_parity, render
+    from weightport.parity import check_parity, render
 
     report = check_parity(
         directory,
@@ -92,9 +92,9 @@ def port_parity(
         use_cache=not no_cache,
         invariance=invariance,
     )
-    from ..converters.output import whole_file
-    from ..converters.record import link_parity
-    from ..parity.page import page
+    from weightport.converters.record import link_parity
+    from weightport.reports.parity_page import page
+    from weightport.writing.whole_output import whole_file
 
     for file, write in ((json_file, lambda: report.to_json()), (page_file, lambda: page(report))):
         if file is not None:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..words import count, size
-from .display import Lines
-from .running import command_body, json_option, quiet_option
+from weightport.cli.display import Lines
+from weightport.cli.running import command_body, json_option, quiet_option
+from weightport.formatting import count, size
 
 if TYPE_CHECKING:
-    from ..release import CheckedDirectory
+    from weightport.release import CheckedDirectory
 
 
 @click.command("port-release", context_settings={"help_option_names": ["-h", "--help"]})
@@ -41,7 +41,7 @@ def port_release(
     as_json: bool,
 ) -> None:
     """Check the model DIRECTORY, write its model card from what its records say, and upload it."""
-    from ..release import ReleaseOptions, release
+    from weightport.release import ReleaseOptions, release
 
     lines = Lines(quiet=quiet or as_json)
 

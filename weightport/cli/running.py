@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ..errors import WeightportError
+from weightport.errors import WeightportError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

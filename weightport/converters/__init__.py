@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from .conversion import Conversion, Planned, convert, parse_dtype
-from .export import Export, export
-from .family import Family, Options, SourceModel
-from .recognition import looks_like, recognise
-from .record import read_record
+from weightport.converters.conversion import Conversion, Planned, convert, parse_dtype
+from weightport.converters.export import Export, export
+from weightport.converters.family import Family, Options, SourceModel
+from weightport.converters.record import read_record
+from weightport.families.recognition import looks_like, recognise
 
 __all__ = [
     "Conversion",

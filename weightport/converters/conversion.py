@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import Checkpoint, open_checkpoint
-from ..errors import ConfigurationError, OutputError
-from ..hashing import BackgroundDigests
-from .family import Family, Options, SourceModel
-from .output import check_absent, whole_directory
-from .patterns import Pattern
-from .plan import Plan, plan
-from .recognition import recognise
-from .record import conversion_record, write_record
-from .writing import lay_out, same_bits, write_shards
+from weightport.checkpoints import Checkpoint, open_checkpoint
+from weightport.checkpoints.hashing import BackgroundDigests
+from weightport.converters.family import Family, Options, SourceModel
+from weightport.converters.patterns import Pattern
+from weightport.converters.plan import Plan, plan
+from weightport.converters.record import conversion_record, write_record
+from weightport.errors import ConfigurationError, OutputError
+from weightport.families.recognition import recognise
+from weightport.writing.safetensors_shards import lay_out, same_bits, write_shards
+from weightport.writing.whole_output import check_absent, whole_directory
 
 
 @dataclass(frozen=True)

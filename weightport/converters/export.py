@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoints import Checkpoint, TensorRef, open_checkpoint
-from ..checkpoints.torch_archive import StreamedTensor, write_torch_archive
-from ..errors import CheckpointError, CoverageError, UnknownFamilyError
-from .families import FAMILIES
-from .family import Family, HubFamily
-from .output import check_absent, whole_directory, whole_file
-from .patterns import Capture
-from .plan import TensorSpec
-from .record import read_record
-from .rules import Rule, RuleTable
-from .writing import HashedFile, as_bytes, chunks, safetensors_header
+from weightport.checkpoints import Checkpoint, TensorRef, open_checkpoint
+from weightport.converters.family import Family, HubFamily
+from weightport.converters.patterns import Capture
+from weightport.converters.plan import TensorSpec
+from weightport.converters.record import read_record
+from weightport.converters.rules import Rule, RuleTable
+from weightport.errors import CheckpointError, CoverageError, UnknownFamilyError
+from weightport.families import FAMILIES
+from weightport.writing.safetensors_shards import HashedFile, as_bytes, chunks, safetensors_header
+from weightport.writing.torch_archive import StreamedTensor, write_torch_archive
+from weightport.writing.whole_output import check_absent, whole_directory, whole_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -181,7 +181,7 @@ def load_config(directory: Path) -> PreTrainedConfig:
     """The configuration of a converted directory. Raises CheckpointError."""
     import transformers
 
-    from .. import modeling  # noqa: F401 - registers the families that transformers lacks
+    from weightport import modeling  # noqa: F401 - registers the families that transformers lacks
 
     path = directory / "config.json"
     if not path.is_file():

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from ..checkpoints import Checkpoint, TensorRef
-from .rules import RuleTable
+from weightport.checkpoints import Checkpoint, TensorRef
+from weightport.converters.rules import RuleTable
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig
 
-    from .native import NativeTensors
-    from .plan import Plan
+    from weightport.converters.native import NativeTensors
+    from weightport.converters.plan import Plan
 
 
 @dataclass(frozen=True)

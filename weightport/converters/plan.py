@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import TensorRef
-from ..errors import CoverageError
-from .native import NativeTensors
-from .patterns import Capture
-from .rules import Derived, Filled, Rule, RuleTable
+from weightport.checkpoints import TensorRef
+from weightport.converters.native import NativeTensors
+from weightport.converters.patterns import Capture
+from weightport.converters.rules import Derived, Filled, Rule, RuleTable
+from weightport.errors import CoverageError
 
 SHOWN = 12
 """How many names an error lists before it counts the rest."""

@@ -11,14 +11,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
-from ..checkpoints import Checkpoint
-from ..errors import CheckpointError
-from ..hashing import FileDigest
-from .family import SourceModel
-from .output import whole_file
-from .plan import Plan, main_dtype
-from .writing import WrittenFile
+from weightport import __version__
+from weightport.checkpoints import Checkpoint
+from weightport.checkpoints.hashing import FileDigest
+from weightport.converters.family import SourceModel
+from weightport.converters.plan import Plan, main_dtype
+from weightport.errors import CheckpointError
+from weightport.writing.safetensors_shards import WrittenFile
+from weightport.writing.whole_output import whole_file
 
 FILE = "conversion.json"
 FORMAT = 1

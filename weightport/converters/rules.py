@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 
-from .operations import COPY, Concatenate, Operation, Permute, Split
-from .patterns import Capture, Pattern, check_correspondence
+from weightport.converters.operations import COPY, Concatenate, Operation, Permute, Split
+from weightport.converters.patterns import Capture, Pattern, check_correspondence
 
 Derivation = Callable[[Any, str], torch.Tensor]
 """(configuration, source name) → the tensor that the original holds under that name."""

@@ -1,11 +1,11 @@
 """Parity: a converted model held against what the original implementation computed, seam by seam."""
 
-from .check import check_parity
-from .compare import Comparison, Verdict
-from .loading import load_native
-from .reference import Expected, Reference, Run, read_reference, write_reference
-from .report import NotCompared, ParityReport, render
-from .selection import Selection
+from weightport.parity.check import check_parity
+from weightport.parity.compare import Comparison, Verdict
+from weightport.parity.loading import load_native
+from weightport.parity.reference import Expected, Reference, Run, read_reference, write_reference
+from weightport.parity.report import NotCompared, ParityReport, render
+from weightport.parity.selection import Selection
 
 __all__ = [
     "Comparison",

@@ -11,20 +11,20 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import ReferenceFileError
-from .compare import Comparison, Place, compare, compare_generation
-from .evidence import Evidence, Hypotheses, evidence_of, hypotheses, tokenizer_of
-from .family import Family
-from .invariance import INVARIANCES, check_invariances
-from .loading import element_count, family_of, load_native
-from .localisation import Localisation, last_agreeing, localise
-from .noise import GRADIENT_FLOOR, scale_of
-from .originals import Originals, originals_of
-from .reference import Expected, Reference, Run, read_reference
-from .report import NotCompared, ParityReport
-from .runner import execute, native_arguments
-from .seams import Missed, Observed, base_seam
-from .training import GRADIENT, GRADIENT_NORM, TOTAL_NORM
+from weightport.errors import ReferenceFileError
+from weightport.parity.compare import Comparison, Place, compare, compare_generation
+from weightport.parity.evidence import Evidence, Hypotheses, evidence_of, hypotheses, tokenizer_of
+from weightport.parity.family import Family
+from weightport.parity.invariance import INVARIANCES, check_invariances
+from weightport.parity.loading import element_count, family_of, load_native
+from weightport.parity.localisation import Localisation, last_agreeing, localise
+from weightport.parity.noise import GRADIENT_FLOOR, scale_of
+from weightport.parity.originals import Originals, originals_of
+from weightport.parity.reference import Expected, Reference, Run, read_reference
+from weightport.parity.report import NotCompared, ParityReport
+from weightport.parity.runner import execute, native_arguments
+from weightport.parity.seams import Missed, Observed, base_seam
+from weightport.parity.training import GRADIENT, GRADIENT_NORM, TOTAL_NORM
 
 DTYPES = (torch.float32, torch.float64)
 HALVES = (torch.float16, torch.bfloat16)

@@ -8,9 +8,9 @@ from enum import StrEnum
 
 import torch
 
-from .noise import Noise, scale_of
-from .reference import Expected
-from .seams import Observed
+from weightport.parity.noise import Noise, scale_of
+from weightport.parity.reference import Expected
+from weightport.parity.seams import Observed
 
 
 class Verdict(StrEnum):

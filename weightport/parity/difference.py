@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import Checkpoint, TensorRef, open_checkpoint
-from .noise import scale_of
+from weightport.checkpoints import Checkpoint, TensorRef, open_checkpoint
+from weightport.parity.noise import scale_of
 
 CHUNK = 1 << 24
 """Elements compared at a time: what float64 copies of both sides cost is bounded, whatever a tensor's size."""

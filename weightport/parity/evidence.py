@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedModel
 
-from ..converters.record import read_record, versions
-from .family import Family
-from .reference import Reference
+from weightport.converters.record import read_record, versions
+from weightport.parity.family import Family
+from weightport.parity.reference import Reference
 
 IMAGES, SIDE = 12, 256
 """At most so many images, and pixels along their longer side: a report is sent around."""

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from transformers import LogitsProcessor, PreTrainedConfig
 
-from .noise import Noise
-from .reference import Kind
+from weightport.parity.noise import Noise
+from weightport.parity.reference import Kind
 
 Tensors = dict[str, torch.Tensor]
 

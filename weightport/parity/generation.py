@@ -10,9 +10,9 @@ from typing import Any, cast
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from .family import Generation, Tensors
-from .reference import Expected
-from .seams import Missed, Observations, Observed
+from weightport.parity.family import Generation, Tensors
+from weightport.parity.reference import Expected
+from weightport.parity.seams import Missed, Observations, Observed
 
 SEQUENCES, SCORES, POSITIONAL_SCORES = "sequences", "scores", "positional_scores"
 

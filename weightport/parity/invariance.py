@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..checkpoints import TensorRef
-from .compare import Comparison, Place, compare
-from .reference import Expected
-from .report import NotCompared
-from .seams import Observed
+from weightport.checkpoints import TensorRef
+from weightport.parity.compare import Comparison, Place, compare
+from weightport.parity.reference import Expected
+from weightport.parity.report import NotCompared
+from weightport.parity.seams import Observed
 
 BATCH, PADDING, CACHE = "invariance.batch", "invariance.padding", "invariance.cache"
 INVARIANCES = (BATCH, PADDING, CACHE)

@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..errors import CheckpointError, ConfigurationError, CoverageError, UnknownFamilyError
-from .families import FAMILIES
-from .family import Family
+from weightport.errors import CheckpointError, ConfigurationError, CoverageError, UnknownFamilyError
+from weightport.parity.families import FAMILIES
+from weightport.parity.family import Family
 
 
 def family_of(directory: Path) -> Family:

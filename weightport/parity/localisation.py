@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .compare import Comparison
-from .family import Family, Seam
-from .seams import base_seam
+from weightport.parity.compare import Comparison
+from weightport.parity.family import Family, Seam
+from weightport.parity.seams import base_seam
 
 NAMED = 16
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from ..converters.families import FAMILIES as CONVERTERS
-from ..converters.record import read_record
-from ..converters.rules import RuleTable
+from weightport.converters.record import read_record
+from weightport.converters.rules import RuleTable
+from weightport.families import FAMILIES as CONVERTERS
 
 
 @dataclass(frozen=True)

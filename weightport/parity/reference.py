@@ -32,9 +32,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..checkpoints.types import TensorRef
-from ..errors import ReferenceFileError
-from .selection import WHOLE, Selection, parse_selection, selection_json
+from weightport.checkpoints.types import TensorRef
+from weightport.errors import ReferenceFileError
+from weightport.parity.selection import WHOLE, Selection, parse_selection, selection_json
 
 METADATA_KEY = "weightport.reference"
 FORMAT = 1

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .compare import Comparison, Verdict
-from .evidence import Evidence
-from .localisation import Localisation
+from weightport.parity.compare import Comparison, Verdict
+from weightport.parity.evidence import Evidence
+from weightport.parity.localisation import Localisation
 
 GROUPS = ("grad.", "grad_norm.", "after.")
 """Seams with one line a parameter; the table shows a line for all of them, and names those that depart."""

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import ReferenceFileError
-from .family import Family, Tensors
-from .generation import run_generation
-from .originals import Originals
-from .reference import Expected, Run
-from .seams import Missed, Observations, recording
-from .training import run_training
+from weightport.errors import ReferenceFileError
+from weightport.parity.family import Family, Tensors
+from weightport.parity.generation import run_generation
+from weightport.parity.originals import Originals
+from weightport.parity.reference import Expected, Run
+from weightport.parity.seams import Missed, Observations, recording
+from weightport.parity.training import run_training
 
 
 def native_arguments(family: Family, run: Run, model: PreTrainedModel) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ReferenceFileError
-from .family import Seam
-from .reference import Expected
+from weightport.errors import ReferenceFileError
+from weightport.parity.family import Seam
+from weightport.parity.reference import Expected
 
 
 @dataclass(frozen=True)

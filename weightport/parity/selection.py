@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ReferenceFileError
+from weightport.errors import ReferenceFileError
 
 Axis = slice | tuple[int, ...]
 

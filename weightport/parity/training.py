@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import ReferenceFileError
-from .family import Family
-from .originals import Originals
-from .reference import Expected, Run
-from .seams import Missed, Observations, observe, recording
+from weightport.errors import ReferenceFileError
+from weightport.parity.family import Family
+from weightport.parity.originals import Originals
+from weightport.parity.reference import Expected, Run
+from weightport.parity.seams import Missed, Observations, observe, recording
 
 GRADIENT, GRADIENT_NORM, TOTAL_NORM, AFTER = "grad.", "grad_norm.", "grad_norm", "after."
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .card import model_card
-from .checking import CheckedDirectory, check_directory
-from .publishing import Release, ReleaseOptions, release
+from weightport.release.card import model_card
+from weightport.release.checking import CheckedDirectory, check_directory
+from weightport.release.publishing import Release, ReleaseOptions, release
 
 __all__ = ["CheckedDirectory", "Release", "ReleaseOptions", "check_directory", "model_card", "release"]

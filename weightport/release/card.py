@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .checking import CheckedDirectory
+from weightport.release.checking import CheckedDirectory
 
 _TASKS = {
     "ofa": "image-to-text",

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from ..adapters.base_model import Base
-from ..checkpoints import open_checkpoint
-from ..checkpoints.sharded import read_json
-from ..converters.families import FAMILIES
-from ..converters.native import loadable_tensors
-from ..converters.portable import AUTO_MAPS
-from ..errors import CheckpointError, ConfigurationError, CoverageError
-from ..hashing import BackgroundDigests
+from weightport.adapters.base_model import Base
+from weightport.checkpoints import open_checkpoint
+from weightport.checkpoints.formats.sharded import read_json
+from weightport.checkpoints.hashing import BackgroundDigests
+from weightport.converters.native import loadable_tensors
+from weightport.converters.portable import AUTO_MAPS
+from weightport.errors import CheckpointError, ConfigurationError, CoverageError
+from weightport.families import FAMILIES
 
 _PUBLISHED = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja", ".py", ".md", ".html", ".tiktoken"})
 _ALSO = frozenset({"LICENSE", "NOTICE"})

@@ -5,9 +5,9 @@ from __future__ import annotations
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from ..errors import VocabularyError
-from .dictionary import SPECIAL_SYMBOLS, UNK, Dictionary
-from .sources import EnglishVocabulary
+from weightport.errors import VocabularyError
+from weightport.tokenizers.dictionary import SPECIAL_SYMBOLS, UNK, Dictionary
+from weightport.tokenizers.sources import EnglishVocabulary
 
 
 def build_bpe(vocabulary: EnglishVocabulary, dictionary: Dictionary) -> Tokenizer:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..errors import VocabularyError
+from weightport.errors import VocabularyError
 
 BOS, PAD, EOS, UNK = range(4)
 SPECIAL_SYMBOLS = ("<s>", "<pad>", "</s>", "<unk>")

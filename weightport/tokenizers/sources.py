@@ -11,8 +11,8 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from ..errors import VocabularyError
-from .dictionary import SPECIAL_SYMBOLS, Dictionary, parse_dictionary
+from weightport.errors import VocabularyError
+from weightport.tokenizers.dictionary import SPECIAL_SYMBOLS, Dictionary, parse_dictionary
 
 CHINESE_FILES = ("vocab.txt", "dict.txt")
 ENGLISH_FILES = ("encoder.json", "vocab.bpe", "dict.txt")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import WordPiece
 
-from ..errors import VocabularyError
-from .dictionary import SPECIAL_SYMBOLS, UNK, Dictionary
-from .sources import ChineseVocabulary
+from weightport.errors import VocabularyError
+from weightport.tokenizers.dictionary import SPECIAL_SYMBOLS, UNK, Dictionary
+from weightport.tokenizers.sources import ChineseVocabulary
 
 CONTINUATION = "##"
 UNKNOWN_PIECE = "[UNK]"

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import DataError
-from ..samples import Objects
-from .coco_document import Box, CocoDocument, read_box, read_category, read_coco, read_size
-from .entries import Entry
-from .faults import Faults
-from .files import PinnedFile
-from .hashing import fingerprint_of
-from .image_folder import find_image_folder
-from .settings import DataSettings
+from weightport.errors import DataError
+from weightport.finetuning.data.coco_document import Box, CocoDocument, read_box, read_category, read_coco, read_size
+from weightport.finetuning.data.entries import Entry
+from weightport.finetuning.data.faults import Faults
+from weightport.finetuning.data.files import PinnedFile
+from weightport.finetuning.data.hashing import fingerprint_of
+from weightport.finetuning.data.image_folder import find_image_folder
+from weightport.finetuning.data.samples import Objects
+from weightport.finetuning.data.settings import DataSettings
 
 
 class CocoImages:

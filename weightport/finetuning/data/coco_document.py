@@ -7,9 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import DataError
-from .columns import decode_text, kind_of
-from .files import PinnedFile
+from weightport.errors import DataError
+from weightport.finetuning.data.columns import decode_text, kind_of
+from weightport.finetuning.data.files import PinnedFile
 
 Box = tuple[float, float, float, float]
 

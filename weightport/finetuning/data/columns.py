@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import DataError
-from .settings import DataSettings
+from weightport.errors import DataError
+from weightport.finetuning.data.settings import DataSettings
 
 # Tried in this order. "question", "answers": DocVQA; "text": image and caption pairs; "file_name": imagefolder's
 # metadata.jsonl; "jpg" … "webp": WebDataset's.

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ..samples import Objects, Picture, Sample
+from weightport.finetuning.data.samples import Objects, Picture, Sample
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...errors import DataError
+from weightport.errors import DataError
 
 SHOWN = 5
 

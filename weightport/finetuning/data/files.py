@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...errors import DataError
-from .faults import Faults
+from weightport.errors import DataError
+from weightport.finetuning.data.faults import Faults
 
 LONGEST_LINE = 256 * 2**20
 """Bytes. A base64 image of 190 MB fits; a binary file without line ends does not fill the memory."""

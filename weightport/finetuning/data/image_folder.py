@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ...errors import DataError
-from ..samples import Picture
-from .columns import check_letters, kind_of
+from weightport.errors import DataError
+from weightport.finetuning.data.columns import check_letters, kind_of
+from weightport.finetuning.data.samples import Picture
 
 MOST_CHECKED = 10_000
 """Inner folders that are remembered as being no way out."""

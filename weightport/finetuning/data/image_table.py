@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ...errors import DataError
-from ..samples import Picture
-from .columns import decode_text
-from .faults import Faults
-from .files import Line, LineIndex, PinnedFile, index_lines
-from .hashing import key_of
+from weightport.errors import DataError
+from weightport.finetuning.data.columns import decode_text
+from weightport.finetuning.data.faults import Faults
+from weightport.finetuning.data.files import Line, LineIndex, PinnedFile, index_lines
+from weightport.finetuning.data.hashing import key_of
+from weightport.finetuning.data.samples import Picture
 
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 

@@ -7,15 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ...errors import DataError
-from ..samples import Picture
-from .columns import answers_of, find_columns, parse_object, question_of, value_of
-from .faults import Faults
-from .files import Line, PinnedFile, index_lines
-from .hashing import fingerprint_of, key_of
-from .image_folder import ImageFolder, find_image_folder
-from .line_rows import LineRows
-from .settings import DataSettings
+from weightport.errors import DataError
+from weightport.finetuning.data.columns import answers_of, find_columns, parse_object, question_of, value_of
+from weightport.finetuning.data.faults import Faults
+from weightport.finetuning.data.files import Line, PinnedFile, index_lines
+from weightport.finetuning.data.hashing import fingerprint_of, key_of
+from weightport.finetuning.data.image_folder import ImageFolder, find_image_folder
+from weightport.finetuning.data.line_rows import LineRows
+from weightport.finetuning.data.samples import Picture
+from weightport.finetuning.data.settings import DataSettings
 
 
 class JsonLines(LineRows):

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ..samples import Picture
-from .columns import Columns, answers_of, parse_object, question_of
-from .entries import Entry
-from .files import Line, LineIndex
+from weightport.finetuning.data.columns import Columns, answers_of, parse_object, question_of
+from weightport.finetuning.data.entries import Entry
+from weightport.finetuning.data.files import Line, LineIndex
+from weightport.finetuning.data.samples import Picture
 
 
 class LineRows(ABC):

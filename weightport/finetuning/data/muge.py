@@ -6,17 +6,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ...errors import DataError
-from ..samples import Picture
-from .columns import Columns, answers_of, check_letters, kind_of, parse_object, question_of, value_of
-from .faults import Faults
-from .files import Line, PinnedFile, index_lines
-from .hashing import fingerprint_of, key_of
-from .image_folder import find_companion
-from .image_table import ImageTable
-from .line_rows import LineRows
-from .settings import DataSettings
-from .splits import split_named
+from weightport.errors import DataError
+from weightport.finetuning.data.columns import (
+    Columns,
+    answers_of,
+    check_letters,
+    kind_of,
+    parse_object,
+    question_of,
+    value_of,
+)
+from weightport.finetuning.data.faults import Faults
+from weightport.finetuning.data.files import Line, PinnedFile, index_lines
+from weightport.finetuning.data.hashing import fingerprint_of, key_of
+from weightport.finetuning.data.image_folder import find_companion
+from weightport.finetuning.data.image_table import ImageTable
+from weightport.finetuning.data.line_rows import LineRows
+from weightport.finetuning.data.samples import Picture
+from weightport.finetuning.data.settings import DataSettings
+from weightport.finetuning.data.splits import split_named
 
 IMAGE_ID, TEXT = "image_id", "text"
 SUFFIXES = ("", "_imgs", "_images", "_img")

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from ...errors import DataError
-from .coco import CocoImages
-from .entries import EntrySamples, Source, arrange
-from .json_lines import JsonLines
-from .muge import MugeCaptions
-from .recognition import recognise
-from .settings import DataSettings
-from .tables import TableRows
+from weightport.errors import DataError
+from weightport.finetuning.data.coco import CocoImages
+from weightport.finetuning.data.entries import EntrySamples, Source, arrange
+from weightport.finetuning.data.json_lines import JsonLines
+from weightport.finetuning.data.muge import MugeCaptions
+from weightport.finetuning.data.recognition import recognise
+from weightport.finetuning.data.settings import DataSettings
+from weightport.finetuning.data.tables import TableRows
 
 SOURCES: dict[str, Callable[[str, DataSettings], Source]] = {
     "jsonl": lambda path, settings: JsonLines(Path(path), settings),

@@ -8,13 +8,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import DataError
-from .columns import IMAGE_NAMES
-from .files import PinnedFile
-from .json_lines import first_object
-from .muge import IMAGE_ID
-from .settings import DataSettings
-from .splits import names_split, split_named
+from weightport.errors import DataError
+from weightport.finetuning.data.columns import IMAGE_NAMES
+from weightport.finetuning.data.files import PinnedFile
+from weightport.finetuning.data.json_lines import first_object
+from weightport.finetuning.data.muge import IMAGE_ID
+from weightport.finetuning.data.settings import DataSettings
+from weightport.finetuning.data.splits import names_split, split_named
 
 LINES = (".jsonl", ".ndjson", ".jsonlines")
 HEAD = 2**16

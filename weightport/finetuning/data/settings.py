@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...errors import RecipeError
+from weightport.errors import RecipeError
 
 READERS = ("auto", "jsonl", "muge", "coco", "table")
 FORMS = ("counting", "detection")

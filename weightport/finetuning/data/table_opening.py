@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import DataError, UsageError
-from .settings import DataSettings
-from .splits import names_split, split_named
+from weightport.errors import DataError, UsageError
+from weightport.finetuning.data.settings import DataSettings
+from weightport.finetuning.data.splits import names_split, split_named
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import DataError
-from ..samples import Picture
-from .columns import answers_of, find_columns, question_of
-from .entries import Entry
-from .faults import Faults
-from .hashing import fingerprint_of
-from .image_folder import ImageFile, ImageFolder, find_companion
-from .settings import DataSettings
-from .table_opening import open_table
+from weightport.errors import DataError
+from weightport.finetuning.data.columns import answers_of, find_columns, question_of
+from weightport.finetuning.data.entries import Entry
+from weightport.finetuning.data.faults import Faults
+from weightport.finetuning.data.hashing import fingerprint_of
+from weightport.finetuning.data.image_folder import ImageFile, ImageFolder, find_companion
+from weightport.finetuning.data.samples import Picture
+from weightport.finetuning.data.settings import DataSettings
+from weightport.finetuning.data.table_opening import open_table
 
 if TYPE_CHECKING:
     from datasets import Dataset

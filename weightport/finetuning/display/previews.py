@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 import click
 from rich.cells import cell_len, chop_cells, set_cell_size
 
-from ..predictions import Prediction
-from ..samples import Objects
+from weightport.finetuning.data.samples import Objects
+from weightport.finetuning.evaluation.predictions import Prediction
 
 WIDEST = 120
 """Cells of a line on a wide terminal: a Chinese character takes two."""

@@ -19,8 +19,8 @@ from rich.table import Column
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ...words import size
-from .pace import Clock, Pace
+from weightport.finetuning.display.pace import Clock, Pace
+from weightport.formatting import size
 
 PLAIN_INTERVAL = 10.0
 """Seconds between lines at least, when the output is not a terminal."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .family import Family
-from .florence2 import Florence2
-from .ofa import OFA
+from weightport.families.florence2.training import Florence2
+from weightport.families.ofa.training import OFA
+from weightport.finetuning.family import Family
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (OFA(), Florence2())}
 """A new family is one class and one name here."""

@@ -13,14 +13,14 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader, Subset
 from transformers import TrainingArguments
 
-from ...errors import DataError, OutputError
-from ..collation import Indexed
-from ..families.family import Family
-from ..loading import Loaded
-from ..samples import Sample, Samples, left_to_skip
-from ..settings import BatchSettings, Recipe
-from .plan import FeaturePlan, computed
-from .store import FeatureStore, RecordFile, StoreWriter, locked, open_store
+from weightport.errors import DataError, OutputError
+from weightport.finetuning.data.collation import Indexed
+from weightport.finetuning.data.samples import Sample, Samples, left_to_skip
+from weightport.finetuning.family import Family
+from weightport.finetuning.features.plan import FeaturePlan, computed
+from weightport.finetuning.features.store import FeatureStore, RecordFile, StoreWriter, locked, open_store
+from weightport.finetuning.recipes.settings import BatchSettings, Recipe
+from weightport.finetuning.setup.model_loading import Loaded
 
 SECONDS_BETWEEN_LINES = 15.0
 

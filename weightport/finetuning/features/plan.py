@@ -19,18 +19,18 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from ...errors import DataError, RecipeError
-from ...words import size
-from ..collation import Indexed, StoredFeatures
-from ..families.cached_part import CachedPart, Features, bypass
-from ..families.family import Family
-from ..freezing import plain_name
-from ..loading import Loaded
-from ..precision import autocast, autocast_dtype
-from ..samples import Sample, Samples
-from ..settings import BatchSettings, Recipe
-from .key import feature_key
-from .store import FeatureStore, Layout, open_store, require_space
+from weightport.errors import DataError, RecipeError
+from weightport.finetuning.data.collation import Indexed, StoredFeatures
+from weightport.finetuning.data.samples import Sample, Samples
+from weightport.finetuning.family import Family
+from weightport.finetuning.features.cached_part import CachedPart, Features, bypass
+from weightport.finetuning.features.key import feature_key
+from weightport.finetuning.features.store import FeatureStore, Layout, open_store, require_space
+from weightport.finetuning.recipes.settings import BatchSettings, Recipe
+from weightport.finetuning.setup.freezing import plain_name
+from weightport.finetuning.setup.model_loading import Loaded
+from weightport.finetuning.setup.precision import autocast, autocast_dtype
+from weightport.formatting import size
 
 FOLDER = "features"
 """Within the run, unless `model.feature_folder` says another."""

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...errors import OutputError
-from ...words import size
+from weightport.errors import OutputError
+from weightport.formatting import size
 
 HEADER, STATES, LENGTHS = "header.json", "states.bin", "lengths.bin"
 FORMAT = 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .scores import Metric, Scores
-from .table import METRICS, metric_named, score_all
+from weightport.finetuning.metrics.scores import Metric, Scores
+from weightport.finetuning.metrics.table import METRICS, metric_named, score_all
 
 __all__ = ["METRICS", "Metric", "Scores", "metric_named", "score_all"]

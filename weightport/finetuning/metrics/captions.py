@@ -8,9 +8,9 @@ from itertools import zip_longest
 from statistics import fmean
 from typing import Any
 
-from ..predictions import Prediction
-from .scores import Scores, library, on_text
-from .segmentation import has_chinese, words_and_characters
+from weightport.finetuning.evaluation.predictions import Prediction
+from weightport.finetuning.metrics.scores import Scores, library, on_text
+from weightport.finetuning.metrics.segmentation import has_chinese, words_and_characters
 
 BETA = 1.2
 """How much more recall weighs than precision in COCO's ROUGE-L."""

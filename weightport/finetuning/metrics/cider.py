@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...errors import DataError
-from ..predictions import Prediction
-from .scores import Scorer, Scores, on_text
-from .segmentation import Segmenter, words, words_and_characters
+from weightport.errors import DataError
+from weightport.finetuning.evaluation.predictions import Prediction
+from weightport.finetuning.metrics.scores import Scorer, Scores, on_text
+from weightport.finetuning.metrics.segmentation import Segmenter, words, words_and_characters
 
 LONGEST = 4
 SIGMA = 6.0

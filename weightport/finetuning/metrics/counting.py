@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from ...errors import DataError
-from ..predictions import Prediction
-from .scores import Scores, on_text
-from .structured import documents
+from weightport.errors import DataError
+from weightport.finetuning.evaluation.predictions import Prediction
+from weightport.finetuning.metrics.scores import Scores, on_text
+from weightport.finetuning.metrics.structured import documents
 
 OTHER = "(other)"
 """Classes that answers name and no reference does."""

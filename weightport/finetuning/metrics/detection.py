@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import DataError
-from ..predictions import Prediction
-from ..samples import Objects
-from .scores import Scores, library, on_boxes
+from weightport.errors import DataError
+from weightport.finetuning.data.samples import Objects
+from weightport.finetuning.evaluation.predictions import Prediction
+from weightport.finetuning.metrics.scores import Scores, library, on_boxes
 
 OVERLAP = 0.5
 

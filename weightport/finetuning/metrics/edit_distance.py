@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
-from ..predictions import Prediction
-from .scores import Scorer, Scores, library, on_text
+from weightport.finetuning.evaluation.predictions import Prediction
+from weightport.finetuning.metrics.scores import Scorer, Scores, library, on_text
 
 THRESHOLD = 0.5
 """ANLS's tau: a similarity below it is a wrong answer, not a misread one (Biten et al. 2019, section 4.2)."""

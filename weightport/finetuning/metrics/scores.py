@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from functools import wraps
 from types import ModuleType
 
-from ...errors import DataError, UsageError
-from ..predictions import Prediction
+from weightport.errors import DataError, UsageError
+from weightport.finetuning.evaluation.predictions import Prediction
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from .scores import library
+from weightport.finetuning.metrics.scores import library
 
 Segmenter = Callable[[str], list[str]]
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from ...errors import DataError
-from ..predictions import Prediction
-from .edit_distance import normalized_distance
-from .scores import Scores, on_text
+from weightport.errors import DataError
+from weightport.finetuning.evaluation.predictions import Prediction
+from weightport.finetuning.metrics.edit_distance import normalized_distance
+from weightport.finetuning.metrics.scores import Scores, on_text
 
 Field = tuple[tuple[str, ...], str]
 

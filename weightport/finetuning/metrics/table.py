@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from ...errors import DataError, UsageError
-from ..predictions import Prediction
-from . import captions, cider, counting, detection, edit_distance, structured
-from .scores import Metric
+from weightport.errors import DataError, UsageError
+from weightport.finetuning.evaluation.predictions import Prediction
+from weightport.finetuning.metrics import captions, cider, counting, detection, edit_distance, structured
+from weightport.finetuning.metrics.scores import Metric
 
 METRICS: Mapping[str, Metric] = {
     metric.name: metric

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..family import Family
-from .florence2 import FLORENCE2
-from .ofa import OFA
+from weightport.families.florence2.parity import FLORENCE2
+from weightport.families.ofa.parity import OFA
+from weightport.parity.family import Family
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (OFA, FLORENCE2)}

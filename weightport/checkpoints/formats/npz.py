@@ -1,0 +1,100 @@
+"""NumPy's .npz: a zip of .npy members, as big_vision and other JAX projects save parameters."""
+
+from __future__ import annotations
+
+import io
+import tokenize
+from functools import partial
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from weightport.checkpoints.dtypes import NUMPY_DTYPES
+from weightport.checkpoints.formats.zip_archive import Inflated, Member, inflate, member_span, read_directory
+from weightport.checkpoints.mapped_file import Layout, MappedFile, Source, Span, shown
+from weightport.checkpoints.pickle.records import Record
+from weightport.checkpoints.types import Checkpoint, TensorRef
+from weightport.errors import CheckpointError
+
+# Headers of plain arrays take 128 bytes, and numpy itself reads none of more than 10,000 characters.
+_MAX_HEADER = 10_000 + 16
+_TEXT_LIMIT = 1 << 16
+# What numpy's header reader (a tokenizer, then ast.literal_eval) lets through.
+_HEADER_ERRORS = (ValueError, TypeError, SyntaxError, OverflowError, RecursionError, MemoryError, tokenize.TokenError)
+
+
+def open_npz(file: MappedFile, members: dict[str, Member] | None = None) -> Checkpoint:
+    """The checkpoint in an .npz file. Names stay as they are, slashes and all; only directory and headers are read.
+
+    Two-byte void (`|V2`) is bfloat16. Arrays of text stand in `document` as lists, those of pickled objects as
+    Records: they are not read. Raises CheckpointError for a member that is no array.
+    """
+    members = read_directory(file) if members is None else members
+    document: dict[str, Any] = {}
+    for member in members.values():
+        name = member.name.removesuffix(".npy")
+        if name in document:
+            raise CheckpointError(f"{file.path}: holds two arrays named {shown(name)}.")
+        try:
+            document[name] = _array(file, member, name)
+        except CheckpointError as error:
+            raise CheckpointError(f"{file.path}: {shown(name)}: {error}") from error
+    tensors = {name: value for name, value in document.items() if isinstance(value, TensorRef)}
+    return Checkpoint(file.path, "npz", (file.path,), tensors, document)
+
+
+def _array(file: MappedFile, member: Member, name: str) -> Any:
+    if not member.stored and not member.deflated:
+        raise CheckpointError(f"is compressed by method {member.method}; known are 0 (stored) and 8 (deflate).")
+    length = min(member.size, _MAX_HEADER)
+    start = file.read(member.start, length, "its header") if member.stored else inflate(file, member, length)
+    shape, fortran, kind, skip = _header(start)
+    if kind.kind in "OUS" or kind.fields or kind.subdtype:
+        return _not_a_tensor(file, member, skip, shape, kind)
+    dtype = NUMPY_DTYPES.get((kind.kind, kind.itemsize))
+    if dtype is None:
+        raise CheckpointError(f"has the type {kind.str}, which has no equal in torch.")
+    layout = Layout.contiguous(dtype, shape, fortran=fortran)
+    if layout.count * dtype.itemsize != member.size - skip:
+        raise CheckpointError(
+            f"has shape {shown(shape)} and type {kind.str}, which take {layout.count * dtype.itemsize} bytes, but "
+            f"holds {member.size - skip}."
+        )
+    big_endian = kind.byteorder == ">"
+    source: Source = Inflated(file, member, skip, big_endian)
+    if member.stored:
+        span = member_span(file, member)
+        source = Span(file, span.offset + skip, span.nbytes - skip, big_endian)
+    storage = (str(file.path), name, 0, layout.stride)
+    return TensorRef(name, shape, dtype, partial(layout.read, source), storage)
+
+
+def _header(start: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """Shape, Fortran order, type and length of the .npy header that `start` begins with."""
+    stream = io.BytesIO(start)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version not in readers:
+            raise CheckpointError(f"is of .npy version {version}; known are {sorted(readers)}.")
+        shape, fortran, kind = readers[version](stream)
+    except _HEADER_ERRORS as error:
+        raise CheckpointError(f"has a malformed .npy header ({shown(str(error))}).") from error
+    if not all(type(size) is int for size in shape):
+        raise CheckpointError(f"has the shape {shown(shape)}.")
+    return shape, bool(fortran), kind, stream.tell()
+
+
+def _not_a_tensor(file: MappedFile, member: Member, skip: int, shape: tuple[int, ...], kind: np.dtype[Any]) -> Any:
+    """Text as nested lists, if there is little of it; else a Record that says what was not read."""
+    unread = Record("numpy.ndarray", (shape, kind.str))
+    if kind.kind not in "US" or not kind.itemsize or member.size > _TEXT_LIMIT:
+        return unread
+    data = inflate(file, member) if member.deflated else file.read(member.start, member.size, "its text")
+    if len(data) - skip != kind.itemsize * prod(shape):
+        raise CheckpointError(f"has shape {shown(shape)} and type {kind.str}, but holds {len(data) - skip} bytes.")
+    try:
+        return np.frombuffer(data[skip:], kind).reshape(shape).tolist()
+    except ValueError as error:
+        raise CheckpointError(f"holds text that is not Unicode ({error}).") from error

@@ -1,9 +1,0 @@
-"""The families weightport knows, by name."""
-
-from __future__ import annotations
-
-from ..family import Family
-from .florence2 import Florence2
-from .ofa import OFA
-
-FAMILIES: dict[str, Family] = {family.name: family for family in (OFA(), Florence2())}

@@ -1,0 +1,116 @@
+"""The Florence-2 family: which checkpoints are Florence-2's, and what they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weightport.adapters.lora_dumps import has_adapter, merge_dump
+from weightport.checkpoints import Checkpoint, TensorRef
+from weightport.converters.family import Options, SourceModel
+from weightport.converters.patterns import Pattern
+from weightport.converters.rules import RuleTable
+from weightport.errors import ConfigurationError
+from weightport.families.florence2 import configuration, layouts
+from weightport.families.florence2.companions import companion, source_files
+from weightport.families.florence2.embeddings import check_logits_bias, read_embedding
+from weightport.families.florence2.image_token import choose
+from weightport.families.florence2.rules import florence2_rules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from weightport.converters.native import NativeTensors
+    from weightport.converters.plan import Plan
+
+LAYOUT = "remote-code"
+
+
+class Florence2:
+    """Folders and files written for Florence-2's remote code: releases, forks, training dumps."""
+
+    name = "florence2"
+    title = "Florence-2"
+
+    def recognises(self, names: Mapping[str, TensorRef]) -> bool:
+        return layouts.is_florence2(names)
+
+    def read(self, checkpoint: Checkpoint, options: Options) -> SourceModel:
+        """The model in the checkpoint. Raises WeightportError naming what does not fit."""
+        found = layouts.locate(checkpoint, ema=options.ema)
+        tensors, merged = _without_adapter(found.tensors, checkpoint, options)
+        config = companion(checkpoint, "config.json")
+        if config is None:
+            raise ConfigurationError(
+                f"No config.json beside {checkpoint.path}: heads, groups, windows and strides do not show in the "
+                "tensors.\n  Put the config.json of the model that was trained into the folder."
+            )
+        embedding = read_embedding(tensors)
+        check_logits_bias(tensors, embedding.rows)
+        sizes = configuration.read_sizes(tensors, config, embedding)
+        image = choose(checkpoint, options, embedding.rows)
+        native = configuration.native_config(
+            sizes, tied=embedding.tied, image_token_id=image.id, appended=image.appended
+        )
+        average = "The file also holds averaged weights (EMA); --ema converts those instead."
+        return SourceModel(
+            family=self.name,
+            layout=LAYOUT,
+            title=f"{self.title} {configuration.size_name(sizes)} ({'tied' if embedding.tied else 'untied'} head)",
+            tensors=tensors,
+            rules=florence2_rules(native, tensors),
+            config=native,
+            options={
+                "config": config,
+                "files": source_files(checkpoint),
+                "rows": embedding.rows,
+                "image_token": image.record,
+                "prefix": found.prefix,
+            },
+            unread=found.unread,
+            notes=(embedding.because, image.note, *sizes.notes, *merged, *([average] if found.has_ema else [])),
+        )
+
+    def targets(self, config: PreTrainedConfig) -> NativeTensors:
+        """What Florence2ForConditionalGeneration loads."""
+        from transformers import Florence2ForConditionalGeneration
+
+        from weightport.converters.native import loadable_tensors
+
+        return loadable_tensors(Florence2ForConditionalGeneration, config)
+
+    def write_companions(
+        self, model: SourceModel, checkpoint: Checkpoint, plan: Plan, folder: Path, options: Options
+    ) -> None:
+        """Write config.json, generation_config.json and the processor into `folder`."""
+        from weightport.families.florence2.companions import write
+
+        write(model, checkpoint, plan, folder, options)
+
+    def rules_of(self, config: PreTrainedConfig, layout: str) -> RuleTable:
+        """The rule table of a converted model: the released files' set of names."""
+        return florence2_rules(config)
+
+    def write_original_companions(
+        self, directory: Path, config: PreTrainedConfig, options: Mapping[str, Any], folder: Path
+    ) -> None:
+        """Write config.json, tokenizer and image settings as the remote code reads them."""
+        from weightport.families.florence2.original import write_companions
+
+        write_companions(directory, config, options, folder)
+
+    def original_document(self, config: PreTrainedConfig, options: Mapping[str, Any], model: Any) -> Any:
+        """pytorch_model.bin is the state dict itself."""
+        return model
+
+
+def _without_adapter(
+    tensors: Mapping[str, TensorRef], checkpoint: Checkpoint, options: Options
+) -> tuple[Mapping[str, TensorRef], tuple[str, ...]]:
+    """The model's tensors, a LoRA adapter that is still in the file merged into them."""
+    if not has_adapter(tensors):
+        return tensors, ()
+    dropped = [Pattern(text) for text in options.drop]
+    kept = {name: ref for name, ref in tensors.items() if not any(p.match(name) is not None for p in dropped)}
+    return merge_dump(kept, companion(checkpoint, "adapter_config.json"), str(checkpoint.path))

@@ -1,0 +1,110 @@
+"""Measuring a model on a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from weightport.errors import CheckpointError, RecipeError, UsageError
+from weightport.finetuning.data import open_data
+from weightport.finetuning.evaluation.answering import answers, chosen, write_predictions
+from weightport.finetuning.evaluation.predictions import Prediction
+from weightport.finetuning.metrics import metric_named, score_all
+from weightport.finetuning.recipes.recipe import plain
+from weightport.finetuning.recipes.settings import Recipe
+from weightport.finetuning.setup.length_limits import fitted
+from weightport.finetuning.setup.lora_layers import without_deprecations
+from weightport.finetuning.setup.model_loading import Loaded, family_of, load_model, load_processor
+from weightport.finetuning.setup.training_arguments import loader_workers
+from weightport.finetuning.training.saving import METRICS, base_dtype, write_json
+from weightport.writing.whole_output import check_absent, whole_directory
+
+PREDICTIONS, EVALUATION = "predictions.jsonl", "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics by name, and the answers that they were computed on."""
+
+    metrics: Mapping[str, float]
+    predictions: list[Prediction]
+
+
+def evaluate(
+    directory: Path,
+    data: str,
+    recipe: Recipe,
+    *,
+    adapter: Path | None = None,
+    output: Path | None = None,
+    device: str | None = None,
+    overwrite: bool = False,
+    announce: Callable[[int], None] = lambda samples: None,
+    advance: Callable[[int], None] = lambda samples: None,
+) -> Evaluation:
+    """Answer the data set `data` with the model in `directory` and measure by the recipe's metrics.
+
+    The model runs in its own dtype, whatever the recipe trains. `adapter`: a LoRA adapter to put on it. `output`: a
+    folder that gets metrics.json, evaluation.json (the settings) and predictions.jsonl. Raises a WeightportError for a
+    model, data or settings that cannot be.
+    """
+    if not recipe.evaluation.metrics:
+        raise RecipeError(f"The recipe {recipe.name!r} measures nothing: give --metric.")
+    for name in recipe.evaluation.metrics:
+        metric_named(name)
+    if output is not None:
+        check_absent(output, overwrite=overwrite)
+    family = family_of(directory)
+    samples = open_data(data, recipe.data, grouped=True)
+    processor = load_processor(directory, family, recipe.batch)
+    place = _device(device)
+    dtype = base_dtype(directory) or torch.float32
+    model = load_model(directory, replace(recipe.model, method="full"), device=place, dtype=dtype).to(place)
+    if adapter is not None:
+        model = _with_adapter(model, adapter)
+    recipe, _ = fitted(recipe, Loaded(directory, model, processor, family))
+    indices = chosen(len(samples), recipe.evaluation.samples)
+    announce(len(indices))
+    predictions = answers(
+        model,
+        processor,
+        family,
+        samples,
+        indices,
+        recipe.batch,
+        recipe.evaluation,
+        skip_bad=recipe.data.skip_bad,
+        workers=loader_workers(recipe.training),
+        advance=advance,
+    )
+    result = Evaluation(score_all(recipe.evaluation.metrics, predictions), predictions)
+    if output is not None:
+        with whole_directory(output, overwrite=overwrite) as work:
+            write_json(work / METRICS, dict(result.metrics))
+            write_json(work / EVALUATION, {"data": samples.name, "samples": len(predictions), "recipe": plain(recipe)})
+            write_predictions(work / PREDICTIONS, predictions)
+    return result
+
+
+def _device(named: str | None) -> torch.device:
+    try:
+        place = torch.device(named or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"--device {named} cannot be used here: {str(error).splitlines()[0]}") from error
+    return place
+
+
+def _with_adapter(model: torch.nn.Module, adapter: Path) -> torch.nn.Module:
+    from peft import PeftModel
+
+    if not (adapter / "adapter_config.json").is_file():
+        raise CheckpointError(f"{adapter} is not an adapter: it has no adapter_config.json.")
+    try:
+        with without_deprecations():
+            return PeftModel.from_pretrained(model, str(adapter))
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{adapter} does not fit the model: {error}") from error

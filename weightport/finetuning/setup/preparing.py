@@ -1,0 +1,218 @@
+"""A run before its first step: everything that can be checked is checked here, and nothing is written."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments, set_seed
+
+from weightport.errors import DataError, OutputError, RecipeError, TrainingError
+from weightport.finetuning.data import open_data
+from weightport.finetuning.data.collation import FAILURE, BadSamples, Collator, Indexed
+from weightport.finetuning.data.samples import Samples
+from weightport.finetuning.evaluation.answering import chosen, generation_options
+from weightport.finetuning.evaluation.predictions import Prediction
+from weightport.finetuning.family import Family
+from weightport.finetuning.features.plan import FeaturePlan, plan_features
+from weightport.finetuning.metrics import metric_named, score_all
+from weightport.finetuning.recipes.recipe import for_family
+from weightport.finetuning.recipes.settings import Recipe
+from weightport.finetuning.setup.freezing import Share, freeze, frozen_parts, shares
+from weightport.finetuning.setup.length_limits import fitted
+from weightport.finetuning.setup.lora_layers import with_lora
+from weightport.finetuning.setup.model_loading import Loaded, family_of, load_model, load_processor
+from weightport.finetuning.setup.training_arguments import planned_steps, training_arguments
+from weightport.finetuning.training.resuming import RECIPE, changed_inputs, last_checkpoint, require_same
+from weightport.formatting import samples as in_words
+from weightport.formatting import size
+
+RECONNAISSANCE = 64
+"""Samples of the evaluation data that are scored before the first step."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run is asked for. `explicit`: settings given by hand; `command`: how, for the records."""
+
+    model: Path
+    data: str
+    output: Path
+    recipe: Recipe
+    eval_data: str | None = None
+    resume: bool = False
+    overwrite: bool = False
+    explicit: frozenset[str] = frozenset()
+    command: str = ""
+    mistakes: tuple[str, ...] = ()
+
+    def inputs(self, samples: Samples) -> dict[str, Any]:
+        """What it is trained on, for the records of --resume."""
+        return {"model": str(self.model.resolve()), "data": samples.name, "samples": len(samples)}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run before its first step: everything has been opened and checked, nothing written. `recipe` is the job's,
+    fitted to the model."""
+
+    loaded: Loaded
+    arguments: TrainingArguments
+    samples: Samples
+    eval_samples: Samples | None
+    shares: list[Share]
+    checkpoint: Path | None
+    notes: tuple[str, ...]
+    recipe: Recipe
+    features: FeaturePlan | None = None
+
+
+def resolved(recipe: Recipe, model: Path, *, as_published: bool) -> tuple[Recipe, tuple[str, ...]]:
+    """(the recipe for the model's family, what its guide does wrong). Raises RecipeError, CheckpointError."""
+    family = family_of(model).name
+    mistakes = recipe.published[family].mistakes if as_published and family in recipe.published else ()
+    if as_published and family not in recipe.published:
+        raise RecipeError(f"The recipe {recipe.name!r} follows no published guide for {family!r}.")
+    return for_family(recipe, family, as_published=as_published), mistakes
+
+
+def prepare(job: Job) -> Prepared:
+    """Open and check everything: recipe and model, data, output, space. Writes nothing."""
+    recipe = job.recipe
+    family = family_of(job.model)
+    if family.name not in recipe.families:
+        recipe = for_family(recipe, family.name)
+    frozen = frozen_parts(family.parts, recipe.model.freeze)
+    for name in recipe.evaluation.metrics:
+        metric_named(name)
+    checkpoint = _output_state(job)
+    arguments, notes = training_arguments(
+        recipe.training,
+        job.output,
+        evaluates=job.eval_data is not None,
+        leaves_unused=family.leaves_unused and recipe.model.method == "full",
+        explicit=job.explicit,
+    )
+    samples = open_data(job.data, recipe.data)
+    eval_samples = open_data(job.eval_data, recipe.data, grouped=True) if job.eval_data is not None else None
+    for each in (samples, eval_samples):
+        if each is not None and each.skipped:
+            are, more = ("is", "") if len(each.skipped) == 1 else ("are", " …")
+            notes.append(f"{in_words(len(each.skipped))} of {each.name} {are} left out: {each.skipped[0]}{more}")
+    if checkpoint is not None:
+        notes += changed_inputs(job.output, job.inputs(samples))
+    steps = planned_steps(arguments, len(samples))
+    if (warm_up := arguments.get_warmup_steps(steps)) > steps:
+        notes.append(
+            f"the run ends after {steps:,} of {warm_up:,} warm-up steps, before the learning rate is reached: lower "
+            "training.warmup_steps, as 0.05 for a share of the steps"
+        )
+    if eval_samples is not None:
+        _require_measurable(eval_samples, recipe, arguments)
+
+    loaded, features = _trainable(job.model, family, recipe, arguments, frozen), None
+    found = shares(loaded.model, family.parts)
+    if not any(share.trainable for share in found):
+        raise TrainingError(
+            f"Nothing is left to train: {', '.join(recipe.model.freeze)} together are the whole model. Freeze less."
+        )
+    _require_space(job.output, found, arguments)
+    recipe, fitting = fitted(recipe, loaded)
+    notes += fitting
+    # One sample shows whether prompts and answers fit the model, before any step does.
+    _try_one(loaded, recipe, samples)
+    if recipe.model.cache_features:
+        features = plan_features(loaded, recipe, arguments, samples, frozen, job.output)
+        notes.append(features.note())
+    return Prepared(loaded, arguments, samples, eval_samples, found, checkpoint, tuple(notes), recipe, features)
+
+
+def _trainable(
+    directory: Path, family: Family, recipe: Recipe, arguments: TrainingArguments, frozen: frozenset[str]
+) -> Loaded:
+    """The model as it is trained: frozen parts still, adapters in place, drawn from the recipe's seed."""
+    set_seed(arguments.seed)
+    processor = load_processor(directory, family, recipe.batch)
+    model = load_model(directory, recipe.model, device=arguments.device)
+    generation_options(model, recipe.evaluation.generation)
+    if arguments.activation_checkpointing:
+        # Keys are not kept while activations are computed again; transformers would say so at every start.
+        model.config.use_cache = model.config.get_text_config(decoder=True).use_cache = False
+    if arguments.label_smoothing_factor and family.smooth_labels(model, arguments.label_smoothing_factor):
+        arguments.label_smoothing_factor = 0.0
+    freeze(model, family.parts, frozen, still=recipe.model.frozen_mode == "eval")
+    if recipe.model.method == "qlora":
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=arguments.activation_checkpointing)
+    if recipe.model.method != "full":
+        model = with_lora(model, family.parts, frozen, recipe.lora)
+    return Loaded(directory, model, processor, family)
+
+
+def _require_measurable(samples: Samples, recipe: Recipe, arguments: TrainingArguments) -> None:
+    """Raises DataError when the recipe's metrics cannot be computed on this data: perfect answers show it. Raises
+    RecipeError when the best model is chosen by a metric that is not among them."""
+    found = []
+    for index in chosen(len(samples), min(RECONNAISSANCE, recipe.evaluation.samples or RECONNAISSANCE)):
+        try:
+            sample = samples[index]
+        except DataError:
+            # Whether it may be left out is decided where it is read.
+            continue
+        key = sample.picture.key if sample.picture else ""
+        text, references = (sample.references or ("",))[0], sample.references
+        found.append(Prediction(index, sample.place, key, "", text, references, sample.objects, sample.objects))
+    measured = ["loss", *score_all(recipe.evaluation.metrics, found)] if recipe.evaluation.metrics else ["loss"]
+    best = (arguments.metric_for_best_model or "loss").removeprefix("eval_")
+    if arguments.load_best_model_at_end and best not in measured:
+        raise RecipeError(
+            f"training.metric_for_best_model is {best!r}, and what is measured is {', '.join(measured)}."
+        )
+
+
+def _output_state(job: Job) -> Path | None:
+    """The checkpoint to resume from, if any. Raises OutputError when the output may not be used."""
+    if job.resume:
+        require_same(job.output, job.recipe)
+        return last_checkpoint(job.output)
+    if not job.output.exists() or (job.output.is_dir() and not any(job.output.iterdir())):
+        return None
+    if not job.overwrite:
+        resumable = " --resume to go on with it," if (job.output / RECIPE).is_file() else ""
+        raise OutputError(f"{job.output} exists. Pass{resumable} --overwrite to replace it, or choose another output.")
+    if not (job.output / RECIPE).is_file():
+        raise OutputError(f"{job.output} is not a run (it has no {RECIPE}), so that --overwrite does not touch it.")
+    return None
+
+
+def _require_space(output: Path, found: list[Share], arguments: TrainingArguments) -> None:
+    """Raises OutputError when the disk cannot hold the checkpoints that the run keeps."""
+    trainable = sum(share.trainable for share in found)
+    total = sum(share.total for share in found)
+    # float32 weights, and Adam's two moments of what is trained; one more while the oldest is not yet removed.
+    checkpoint = 4 * total + 8 * trainable
+    kept = 0 if arguments.save_strategy == "no" else (arguments.save_total_limit or 3) + 1
+    needs = kept * checkpoint + 4 * total
+    existing = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needs > free:
+        checkpoints = f" with {kept} checkpoints" if kept else ""
+        raise OutputError(
+            f"{existing} has {size(free)} free, and the result{checkpoints} needs about {size(needs)}. "
+            "Lower training.save_total_limit, or choose another --output."
+        )
+
+
+def _try_one(loaded: Loaded, recipe: Recipe, samples: Samples) -> None:
+    """Raises DataError or RecipeError when the first readable sample does not become a batch."""
+    bad = BadSamples(samples, recipe.data.skip_bad)
+    collator = Collator(loaded.family, loaded.processor, loaded.model.config, recipe.batch, bad)
+    indexed = Indexed(samples)
+    for index in range(min(len(samples), bad.allowed + 1)):
+        made = collator([indexed[index]])
+        if FAILURE not in made:
+            return
+    raise DataError(made[FAILURE])

@@ -1,0 +1,92 @@
+"""transformers' TrainingArguments from a recipe, fitted to the machine."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+
+from weightport.errors import RecipeError
+from weightport.finetuning.training.resuming import CHECKPOINTS
+
+TENSORBOARD = "tensorboard"
+
+
+def training_arguments(
+    settings: Mapping[str, Any],
+    run: Path,
+    *,
+    evaluates: bool,
+    leaves_unused: bool = True,
+    explicit: frozenset[str] = frozenset(),
+) -> tuple[TrainingArguments, list[str]]:
+    """(arguments, notes on what this machine changes). `evaluates`: there is evaluation data. `leaves_unused`: a step
+    may leave trained parameters without a gradient. `explicit`: settings given by hand, which are not fitted. Raises
+    RecipeError for what cannot be."""
+    values, notes = dict(settings), []
+    if not torch.cuda.is_available():
+        for precision in ("fp16", "bf16"):
+            if values.get(precision) and f"training.{precision}" not in explicit:
+                values[precision] = False
+                notes.append(f"{precision} is off: there is no GPU here")
+    if not evaluates:
+        values["eval_strategy"] = "no"
+        if values.pop("load_best_model_at_end", False):
+            notes.append("load_best_model_at_end is off: there is no evaluation data")
+    for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        if name in values:
+            # The name that guides use; transformers is about to drop it.
+            values.setdefault(name.replace("gradient", "activation"), values.pop(name))
+    values["dataloader_num_workers"] = loader_workers(values)
+    values.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+    values.setdefault("report_to", "none")
+    # transformers' TensorBoard callback knows no other way.
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run / TENSORBOARD)
+    if not torch.accelerator.is_available():
+        # accelerate joins several processes without an accelerator only when told that there is none.
+        values["use_cpu"] = True
+    # DDP waits for every gradient unless it is told, and warns when it is told for nothing.
+    values.setdefault("ddp_find_unused_parameters", leaves_unused)
+    try:
+        arguments = TrainingArguments(
+            output_dir=str(run / CHECKPOINTS),
+            remove_unused_columns=False,
+            # Trainer would take OFA's label_smoothing for labels too.
+            label_names=["labels"],
+            disable_tqdm=True,
+            # A loss that is no number ends the run instead of being averaged away.
+            logging_nan_inf_filter=False,
+            **values,
+        )
+    except (TypeError, ValueError, ImportError) as error:
+        raise RecipeError(f"training: {error}") from error
+    _require_reporting(arguments)
+    return arguments, notes
+
+
+def _require_reporting(arguments: TrainingArguments) -> None:
+    """Raises RecipeError for a service that is not known or not installed: Trainer would notice after the start."""
+    try:
+        for callback in get_reporting_integration_callbacks(arguments.report_to):
+            callback()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise RecipeError(f"training.report_to: {error}") from error
+
+
+def planned_steps(arguments: TrainingArguments, samples: int) -> int:
+    """Optimizer steps of a run over a data set of `samples`, as Trainer counts them."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    batches = math.ceil(samples / (arguments.train_batch_size * arguments.world_size))
+    return math.ceil(arguments.num_train_epochs * math.ceil(batches / arguments.gradient_accumulation_steps))
+
+
+def loader_workers(settings: Mapping[str, Any]) -> int:
+    """Processes that read and decode samples: what the recipe says, as far as there are cores for them."""
+    return min(int(settings.get("dataloader_num_workers", 0)), os.cpu_count() or 1)

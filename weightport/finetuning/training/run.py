@@ -1,0 +1,173 @@
+"""One run: a converted model, data and a recipe to a fine-tuned model or adapter, its metrics and its report."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError
+from transformers import PrinterCallback
+
+from weightport import __version__
+from weightport.errors import OutputError
+from weightport.finetuning.data.collation import BadSamples, Collator, Indexed, StoredFeatures
+from weightport.finetuning.data.samples import Samples
+from weightport.finetuning.display.progress import ProgressLine
+from weightport.finetuning.evaluation.answering import chosen
+from weightport.finetuning.evaluation.measuring import Measuring
+from weightport.finetuning.features.filling import filled_store
+from weightport.finetuning.recipes.recipe import as_yaml
+from weightport.finetuning.recipes.settings import Recipe
+from weightport.finetuning.setup.preparing import Job, Prepared, prepare
+from weightport.finetuning.training.results import Outcome, finish
+from weightport.finetuning.training.resuming import RECIPE, last_checkpoint, write_inputs
+from weightport.finetuning.training.trainer import LogBeforeSaving, PortTrainer, loss_with_padding
+from weightport.formatting import samples as in_words
+
+
+def finetune(
+    job: Job,
+    *,
+    announce: Callable[[Prepared], None] = lambda prepared: None,
+    say: Callable[[str], None] = lambda line: None,
+    quiet: bool = False,
+) -> Outcome:
+    """Run `job` in this process, or as one of the processes that `accelerate launch` or `torchrun` started.
+
+    `announce` is called before the first step, `say` with lines to show. Raises a WeightportError before anything is
+    written when the model, the data or a setting cannot be right, and TrainingError when a loss is no number.
+    """
+    prepared = prepare(job)
+    main = prepared.arguments.process_index == 0
+    # Every process has looked at the output before one makes it.
+    PartialState().wait_for_everyone()
+    if main:
+        announce(prepared)
+        _begin(job, prepared)
+    PartialState().wait_for_everyone()
+    try:
+        with _full_disk_named(job.output):
+            return _train(
+                replace(job, recipe=prepared.recipe), prepared, say=say if main else _silent, quiet=quiet or not main
+            )
+    except BaseException:
+        # A run that has nothing to resume from leaves nothing behind.
+        if main and not job.resume and last_checkpoint(job.output) is None:
+            shutil.rmtree(job.output, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _full_disk_named(run: Path) -> Iterator[None]:
+    """A checkpoint that found no space is an OutputError, whichever library was writing it."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and not any(sign in str(error) for sign in _SIGNS_OF_A_FULL_DISK):
+            raise
+        left = "The checkpoints before are whole (--resume)." if last_checkpoint(run) else "Nothing was left behind."
+        raise OutputError(f"The disk of {run} is full. {left} Make room, or choose another --output.") from error
+
+
+_SIGNS_OF_A_FULL_DISK = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos")
+"""safetensors and torch.save say so in words only."""
+
+
+def _begin(job: Job, prepared: Prepared) -> None:
+    """Make the run's folder, with the recipe that gives the run again; features of a run before it stay if they are
+    used again."""
+    if job.resume:
+        return
+    kept = prepared.features.folder if prepared.features is not None else None
+    try:
+        _clear(job.output, kept)
+        job.output.mkdir(parents=True, exist_ok=True)
+        comments = [f"Fine-tuned by weightport {__version__}. The same run again:"]
+        comments.append(f"{job.command}  (--recipe with this file in place of the settings)")
+        (job.output / RECIPE).write_text(as_yaml(job.recipe, comments), encoding="utf-8")
+        write_inputs(job.output, job.inputs(prepared.samples))
+    except OSError as error:
+        raise OutputError(f"{job.output} cannot be written: {error}.") from error
+
+
+def _clear(folder: Path, kept: Path | None) -> None:
+    """Empty the folder of a run that is replaced, but for features that the new run will use."""
+    for path in folder.iterdir() if folder.exists() else ():
+        if kept is not None and kept.is_relative_to(path):
+            if path != kept:
+                _clear(path, kept)
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _train(job: Job, prepared: Prepared, *, say: Callable[[str], None], quiet: bool) -> Outcome:
+    recipe, loaded, arguments = job.recipe, prepared.loaded, prepared.arguments
+    family, eval_samples = loaded.family, prepared.eval_samples
+    bad = BadSamples(prepared.samples, recipe.data.skip_bad)
+
+    features = _features(job, prepared, say)
+
+    def collator(counted: BadSamples, stored: StoredFeatures | None = None) -> Collator:
+        return Collator(family, loaded.processor, loaded.model.config, recipe.batch, counted, stored)
+
+    samples_per_step = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+    with ProgressLine(samples_per_step, quiet=quiet) as progress:
+        measuring = None
+        if eval_samples is not None and recipe.evaluation.metrics:
+            measuring = Measuring(job.output, recipe, prepared, eval_samples, progress, say)
+        trainer = PortTrainer(
+            loaded.model,
+            arguments,
+            data_collator=collator(bad, features),
+            train_dataset=Indexed(prepared.samples),
+            eval_dataset=_subset(eval_samples, recipe) if eval_samples is not None else None,
+            compute_loss_func=loss_with_padding if recipe.batch.count_padding and family.own_loss else None,
+            callbacks=[LogBeforeSaving(), progress],
+            samples=prepared.samples,
+            eval_collator=collator(BadSamples(eval_samples, recipe.data.skip_bad)) if eval_samples else None,
+            measure=measuring,
+            features=prepared.features,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
+        if eval_samples is not None and not _evaluated(trainer):
+            trainer.evaluate()
+    notes = list(prepared.notes)
+    if bad.count:
+        were, they = ("was", "it") if bad.count == 1 else ("were", "they")
+        notes.append(f"{in_words(bad.count)} {were} left out while training, because {they} could not be read")
+    return finish(job, prepared, trainer, measuring.predictions if measuring else [], notes)
+
+
+def _features(job: Job, prepared: Prepared, say: Callable[[str], None]) -> StoredFeatures | None:
+    """Outputs of frozen parts for the training data, computed now or before; the model takes them from here on."""
+    plan = prepared.features
+    if plan is None:
+        return None
+    store = filled_store(plan, prepared.loaded, job.recipe, prepared.arguments, prepared.samples, say)
+    plan.attach(prepared.loaded.model)
+    return plan.stored(store)
+
+
+def _evaluated(trainer: PortTrainer) -> bool:
+    """Whether the last step was evaluated."""
+    state = trainer.state
+    return any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history)
+
+
+def _subset(samples: Samples, recipe: Recipe) -> Any:
+    return torch.utils.data.Subset(Indexed(samples), chosen(len(samples), recipe.evaluation.samples))
+
+
+def _silent(line: str) -> None:
+    return None

@@ -1,0 +1,140 @@
+"""What a run leaves: a whole model directory, or an adapter that knows its base."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weightport.adapters.base_record import Quantization, record_base
+from weightport.adapters.companions import changed_dtype, companions
+from weightport.checkpoints.formats.sharded import read_json
+from weightport.writing.whole_output import whole_directory
+
+TRAINING, METRICS, CONFIG = "training.json", "metrics.json", "config.json"
+_PROCESSOR = ("processor_config.json", "preprocessor_config.json", "chat_template.jinja")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is saved. `processor` is None when it is the base's own. `weights`: a folder that holds the trained weights
+    already, where several processes had to write them. `config`: fields changed, by dotted name."""
+
+    model: Any
+    processor: Any | None
+    base: Path
+    config: Mapping[str, Any]
+    training: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    weights: Path | None = None
+
+
+def save_model(result: Result, out: Path) -> list[str]:
+    """Write the model directory `out`: the trained weights in the base's dtype, and all else as the base has it, but
+    for what the recipe changed. Returns notes."""
+    model, notes = result.model, []
+    wanted = base_dtype(result.base)
+    if result.weights is None and wanted is not None and wanted != model.dtype:
+        if largest(model) <= torch.finfo(wanted).max:
+            model = model.to(wanted)
+        else:
+            notes.append(f"the weights grew beyond {wanted}, so that they stay in {model.dtype}")
+    with whole_directory(out, overwrite=True) as work:
+        if result.weights is None:
+            model.save_pretrained(work)
+        else:
+            _copy(result.weights, work, lambda name: name.endswith((".safetensors", ".index.json")))
+        # Training leaves its own marks in a configuration (use_cache off, label smoothing): the base's is the truth.
+        for path in companions(result.base):
+            if path.name not in (TRAINING, METRICS):
+                shutil.copyfile(path, work / path.name)
+        write_json(work / CONFIG, _config(result, model.dtype), indent=2)
+        _write_processor(result, work)
+        _write_records(result, work)
+    return notes
+
+
+def save_adapter(result: Result, out: Path) -> list[str]:
+    """Write the adapter folder `out`: peft's files, tokenizer and processor, and which base it belongs to."""
+    with whole_directory(out, overwrite=True) as work:
+        if result.weights is None:
+            result.model.save_pretrained(work)
+        else:
+            _copy(result.weights, work, lambda name: name.startswith("adapter_"))
+        # peft's own card says nothing of this adapter.
+        (work / "README.md").unlink(missing_ok=True)
+        _copy(result.base, work, lambda name: name in _PROCESSOR or name in _TOKENIZER)
+        _write_processor(result, work)
+        record_base(work, result.base, _quantization(result.model))
+        _write_records(result, work)
+    return []
+
+
+def base_dtype(base: Path) -> torch.dtype | None:
+    """The floating-point type that the base's config.json names; None when it names none."""
+    config = read_json(base / CONFIG)
+    name = (config.get("dtype") or config.get("torch_dtype")) if isinstance(config, dict) else None
+    found = getattr(torch, str(name), None)
+    return found if isinstance(found, torch.dtype) and found.is_floating_point else None
+
+
+def largest(model: torch.nn.Module) -> float:
+    """The largest magnitude among the parameters."""
+    return max((float(p.detach().abs().max()) for p in model.parameters() if p.numel()), default=0.0)
+
+
+def write_json(path: Path, content: Any, indent: int = 1) -> None:
+    """UTF-8 JSON for people and programs."""
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
+
+
+def _quantization(model: Any) -> Quantization | None:
+    """Which layers are bitsandbytes' in 4 bits, by the base's names; the kind is that of `loading.four_bits`."""
+    layers = {
+        name.removeprefix("base_model.model.").removesuffix(".base_layer")
+        for name, module in model.named_modules()
+        if type(module).__name__ == "Linear4bit"
+    }
+    return Quantization("nf4-double", frozenset(layers)) if layers else None
+
+
+def _config(result: Result, dtype: torch.dtype) -> dict[str, Any]:
+    config = copy.deepcopy(read_json(result.base / CONFIG))
+    for name, value in result.config.items():
+        *outer, last = name.split(".")
+        inner = config
+        for each in outer:
+            inner = inner.setdefault(each, {})
+        inner[last] = value
+    if base_dtype(result.base) != dtype:
+        config |= changed_dtype(config, str(dtype).removeprefix("torch."))
+    return dict(config)
+
+
+def _write_processor(result: Result, work: Path) -> None:
+    """The processor's own files where the recipe changed it; the tokenizer stays the base's, byte for byte."""
+    if result.processor is None:
+        return
+    folder = work / ".processor"
+    result.processor.save_pretrained(folder)
+    _copy(folder, work, lambda name: name in _PROCESSOR)
+    shutil.rmtree(folder)
+
+
+def _copy(source: Path, target: Path, wanted: Any) -> None:
+    for path in sorted(source.iterdir()):
+        if path.is_file() and wanted(path.name):
+            shutil.copyfile(path, target / path.name)
+
+
+def _write_records(result: Result, work: Path) -> None:
+    write_json(work / TRAINING, dict(result.training))
+    if result.metrics:
+        write_json(work / METRICS, dict(result.metrics))

@@ -1,0 +1,159 @@
+"""transformers' Trainer with what every run here needs: the loss a guide asks for, answers at each evaluation, and an
+end when a loss is no number."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from weightport.errors import DataError, TrainingError
+from weightport.finetuning.data.collation import FAILURE, FEATURE_LENGTHS, FEATURES, INDICES, Collator
+from weightport.finetuning.data.samples import Samples
+from weightport.finetuning.features.plan import FeaturePlan
+
+IGNORED = -100
+"""The label that no loss counts."""
+
+
+class PortTrainer(Trainer):
+    """Trainer on batches of `Collator`, `eval_collator` being that of the evaluation data.
+
+    `measure` answers the evaluation data with the model at a step and returns metrics by name; in every process, at
+    every evaluation. `samples` are the training data, to name those of a batch that fails. `features`: of what plan
+    batches hold features in the place of pictures.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        samples: Samples,
+        eval_collator: Collator | None = None,
+        measure: Callable[[Any, int], Mapping[str, float]] | None = None,
+        features: FeaturePlan | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        # Checkpoints within a second of each other, as small runs write them, are sorted by number: no cause to warn.
+        logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
+        self._eval_collator = eval_collator
+        self._samples = samples
+        self._measure = measure
+        self._features = features
+        self._evaluated = -1
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        collator = self.data_collator
+        self.data_collator = self._eval_collator or collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        placed: dict[str, Any] = super()._prepare_inputs(inputs)
+        if self._features is None or FEATURES not in placed:
+            return placed
+        return self._features.feed(placed, placed.pop(FEATURES), placed.pop(FEATURE_LENGTHS))
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # A checkpoint holds a tied matrix once: the names that share it are not missing.
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result)
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        indices = _indices(inputs)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        # Trainer's own filter of NaN waits for the loss too; it would hide it.
+        if not torch.isfinite(loss):
+            places = "\n      ".join(self._samples[index].place for index in indices)
+            raise TrainingError(
+                f"The loss is {loss.item()} at step {self.state.global_step + 1}. The batch was\n      {places}\n"
+                "  A smaller learning rate, bfloat16 instead of float16, or max_grad_norm=1.0 often helps; the last "
+                "checkpoint is untouched (--resume)."
+            )
+        return loss
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        indices = _indices(inputs)
+        # Several processes get batches of one size, the last ones filled with samples from the beginning: these have
+        # been counted. A batch of nothing else is left as it is: Trainer drops its loss.
+        highest = list(accumulate((self._evaluated, *indices), max))
+        new = torch.tensor([after > before for before, after in pairwise(highest)])
+        self._evaluated = highest[-1]
+        if new.any() and not new.all():
+            labels = inputs["labels"]
+            inputs["labels"] = labels.masked_fill(~new.to(labels.device)[:, None], IGNORED)
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        self._evaluated = -1
+        shared = self.args.average_tokens_across_devices
+        # A step's loss is divided by the tokens of all processes; here some of these tokens are not counted.
+        self.args.average_tokens_across_devices = False
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        finally:
+            self.args.average_tokens_across_devices = shared
+        if self._measure is not None and output.metrics is not None:
+            found = self._measure(self.accelerator.unwrap_model(self.model), self.state.global_step)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+        return output
+
+
+class LogBeforeSaving(TrainerCallback):
+    """Writes the mean loss so far into the log wherever a checkpoint is saved: a resumed run then logs the same means
+    as one that was never interrupted."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        control.should_log = control.should_log or control.should_save
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        control.should_log = control.should_log or control.should_save
+        return control
+
+
+def loss_with_padding(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Plain cross entropy over every label but -100, whatever token it is: a guide's loss that counts padding.
+
+    logits [batch, length, vocabulary], labels int64 [batch, length]; computed in float32, or in float64 if they are.
+    """
+    logits = outputs.logits
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+    labels = labels.to(logits.device).flatten()
+    if num_items_in_batch is None:
+        return torch.nn.functional.cross_entropy(logits, labels)
+    total = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    return total / torch.as_tensor(num_items_in_batch, device=total.device)
+
+
+def _indices(inputs: dict[str, Any]) -> list[int]:
+    """Take what is not the model's out of a batch. Raises DataError when the batch could not be made."""
+    if FAILURE in inputs:
+        raise DataError(inputs[FAILURE])
+    return inputs.pop(INDICES).tolist()

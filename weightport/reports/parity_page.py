@@ -1,0 +1,153 @@
+"""The parity report as one HTML page: no script, no network, light and dark, readable on a phone and from a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from html import escape
+from typing import Any
+
+from weightport.parity.evidence import Evidence, Hypotheses
+from weightport.parity.report import COLUMNS, ParityReport, grouped, left_out, why, worst_of
+from weightport.reports.parity_plot import plot
+from weightport.reports.parity_style import STYLE
+
+SAME = '<span class="soft">the same</span>'
+FOLDED = 12
+"""Longer lists are folded; a click opens them."""
+
+
+def page(report: ParityReport) -> str:
+    """The whole page, as text."""
+    title = f"{report.model.resolve().name} · parity with {report.source.get('project', report.family)}"
+    sections = (
+        _verdict(report),
+        _section("Error by depth", plot(report.comparisons, report.order), _PLOT_NOTE),
+        _section("Seams", _seams(report)),
+        _section("Departures", _departures(report)) if report.departures[1:] else "",
+        _section("Generated", _texts(report.evidence.texts)),
+        _section("Images", _images(report.evidence)),
+        _section("Provenance", _facts(_provenance(report))),
+        _section("Dropped tensors", _dropped(report.evidence)),
+        _section("Not compared", _list(map(escape, left_out(report.not_compared)))),
+        _section("Environment", _facts({**report.evidence.environment, "compared in": ", ".join(report.dtypes)})),
+    )
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<h1>{escape(title)}</h1>\n{''.join(sections)}</main>\n"
+        f"<footer>Made by weightport {escape(report.versions.get('weightport', ''))}. Errors are the largest of a "
+        "seam, in units of the reference's root mean square there.</footer>\n</body>\n</html>\n"
+    )
+
+
+_PLOT_NOTE = (
+    "Each point is the largest error at a seam, the worst of all runs, in units of the seam's scale. Dashed: what "
+    "floating-point arithmetic explains at that depth. A point above its dashed line departs."
+)
+
+
+def _section(title: str, body: str, note: str = "") -> str:
+    if not body:
+        return ""
+    said = f'<p class="soft">{escape(note)}</p>\n' if note else ""
+    return f"<section>\n<h2>{escape(title)}</h2>\n{said}{body}\n</section>\n"
+
+
+def _verdict(report: ParityReport) -> str:
+    place = report.localisation
+    where = f"<p>Starts at <code>{escape(place.sentence)}</code></p>" if place is not None else ""
+    notes = "".join(f"<p>{escape(note)}</p>" for note in report.notes)
+    return (
+        f'<section class="verdict{"" if report.passed else " bad"}">'
+        f"<strong>{'Passed' if report.passed else 'Failed'}: {escape(report.verdict)}</strong>{where}{notes}"
+        "</section>\n"
+    )
+
+
+def _seams(report: ParityReport) -> str:
+    heads = "".join(f"<th>{escape(column.title or 'verdict')}</th>" for column in COLUMNS)
+    rows = []
+    for seam, comparisons in grouped(report):
+        worst = worst_of(comparisons)
+        cells = "".join(f'<td class="figure">{escape(column.show(comparisons, worst))}</td>' for column in COLUMNS)
+        style = "" if worst.verdict.passes else ' class="wrong"'
+        rows.append(f'<tr{style}><td class="seam-name">{escape(seam)}</td>{cells}</tr>')
+    return (
+        f'<div class="scroll"><table class="seams"><thead><tr><th>seam</th>{heads}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _departures(report: ParityReport) -> str:
+    return _list(
+        f"<code>{escape(each.seam)}</code> in run {escape(each.run)}, {each.dtype}{escape(why(each))}"
+        for each in report.departures
+    )
+
+
+def _texts(texts: Iterable[Hypotheses]) -> str:
+    rows = [
+        f"<tr><td>{escape(each.run)}</td><td>{escape(original)}</td><td>"
+        f"{SAME if native == original else escape(native)}</td></tr>"
+        for each in texts
+        for original, native in zip(each.original, each.native)
+    ]
+    if not rows:
+        return ""
+    return (
+        '<div class="scroll"><table class="texts"><thead><tr><th>run</th><th>original</th><th>native</th></tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _images(evidence: Evidence) -> str:
+    shown = "".join(
+        f'<figure><img src="{uri}" alt="Input image of run {escape(run)}">'
+        f"<figcaption>{escape(run)}</figcaption></figure>"
+        for run, uri in evidence.images
+    )
+    return f'<div class="images">{shown}</div>' if shown else ""
+
+
+def _provenance(report: ParityReport) -> dict[str, Any]:
+    original = {f"original: {name}": value for name, value in report.source.items()}
+    converted = dict(report.evidence.provenance)
+    source = converted.pop("source", None) or {}
+    read = {
+        file.get("name", file.get("path", "")): f"SHA-256 {file.get('sha256', '')}"
+        for file in source.get("files", ())
+        if isinstance(file, Mapping)
+    }
+    converted.pop("versions", None)
+    return {"model": report.model, "reference": report.reference, **original, **converted, **read}
+
+
+def _dropped(evidence: Evidence) -> str:
+    return _list(
+        f"<code>{escape(str(each.get('name')))}</code> {escape(str(each.get('dtype', '')))} "
+        f"{escape(str(each.get('shape', '')))}: {escape(str(each.get('because', '')))}"
+        for each in evidence.dropped
+    )
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f"<dt>{escape(str(name))}</dt><dd>{escape(_plain(value))}</dd>" for name, value in facts.items() if value
+    )
+    return f"<dl>{rows}</dl>" if rows else ""
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, (dict, list, tuple)):
+        return json.dumps(value, ensure_ascii=False)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _list(items: Iterable[str]) -> str:
+    rows = [f"<li>{item}</li>" for item in items]
+    if not rows:
+        return ""
+    whole = f"<ul>{''.join(rows)}</ul>"
+    return whole if len(rows) <= FOLDED else f"<details><summary>{len(rows)} of them</summary>{whole}</details>"
