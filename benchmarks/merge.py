@@ -26,7 +26,7 @@ import torch
 from processes import Timing, timed
 
 from weightport.converters.plan import TensorSpec
-from weightport.writing.hashed_file import HashedFile
+from weightport.writing import HashedFile
 from weightport.writing.safetensors_shards import as_bytes, safetensors_header
 
 HIDDEN, INNER, VOCABULARY, RANK = 2048, 5504, 32000, 16

@@ -28,9 +28,8 @@ from weightport.adapters.ties import is_head_module, tied_head
 from weightport.checkpoints import TensorRef
 from weightport.converters.plan import TensorSpec
 from weightport.errors import CoverageError, NonFiniteError, UsageError
-from weightport.writing.hashed_file import HashedFile
+from weightport.writing import HashedFile, check_absent, whole_directory
 from weightport.writing.safetensors_shards import as_bytes, chunks, safetensors_header, same_bits
-from weightport.writing.whole_output import check_absent, whole_directory
 
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "extraction.json"
 _PREFIX = "base_model.model."

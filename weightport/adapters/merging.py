@@ -42,6 +42,7 @@ from weightport.checkpoints.formats.sharded import read_json
 from weightport.checkpoints.hashing import BackgroundDigests, FileDigest
 from weightport.converters.plan import TensorSpec
 from weightport.errors import AdapterError, UsageError
+from weightport.writing import check_absent, whole_directory
 from weightport.writing.safetensors_shards import (
     Advance,
     HashedFile,
@@ -50,7 +51,6 @@ from weightport.writing.safetensors_shards import (
     chunks,
     safetensors_header,
 )
-from weightport.writing.whole_output import check_absent, whole_directory
 
 FORMAT = 1
 

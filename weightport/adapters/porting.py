@@ -27,7 +27,7 @@ from weightport.converters.rules import Rule, RuleTable
 from weightport.errors import AdapterError, CheckpointError
 from weightport.families import FAMILIES
 from weightport.families.recognition import recognise
-from weightport.writing.whole_output import check_absent, whole_directory
+from weightport.writing import check_absent, whole_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

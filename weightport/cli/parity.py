@@ -94,7 +94,7 @@ def port_parity(
     )
     from weightport.converters.record import link_parity
     from weightport.reports.parity_page import page
-    from weightport.writing.whole_output import whole_file
+    from weightport.writing import whole_file
 
     for file, write in ((json_file, lambda: report.to_json()), (page_file, lambda: page(report))):
         if file is not None:

@@ -18,8 +18,8 @@ from weightport.converters.plan import Plan, plan
 from weightport.converters.record import conversion_record, write_record
 from weightport.errors import ConfigurationError, OutputError
 from weightport.families.recognition import recognise
+from weightport.writing import check_absent, whole_directory
 from weightport.writing.safetensors_shards import lay_out, same_bits, write_shards
-from weightport.writing.whole_output import check_absent, whole_directory
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from weightport.converters.record import read_record
 from weightport.converters.rules import Rule, RuleTable
 from weightport.errors import CheckpointError, CoverageError, UnknownFamilyError
 from weightport.families import FAMILIES
+from weightport.writing import check_absent, whole_directory, whole_file
 from weightport.writing.safetensors_shards import HashedFile, as_bytes, chunks, safetensors_header
 from weightport.writing.torch_archive import StreamedTensor, write_torch_archive
-from weightport.writing.whole_output import check_absent, whole_directory, whole_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

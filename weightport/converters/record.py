@@ -17,8 +17,8 @@ from weightport.checkpoints.hashing import FileDigest
 from weightport.converters.family import SourceModel
 from weightport.converters.plan import Plan, main_dtype
 from weightport.errors import CheckpointError
+from weightport.writing import whole_file
 from weightport.writing.safetensors_shards import WrittenFile
-from weightport.writing.whole_output import whole_file
 
 FILE = "conversion.json"
 FORMAT = 1

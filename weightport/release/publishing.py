@@ -13,7 +13,7 @@ from weightport.converters.portable import write_portable_code
 from weightport.errors import OutputError, UsageError
 from weightport.release.card import LICENCES, CardOptions, model_card
 from weightport.release.checking import CheckedDirectory, check_directory
-from weightport.writing.whole_output import whole_file
+from weightport.writing import whole_file
 
 _REPO = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")

@@ -17,7 +17,7 @@ from weightport.formatting import count
 from weightport.reports.curves import Curve, chart, curve, figure, legend, text
 from weightport.reports.gallery import gallery
 from weightport.reports.training_style import STYLE
-from weightport.writing.whole_output import whole_file
+from weightport.writing import whole_file
 
 FOLDED = 12
 """More notes than this are folded; a click opens them."""

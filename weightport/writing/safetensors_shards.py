@@ -16,7 +16,7 @@ import torch
 
 from weightport.converters.plan import Plan, Step, TensorSpec
 from weightport.errors import CoverageError, NonFiniteError
-from weightport.writing.hashed_file import HashedFile
+from weightport.writing import HashedFile
 
 CHUNK_BYTES = 16 << 20
 

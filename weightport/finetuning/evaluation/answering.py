@@ -19,7 +19,7 @@ from weightport.finetuning.data.samples import Samples, left_to_skip
 from weightport.finetuning.evaluation.predictions import Prediction
 from weightport.finetuning.family import Family
 from weightport.finetuning.recipes.settings import BatchSettings, EvaluationSettings
-from weightport.writing.whole_output import whole_file
+from weightport.writing import whole_file
 
 
 @dataclass(frozen=True)

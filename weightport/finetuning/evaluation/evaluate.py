@@ -20,7 +20,7 @@ from weightport.finetuning.setup.lora_layers import without_deprecations
 from weightport.finetuning.setup.model_loading import Loaded, family_of, load_model, load_processor
 from weightport.finetuning.setup.training_arguments import loader_workers
 from weightport.finetuning.training.saving import METRICS, base_dtype, write_json
-from weightport.writing.whole_output import check_absent, whole_directory
+from weightport.writing import check_absent, whole_directory
 
 PREDICTIONS, EVALUATION = "predictions.jsonl", "evaluation.json"
 

@@ -15,7 +15,7 @@ import torch
 from weightport.adapters.base_record import Quantization, record_base
 from weightport.adapters.companions import changed_dtype, companions
 from weightport.checkpoints.formats.sharded import read_json
-from weightport.writing.whole_output import whole_directory
+from weightport.writing import whole_directory
 
 TRAINING, METRICS, CONFIG = "training.json", "metrics.json", "config.json"
 _PROCESSOR = ("processor_config.json", "preprocessor_config.json", "chat_template.jinja")

@@ -9,8 +9,7 @@ import random
 
 import pytest
 
-from weightport.writing import hashed_file
-from weightport.writing.hashed_file import HashedFile
+from weightport.writing import HashedFile, hashed_file
 
 
 @pytest.fixture

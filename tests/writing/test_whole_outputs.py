@@ -12,8 +12,7 @@ import textwrap
 import pytest
 
 from weightport.errors import OutputError
-from weightport.writing import whole_output as output
-from weightport.writing.whole_output import whole_directory, whole_file
+from weightport.writing import whole_directory, whole_file, whole_output
 
 
 def test_a_directory_appears_only_when_the_block_ends_well(tmp_path):
@@ -80,7 +79,7 @@ def test_the_rest_of_a_killed_run_is_removed_by_the_next(tmp_path):
         """
         import os, signal, sys
         from pathlib import Path
-        from weightport.converters.output import whole_directory
+        from weightport.writing import whole_directory
         with whole_directory(Path(sys.argv[1])) as work:
             (work / "half").write_text("x")
             os.kill(os.getpid(), signal.SIGKILL)
@@ -123,4 +122,4 @@ def test_a_file_appears_whole(tmp_path):
 def test_the_umask_decides_who_may_read(tmp_path):
     with whole_directory(tmp_path / "out") as work:
         (work / "file").write_text("x")
-    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~output._umask()
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~whole_output._umask()
