@@ -64,9 +64,6 @@ def conversion_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="Largest weight file; a larger model is split, with an index.",
         ),
         click.option(
-            "--portable", is_flag=True, help="Write the model's code beside the weights, for trust_remote_code."
-        ),
-        click.option(
             "--drop",
             multiple=True,
             metavar="PATTERN",
@@ -96,6 +93,9 @@ def vocabulary_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "--parse-symbols",
             is_flag=True,
             help="Let the tokenizer read <bin_3>, <code_5> and <mask> in plain text (the original does not).",
+        ),
+        click.option(
+            "--portable", is_flag=True, help="Write the model's code beside the weights, for trust_remote_code (OFA)."
         ),
     )
     for decorator in reversed(decorators):
@@ -175,7 +175,6 @@ def _run(
     out: Path,
     dtype: str,
     max_shard_size: int,
-    portable: bool,
     drop: tuple[str, ...],
     overwrite: bool,
     allow_nonfinite: bool,
@@ -183,6 +182,7 @@ def _run(
     as_json: bool,
     vocab: str | None,
     ema: bool,
+    portable: bool = False,
     parse_symbols: bool = False,
     image_token: str = "reuse",
 ) -> None:
@@ -241,9 +241,9 @@ def _show_plan(lines: Lines, planned: Planned) -> None:
     for note in model.notes:
         lines.line("note", note)
     counts = tensor_counts(plan)
-    lines.line(
-        "plan", " · ".join([f"{counts['read'] + counts['dropped']} tensors → {counts['written']}", *_dropped(plan)])
-    )
+    became = [f"{counts[what]} {said}" for what, said in _BECAME.items() if counts[what]]
+    read = counts["read"] + counts["dropped"]
+    lines.line("plan", " · ".join([f"{read} tensors → {counts['written']}", *_dropped(plan), *became]))
 
 
 def _dropped(plan: Plan) -> list[str]:
@@ -253,6 +253,14 @@ def _dropped(plan: Plan) -> list[str]:
     shown = [f"{derived} dropped (buffers, recomputed from the configuration)"] if derived else []
     return shown + [f"{number} dropped ({because})" for because, number in reasons.items()]
 
+
+_BECAME = {
+    "tied": "tied (the same matrix under a further name)",
+    "merged": "fewer by merging",
+    "split": "more by splitting",
+    "filled": "computed, which the file does not hold",
+}
+"""What else changes the number of tensors, by its count."""
 
 _SECTIONS = {"last_optimizer_state": "optimizer state", "extra_state": "training state"}
 

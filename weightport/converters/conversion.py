@@ -12,8 +12,8 @@ import torch
 
 from weightport.checkpoints import Checkpoint, open_checkpoint
 from weightport.checkpoints.hashing import BackgroundDigests
-from weightport.converters.family import Family, Options, SourceModel
-from weightport.converters.patterns import Pattern
+from weightport.converters.dropping import check_patterns, given_up
+from weightport.converters.family import Family, Options, SourceModel, check_accepted
 from weightport.converters.plan import Plan, plan
 from weightport.converters.record import conversion_record, write_record
 from weightport.errors import ConfigurationError, OutputError
@@ -65,6 +65,7 @@ def convert(
     begun = nullcontext(digests) if digests and digests.files == checkpoint.files else None
     with begun or BackgroundDigests(checkpoint.files) as hashed, _one_thread():
         reader = recognise(checkpoint, family)
+        check_accepted(reader, options)
         model = reader.read(checkpoint, options)
         made = make_plan(reader, model, options)
         check_derived(made, model)
@@ -96,15 +97,11 @@ def _one_thread() -> Iterator[None]:
 
 
 def make_plan(family: Family, model: SourceModel, options: Options) -> Plan:
-    """The plan of `model`, with what the user gave up left out. Raises CoverageError."""
-    patterns = [Pattern(text) for text in options.drop]
-    given_up = {
-        name: f"left out on request (--drop {pattern})"
-        for name in model.tensors
-        for pattern in patterns
-        if pattern.match(name) is not None
-    }
-    return plan(model.tensors, model.rules, family.targets(model.config), options.dtype, given_up)
+    """The plan of `model`, with what the user gave up left out. Raises CoverageError, and UsageError for a --drop that
+    names nothing."""
+    check_patterns(model.tensors, options.drop)
+    dropped = given_up(model.tensors, options.drop)
+    return plan(model.tensors, model.rules, family.targets(model.config), options.dtype, dropped)
 
 
 def check_derived(made: Plan, model: SourceModel) -> None:

@@ -96,7 +96,7 @@ def original_tensors(
     dtypes = (record or {}).get("source_tensors", {})
     derived = _derived_names(rules, names)
     missing = [name for name in names or () if name not in found and name not in derived]
-    dropped = {item["name"]: item["because"] for item in (record or {}).get("dropped", ())}
+    dropped = {item.get("source_tensor", item["name"]) for item in (record or {}).get("dropped", ())}
     lost = [name for name in missing if name not in dropped]
     if lost:
         raise CoverageError(

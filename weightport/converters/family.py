@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from weightport.checkpoints import Checkpoint, TensorRef
 from weightport.converters.rules import RuleTable
+from weightport.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -62,11 +63,22 @@ class SourceModel:
     notes: tuple[str, ...] = ()
 
 
+FAMILY_OPTIONS = {
+    "vocabulary": "--vocab",
+    "portable": "--portable",
+    "ema": "--ema",
+    "parse_symbols": "--parse-symbols",
+    "image_token": "--image-token",
+}
+"""Options that not every family has, by their field of `Options`."""
+
+
 class Family(Protocol):
-    """One family's knowledge. Implementations hold no state."""
+    """One family's knowledge. Implementations hold no state. `accepts` are the `FAMILY_OPTIONS` that it has."""
 
     name: str
     title: str
+    accepts: frozenset[str]
 
     def recognises(self, names: Mapping[str, TensorRef]) -> bool:
         """Whether tensors with these names (as the file has them) are a model of this family."""
@@ -98,3 +110,14 @@ class HubFamily(Protocol):
     ) -> None:
         """Write what stands beside the original's weights (config.json, tokenizer) into `folder`; `directory` is the
         converted one, `options` are its record's."""
+
+
+def check_accepted(family: Family, options: Options) -> None:
+    """Raise UsageError for an option that the family would ignore."""
+    default = Options()
+    for field_name, flag in FAMILY_OPTIONS.items():
+        if field_name not in family.accepts and getattr(options, field_name) != getattr(default, field_name):
+            known = ", ".join(flag for name, flag in FAMILY_OPTIONS.items() if name in family.accepts) or "none"
+            raise UsageError(
+                f"{flag} means nothing for a checkpoint of {family.title}, whose own options are {known}."
+            )

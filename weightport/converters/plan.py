@@ -61,8 +61,12 @@ class Step:
 
 @dataclass(frozen=True)
 class DroppedTensor:
-    """A source tensor that is not written. `derived` ones are compared with what the configuration gives first."""
+    """A source tensor that is not written: `name` is what the rules call it, `ref.name` what the file does.
 
+    `derived` ones are compared with what the configuration gives first.
+    """
+
+    name: str
     ref: TensorRef
     because: str
     derived: Derived | None = None
@@ -113,7 +117,7 @@ def plan(
 
     for name, ref in sources.items():
         if drop and name in drop:
-            dropped.append(DroppedTensor(ref, drop[name]))
+            dropped.append(DroppedTensor(name, ref, drop[name]))
             continue
         claims = list(rules.of_source(name))
         if len(claims) > 1:
@@ -123,19 +127,24 @@ def plan(
             rule, place, captures = claims[0]
             groups.setdefault((id(rule), captures), (rule, {}))[1][place] = ref
         elif (derived := rules.derivation_of(name)) is not None:
-            dropped.append(DroppedTensor(ref, derived.because, derived))
+            dropped.append(DroppedTensor(name, ref, derived.because, derived))
         elif (row := rules.drop_of(name)) is not None:
-            dropped.append(DroppedTensor(ref, row.because))
+            dropped.append(DroppedTensor(name, ref, row.because))
         else:
             surplus.append(f"{name} {list(ref.shape)}")
 
     missing: list[str] = []
+    needed: list[str] = []
     reshaped: list[str] = []
     produced: dict[str, Step] = {}
     for (_, captures), (rule, refs) in groups.items():
         absent = [p.fill(captures) for place, p in enumerate(rule.sources) if place not in refs]
         if absent:
-            missing += absent
+            for name in absent:
+                if drop and name in drop:
+                    needed.append(f"{name} ({drop[name]})")
+                else:
+                    missing.append(name)
             continue
         step = _apply(rule, captures, refs, targets, dtype, reshaped)
         for spec in step.targets:
@@ -160,11 +169,13 @@ def plan(
         claims = list(rules.of_target(name))
         wanted = [p.fill(claims[0][2]) for p in claims[0][0].sources] if claims else []
         absent = [source for source in wanted if source not in sources]
-        if not set(absent) & set(missing):
+        if drop and (lacking := [source for source in wanted if source in drop]):
+            needed += [line for source in lacking if (line := f"{source} ({drop[source]})") not in needed]
+        elif not set(absent) & set(missing):
             missing.append(f"{', '.join(absent) or 'nothing in the file'} {list(shape)} → {name}")
 
-    if missing or surplus or reshaped:
-        raise CoverageError(_complaint(missing, surplus, reshaped))
+    if missing or needed or surplus or reshaped:
+        raise CoverageError(_complaint(missing, needed, surplus, reshaped))
     return Plan(tuple(steps), tuple(dropped), native.buffers)
 
 
@@ -219,10 +230,11 @@ def main_dtype(made: Plan) -> torch.dtype:
     return _main_dtype(made.steps)
 
 
-def _complaint(missing: Sequence[str], surplus: Sequence[str], reshaped: Sequence[str]) -> str:
+def _complaint(missing: Sequence[str], needed: Sequence[str], surplus: Sequence[str], reshaped: Sequence[str]) -> str:
     parts = ["The checkpoint's tensors and the native model's do not meet."]
     for title, names in (
         ("missing from the checkpoint", missing),
+        ("left out on request, but the model cannot do without", needed),
         ("in the checkpoint, but with no place in the model", surplus),
         ("of another shape", reshaped),
     ):
@@ -235,6 +247,15 @@ def _complaint(missing: Sequence[str], surplus: Sequence[str], reshaped: Sequenc
 
 
 def tensor_counts(made: Plan) -> dict[str, Any]:
-    """How many tensors were read, written and dropped."""
-    used = sum(len(step.sources) + len(step.aliases) for step in made.steps)
-    return {"read": used, "written": sum(1 for _ in made.targets), "dropped": len(made.dropped)}
+    """How many tensors were read, written and dropped, and what the others became, so that the numbers add up:
+    written = read - tied - merged + split + filled."""
+    moved = [(len(step.sources), len(step.targets)) for step in made.steps]
+    return {
+        "read": sum(len(step.sources) + len(step.aliases) for step in made.steps),
+        "written": sum(targets for _, targets in moved),
+        "dropped": len(made.dropped),
+        "tied": sum(len(step.aliases) for step in made.steps),
+        "merged": sum(max(sources - targets, 0) for sources, targets in moved),
+        "split": sum(max(targets - sources, 0) for sources, targets in moved if sources),
+        "filled": sum(targets for sources, targets in moved if not sources),
+    }

@@ -58,6 +58,7 @@ def conversion_record(
         "dropped": [
             {
                 "name": item.ref.name,
+                "source_tensor": item.name,
                 "shape": list(item.ref.shape),
                 "dtype": _name(item.ref.dtype),
                 "because": item.because,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from weightport.adapters.lora_dumps import has_adapter, merge_dump
 from weightport.checkpoints import Checkpoint, TensorRef
+from weightport.converters.dropping import given_up
 from weightport.converters.family import Options, SourceModel
-from weightport.converters.patterns import Pattern
 from weightport.converters.rules import RuleTable
 from weightport.errors import ConfigurationError
 from weightport.families.florence2 import configuration, layouts
@@ -32,6 +32,7 @@ class Florence2:
 
     name = "florence2"
     title = "Florence-2"
+    accepts = frozenset({"vocabulary", "ema", "image_token"})
 
     def recognises(self, names: Mapping[str, TensorRef]) -> bool:
         return layouts.is_florence2(names)
@@ -108,9 +109,11 @@ class Florence2:
 def _without_adapter(
     tensors: Mapping[str, TensorRef], checkpoint: Checkpoint, options: Options
 ) -> tuple[Mapping[str, TensorRef], tuple[str, ...]]:
-    """The model's tensors, a LoRA adapter that is still in the file merged into them."""
+    """The model's tensors, a LoRA adapter that is still in the file merged into them. What the user gave up is not
+    merged, and stays for the plan to record."""
     if not has_adapter(tensors):
         return tensors, ()
-    dropped = [Pattern(text) for text in options.drop]
-    kept = {name: ref for name, ref in tensors.items() if not any(p.match(name) is not None for p in dropped)}
-    return merge_dump(kept, companion(checkpoint, "adapter_config.json"), str(checkpoint.path))
+    dropped = given_up(tensors, options.drop)
+    kept = {name: ref for name, ref in tensors.items() if name not in dropped}
+    merged, notes = merge_dump(kept, companion(checkpoint, "adapter_config.json"), str(checkpoint.path))
+    return {**merged, **{name: tensors[name] for name in dropped}}, notes

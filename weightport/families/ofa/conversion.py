@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightport.checkpoints import Checkpoint, TensorRef, sections
+from weightport.converters.dropping import given_up
 from weightport.converters.family import Options, SourceModel
 from weightport.converters.rules import RuleTable
 from weightport.errors import ConfigurationError
@@ -47,6 +48,7 @@ class OFA:
 
     name = "ofa"
     title = "OFA"
+    accepts = frozenset({"vocabulary", "portable", "ema", "parse_symbols"})
 
     def recognises(self, names: Mapping[str, TensorRef]) -> bool:
         return layouts.is_ofa(names)
@@ -115,11 +117,9 @@ class OFA:
 
 
 def _refuse_extras(tensors: Mapping[str, TensorRef], options: Options) -> None:
-    from weightport.converters.patterns import Pattern
-
-    dropped = [Pattern(text) for text in options.drop]
+    dropped = given_up(tensors, options.drop)
     for name in tensors:
-        if any(pattern.match(name) is not None for pattern in dropped):
+        if name in dropped:
             continue
         for mark, what in _EXTRAS.items():
             if mark in name:

@@ -1,0 +1,37 @@
+"""Source tensors that the user gives up (--drop)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from weightport.checkpoints import TensorRef
+from weightport.converters.patterns import Pattern
+from weightport.errors import UsageError
+
+SHOWN = 3
+
+
+def given_up(tensors: Mapping[str, TensorRef], patterns: Iterable[str]) -> dict[str, str]:
+    """Reason by name of every tensor that one of `patterns` describes.
+
+    A pattern may speak of a tensor as the model calls it or as the file does (`model.` before it, say).
+    """
+    compiled = [Pattern(text) for text in patterns]
+    return {
+        name: f"left out on request (--drop {pattern})"
+        for name, ref in tensors.items()
+        for pattern in compiled
+        if pattern.match(name) is not None or pattern.match(ref.name) is not None
+    }
+
+
+def check_patterns(tensors: Mapping[str, TensorRef], patterns: Sequence[str]) -> None:
+    """Raise UsageError for a pattern that describes no tensor: what it was to leave out would be converted."""
+    for text in patterns:
+        if not given_up(tensors, [text]):
+            shown = ", ".join(list(tensors)[:SHOWN])
+            raise UsageError(
+                f"--drop {text} matches none of the model's {len(tensors)} tensors ({shown}, …).\n"
+                "  In a pattern * is a number, ** anything, {a,b} either; `weightport inspect SOURCE --tensors` lists "
+                "the names."
+            )
