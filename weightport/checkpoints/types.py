@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from weightport.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,39 @@ class TensorRef:
     def read(self) -> torch.Tensor:
         """The tensor, of `shape` and `dtype`. Raises CheckpointError when the file no longer holds it."""
         return self.load()
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` of axis 0 (a scalar whole), touching their bytes only where the layout allows."""
+        whole = self.load()
+        return whole[start:stop] if self.shape else whole
+
+
+class NamedTensors(Mapping[str, TensorRef]):
+    """Tensors by name, in order: each key is its tensor's own `name`, so that a tensor has one name and no other."""
+
+    def __init__(self, refs: Iterable[TensorRef] = ()) -> None:
+        self._refs: dict[str, TensorRef] = {}
+        for ref in refs:
+            if ref.name in self._refs:
+                raise CheckpointError(f"Two tensors are named {ref.name}.")
+            self._refs[ref.name] = ref
+
+    def __getitem__(self, name: str) -> TensorRef:
+        return self._refs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._refs)
+
+    def __len__(self) -> int:
+        return len(self._refs)
+
+    def renamed(self, new_name: Callable[[str], str]) -> NamedTensors:
+        """The same tensors under other names."""
+        return NamedTensors(replace(ref, name=new_name(ref.name)) for ref in self.values())
+
+    def without(self, names: Container[str]) -> NamedTensors:
+        """All but the tensors of these names."""
+        return NamedTensors(ref for ref in self.values() if ref.name not in names)
 
 
 @dataclass(frozen=True, repr=False)

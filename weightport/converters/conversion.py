@@ -10,23 +10,24 @@ from typing import Any
 
 import torch
 
-from weightport.checkpoints import Checkpoint, open_checkpoint
 from weightport.checkpoints.hashing import BackgroundDigests
+from weightport.checkpoints.lazy_tensors import same_bits
+from weightport.checkpoints.sources import MAIN, Sources
 from weightport.converters.dropping import check_patterns, given_up
-from weightport.converters.family import Family, Options, SourceModel, check_accepted
+from weightport.converters.family import ConversionStage, SourceModel
+from weightport.converters.options import ConversionOptions
 from weightport.converters.plan import Plan, plan
 from weightport.converters.record import conversion_record, write_record
 from weightport.errors import ConfigurationError, OutputError
-from weightport.families.recognition import recognise
 from weightport.writing import check_absent, whole_directory
-from weightport.writing.safetensors_shards import lay_out, same_bits, write_shards
+from weightport.writing.safetensors_shards import lay_out, write_shards
 
 
 @dataclass(frozen=True)
 class Planned:
     """What a conversion will do: for a command line to show before the work begins."""
 
-    checkpoint: Checkpoint
+    sources: Sources
     model: SourceModel
     plan: Plan
 
@@ -41,46 +42,48 @@ class Conversion:
     record: dict[str, Any]
 
 
+def prepare(sources: Sources, family: ConversionStage, options: ConversionOptions) -> Planned:
+    """What converting `sources` will do; nothing is written. Raises a WeightportError naming what does not fit."""
+    model = family.read(sources, options)
+    made = make_plan(family, model, options)
+    check_derived(made, model)
+    return Planned(sources, model, made)
+
+
 def convert(
-    source: str | Path,
-    out: str | Path,
-    family: str | None = None,
-    options: Options | None = None,
+    sources: Sources,
+    out: Path,
+    family: ConversionStage,
+    options: ConversionOptions,
     *,
     digests: BackgroundDigests | None = None,
     announce: Callable[[Planned], None] = lambda planned: None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Conversion:
-    """Convert the checkpoint at `source` into the model directory `out`.
+    """Convert the opened `sources` into the model directory `out`.
 
-    `family` None recognises it from the tensors. `digests` are of the source's files, if hashing them has begun.
-    `announce` is called once with the plan before anything is written, `advance` with the number of bytes just
-    written. Raises a WeightportError with nothing written.
+    `options` are of the family's own type. `digests` are of the sources' files, if hashing them has begun. `announce`
+    is called once with the plan before anything is written, `advance` with the number of bytes just written. Raises a
+    WeightportError with nothing written.
     """
-    options = options or Options()
-    out = Path(out)
     check_absent(out, overwrite=options.overwrite)
-    checkpoint = open_checkpoint(Path(source))
-    _refuse_own_source(checkpoint, out)
-    begun = nullcontext(digests) if digests and digests.files == checkpoint.files else None
-    with begun or BackgroundDigests(checkpoint.files) as hashed, _one_thread():
-        reader = recognise(checkpoint, family)
-        check_accepted(reader, options)
-        model = reader.read(checkpoint, options)
-        made = make_plan(reader, model, options)
-        check_derived(made, model)
-        announce(Planned(checkpoint, model, made))
+    _refuse_own_source(sources, out)
+    begun = nullcontext(digests) if digests and digests.files == sources.files else None
+    with begun or BackgroundDigests(sources.files) as hashed, _one_thread():
+        planned = prepare(sources, family, options)
+        model, made = planned.model, planned.plan
+        announce(planned)
         with whole_directory(out, overwrite=options.overwrite, needs=made.nbytes) as folder:
             # Before the weights: a vocabulary that does not fit is found in a second, not after gigabytes.
-            reader.write_companions(model, checkpoint, made, folder, options)
+            family.write_companions(model, sources, made, folder, options)
             files = write_shards(
-                made,
-                lay_out(made, options.max_shard_bytes),
+                lay_out(made.targets, options.max_shard_bytes),
                 folder,
+                metadata={"total_parameters": made.parameters},
                 allow_nonfinite=options.allow_nonfinite,
                 advance=advance,
             )
-            record = conversion_record(checkpoint, model, made, files, hashed.result())
+            record = conversion_record(sources, model, made, files, hashed.result())
             write_record(folder, record)
     return Conversion(out, made, model, record)
 
@@ -96,11 +99,12 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def make_plan(family: Family, model: SourceModel, options: Options) -> Plan:
+def make_plan(family: ConversionStage, model: SourceModel, options: ConversionOptions) -> Plan:
     """The plan of `model`, with what the user gave up left out. Raises CoverageError, and UsageError for a --drop that
     names nothing."""
-    check_patterns(model.tensors, options.drop)
-    dropped = given_up(model.tensors, options.drop)
+    section = model.sections.get(MAIN, "")
+    check_patterns(model.tensors, options.drop, section)
+    dropped = given_up(model.tensors, options.drop, section)
     return plan(model.tensors, model.rules, family.targets(model.config), options.dtype, dropped)
 
 
@@ -119,9 +123,9 @@ def check_derived(made: Plan, model: SourceModel) -> None:
             )
 
 
-def _refuse_own_source(checkpoint: Checkpoint, out: Path) -> None:
+def _refuse_own_source(sources: Sources, out: Path) -> None:
     target = out.resolve()
-    for file in checkpoint.files:
+    for file in sources.files:
         if target == file.resolve() or target in file.resolve().parents:
             raise OutputError(f"{out} holds the source checkpoint ({file.name}). Choose another output.")
 

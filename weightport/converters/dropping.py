@@ -11,24 +11,24 @@ from weightport.errors import UsageError
 SHOWN = 3
 
 
-def given_up(tensors: Mapping[str, TensorRef], patterns: Iterable[str]) -> dict[str, str]:
+def given_up(tensors: Mapping[str, TensorRef], patterns: Iterable[str], section: str = "") -> dict[str, str]:
     """Reason by name of every tensor that one of `patterns` describes.
 
-    A pattern may speak of a tensor as the model calls it or as the file does (`model.` before it, say).
+    A pattern may speak of a tensor as the model calls it or as the file does: `section` and a dot before it.
     """
     compiled = [Pattern(text) for text in patterns]
     return {
         name: f"left out on request (--drop {pattern})"
-        for name, ref in tensors.items()
+        for name in tensors
         for pattern in compiled
-        if pattern.match(name) is not None or pattern.match(ref.name) is not None
+        if pattern.match(name) is not None or (section and pattern.match(f"{section}.{name}") is not None)
     }
 
 
-def check_patterns(tensors: Mapping[str, TensorRef], patterns: Sequence[str]) -> None:
+def check_patterns(tensors: Mapping[str, TensorRef], patterns: Sequence[str], section: str = "") -> None:
     """Raise UsageError for a pattern that describes no tensor: what it was to leave out would be converted."""
     for text in patterns:
-        if not given_up(tensors, [text]):
+        if not given_up(tensors, [text], section):
             shown = ", ".join(list(tensors)[:SHOWN])
             raise UsageError(
                 f"--drop {text} matches none of the model's {len(tensors)} tensors ({shown}, …).\n"

@@ -4,131 +4,168 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from weightport.checkpoints import Checkpoint, TensorRef, open_checkpoint
-from weightport.converters.family import Family, HubFamily
+from weightport.checkpoints.lazy_tensors import Lazy, blocks, chunks
+from weightport.checkpoints.sources import MAIN
+from weightport.converters.family import ConversionStage, OriginalForm
 from weightport.converters.patterns import Capture
-from weightport.converters.plan import TensorSpec
 from weightport.converters.record import read_record
-from weightport.converters.rules import Rule, RuleTable
-from weightport.errors import CheckpointError, CoverageError, UnknownFamilyError
-from weightport.families import FAMILIES
+from weightport.converters.rules import Claim, RuleTable
+from weightport.errors import CheckpointError, CoverageError, UsageError
 from weightport.writing import check_absent, whole_directory, whole_file
-from weightport.writing.safetensors_shards import HashedFile, as_bytes, chunks, safetensors_header
-from weightport.writing.torch_archive import StreamedTensor, write_torch_archive
+from weightport.writing.npz import write_npz
+from weightport.writing.outgoing import Outgoing
+from weightport.writing.safetensors_shards import write_safetensors
+from weightport.writing.torch_archive import write_torch_archive
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
-class OriginalTensor:
-    """A tensor of the original format: its name there, and how its values come about."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    key: str
-    values: Callable[[], torch.Tensor]
-
-
-@dataclass(frozen=True)
 class Export:
-    """A finished export."""
+    """A finished export. `lost` are the operations that could not be undone exactly, by the tensor they made."""
 
     path: Path
     tensors: int
     nbytes: int
+    lost: Mapping[str, str]
 
 
 def export(
-    directory: str | Path,
-    target: str | Path,
+    directory: Path,
+    target: Path,
+    family: ConversionStage,
+    config: PreTrainedConfig,
     *,
+    part: str = MAIN,
     overwrite: bool = False,
     announce: Callable[[int], None] = lambda total: None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Export:
-    """Write the model in `directory` to `target` in its family's original format. Nothing is written on failure.
+    """Write the model in `directory`, of this `config`, to `target` in its family's original format.
 
     With a conversion.json the original's tensors come back under the same names in the same order, derived and tied
-    ones included; without one (a directory that a trainer saved) the layout's full set is written.
+    ones included; without one (a directory that a trainer saved) the layout's full set is written. `part` is the
+    source whose tensors are written, where there were several. Nothing is written on failure.
     """
-    directory, target = Path(directory), Path(target)
     check_absent(target, overwrite=overwrite)
-    record = read_record(directory)
-    config = load_config(directory)
-    family = family_of(config, directory)
+    record = read_record(directory) or {}
+    source = _source_of(record, part, directory)
     checkpoint = open_checkpoint(directory)
-    rules = family.rules_of(config, (record or {}).get("layout", ""))
-    tensors = original_tensors(checkpoint, rules, config, record)
-    total = sum({t.key: torch.Size(t.shape).numel() * t.dtype.itemsize for t in tensors}.values())
+    rules = family.rules_of(config, record.get("layout", ""))
+    tensors, lost = original_tensors(checkpoint, rules, config, record, part)
+    total = sum({tensor.storage_key: tensor.nbytes for tensor in tensors}.values())
     announce(total)
-    model = OrderedDict((t.name, StreamedTensor(t.key, t.shape, t.dtype, _parts(t))) for t in tensors)
-    source = (record or {}).get("source", {})
-    document = family.original_document(config, source.get("options", {}), model)
-    if not isinstance(family, HubFamily):
-        with whole_file(target, overwrite=overwrite, needs=total) as path:
-            write_torch_archive(document, path, advance=advance)
-    else:
-        with whole_directory(target, overwrite=overwrite, needs=total) as folder:
-            family.write_original_companions(directory, config, source.get("options", {}), folder)
-            if str(source.get("format", "")).startswith("safetensors"):
-                _write_safetensors(tensors, folder / "model.safetensors", advance)
-            else:
-                write_torch_archive(document, folder / "pytorch_model.bin", advance=advance)
-    return Export(target, len(tensors), total)
+    job = _Job(directory, target, family, config, record.get("options", {}), source, tensors, total, overwrite, advance)
+    _WRITERS[family.original_form](job)
+    return Export(target, len(tensors), total, lost)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One export, its tensors decided."""
+
+    directory: Path
+    target: Path
+    family: ConversionStage
+    config: PreTrainedConfig
+    options: Mapping[str, Any]
+    source: Mapping[str, Any]
+    tensors: Sequence[Outgoing]
+    nbytes: int
+    overwrite: bool
+    advance: Callable[[int], None]
+
+    def document(self) -> Any:
+        """What torch.save would be given."""
+        model = OrderedDict((tensor.name, tensor) for tensor in self.tensors)
+        return self.family.original_document(self.config, self.options, model)
+
+
+def _write_torch(job: _Job) -> None:
+    with whole_file(job.target, overwrite=job.overwrite, needs=job.nbytes) as path:
+        write_torch_archive(job.document(), path, advance=job.advance)
+
+
+def _write_npz(job: _Job) -> None:
+    section = str(job.source.get("section") or "")
+    before = f"{section}/" if section else ""
+    with whole_file(job.target, overwrite=job.overwrite, needs=job.nbytes) as path:
+        write_npz([replace(tensor, name=before + tensor.name) for tensor in job.tensors], path, advance=job.advance)
+
+
+def _write_folder(job: _Job) -> None:
+    with whole_directory(job.target, overwrite=job.overwrite, needs=job.nbytes) as folder:
+        job.family.write_original_companions(job.directory, job.config, job.options, folder)
+        if str(job.source.get("format", "")).startswith("safetensors"):
+            write_safetensors(job.tensors, folder / "model.safetensors", advance=job.advance)
+        else:
+            write_torch_archive(job.document(), folder / "pytorch_model.bin", advance=job.advance)
+
+
+_WRITERS: Mapping[OriginalForm, Callable[[_Job], None]] = {
+    "torch": _write_torch,
+    "npz": _write_npz,
+    "folder": _write_folder,
+}
+
+
+def _source_of(record: Mapping[str, Any], part: str, directory: Path) -> Mapping[str, Any]:
+    """What the record says of the source `part`. Raises UsageError for one that it does not know."""
+    sources = record.get("sources", {})
+    if sources and part not in sources:
+        raise UsageError(f"{directory} was not made of a source {part!r}; it was made of {', '.join(sources)}.")
+    found: Mapping[str, Any] = sources.get(part, {})
+    return found
 
 
 def original_tensors(
-    checkpoint: Checkpoint, rules: RuleTable, config: PreTrainedConfig, record: Mapping[str, Any] | None
-) -> list[OriginalTensor]:
-    """The original's tensors, in the original's order where a record tells it. Raises CoverageError."""
-    filled = {name for step in (record or {}).get("steps", ()) if not step["from"] for name in step["to"]}
-    found = {tensor.name: tensor for tensor in _reversed_rules(checkpoint, rules, filled)}
-    names = list((record or {}).get("source_tensors", {})) or None
-    dtypes = (record or {}).get("source_tensors", {})
+    checkpoint: Checkpoint, rules: RuleTable, config: PreTrainedConfig, record: Mapping[str, Any], part: str = MAIN
+) -> tuple[list[Outgoing], dict[str, str]]:
+    """(the original's tensors, in the original's order where a record tells it; what is lost by tensor). Raises
+    CoverageError."""
+    filled = {name for step in record.get("steps", ()) if not step["from"] for name in step["to"]}
+    found, lost = _reversed_rules(checkpoint, rules, filled)
+    recorded = {name: source["tensors"] for name, source in record.get("sources", {}).items()}
+    dtypes: Mapping[str, str] = recorded.get(part, {})
+    names = list(dtypes) or None
     derived = _derived_names(rules, names)
-    missing = [name for name in names or () if name not in found and name not in derived]
-    dropped = {item.get("source_tensor", item["name"]) for item in (record or {}).get("dropped", ())}
-    lost = [name for name in missing if name not in dropped]
-    if lost:
+    dropped = {item["name"] for item in record.get("dropped", ())}
+    absent = [name for name in names or () if name not in found and name not in derived and name not in dropped]
+    if absent:
         raise CoverageError(
             f"{checkpoint.path} no longer holds what these tensors of the original came from:\n      "
-            + "\n      ".join(lost[:12])
+            + "\n      ".join(absent[:12])
         )
     for name in derived:
         value = rules.derivation_of(name)
         if value is None:
             continue
         tensor = value.compute(config, name)
-        dtype = getattr(torch, dtypes[name]) if name in dtypes else tensor.dtype
-        found[name] = OriginalTensor(name, tuple(tensor.shape), dtype, name, _constant(tensor.to(dtype)))
+        found[name] = _derived(name, tensor.to(getattr(torch, dtypes[name])) if name in dtypes else tensor)
     order = [name for name in names or found if name in found]
-    written = {found[name].key for name in order}
+    written = {found[name].storage_key for name in order}
+    elsewhere = {name for source, tensors in recorded.items() if source != part for name in tensors}
     # What a fine-tune added stands behind what the original had; a further name of a tied tensor is nothing new.
-    added = [name for name in found if name not in set(order) and found[name].key not in written]
-    return [found[name] for name in (*order, *added)]
+    known = set(order) | elsewhere
+    added = [name for name in found if name not in known and found[name].storage_key not in written]
+    chosen = [found[name] for name in (*order, *added)]
+    return chosen, {tensor.name: lost[tensor.name] for tensor in chosen if tensor.name in lost}
 
 
-def _write_safetensors(tensors: Sequence[OriginalTensor], path: Path, advance: Callable[[int], None]) -> None:
-    """The tensors in one safetensors file, in their order; what is tied is written under each of its names."""
-    with HashedFile(path) as out:
-        out.write(safetensors_header([TensorSpec(t.name, t.shape, t.dtype) for t in tensors]))
-        for tensor in tensors:
-            for chunk in chunks(tensor.values(), tensor.dtype):
-                out.write(as_bytes(chunk))
-                advance(chunk.numel() * chunk.element_size())
-
-
-def _reversed_rules(checkpoint: Checkpoint, rules: RuleTable, filled: Set[str]) -> Iterator[OriginalTensor]:
-    groups: dict[tuple[int, tuple[Capture, ...]], tuple[Rule, dict[int, TensorRef]]] = {}
+def _reversed_rules(
+    checkpoint: Checkpoint, rules: RuleTable, filled: Set[str]
+) -> tuple[dict[str, Outgoing], dict[str, str]]:
+    """(the original's tensors by name, what their operation cannot restore). Raises CoverageError."""
+    groups: dict[tuple[int, tuple[Capture, ...]], list[tuple[Claim, TensorRef]]] = {}
     unknown = []
     for name, ref in checkpoint.items():
         if rules.filling_of(name) is not None or name in filled:
@@ -137,25 +174,43 @@ def _reversed_rules(checkpoint: Checkpoint, rules: RuleTable, filled: Set[str]) 
         if claim is None:
             unknown.append(name)
             continue
-        rule, place, captures = claim
-        groups.setdefault((id(rule), captures), (rule, {}))[1][place] = ref
+        groups.setdefault(claim.group, []).append((claim, ref))
     if unknown:
         raise CoverageError(
             f"{len(unknown)} tensors of {checkpoint.path} have no place in the original format:\n      "
             + "\n      ".join(unknown[:12])
         )
-    for (_, captures), (rule, refs) in groups.items():
-        targets = [refs.get(place) for place in range(len(rule.targets))]
-        if any(ref is None for ref in targets):
-            absent = [p.fill(captures) for place, p in enumerate(rule.targets) if place not in refs]
-            raise CoverageError(f"{checkpoint.path} lacks {', '.join(absent)}, which the original format needs.")
-        present = [ref for ref in targets if ref is not None]
-        shapes = rule.operation.backward([torch.empty(r.shape, dtype=r.dtype, device="meta") for r in present])
-        for place, shape in enumerate(shapes):
-            first = rule.sources[place].fill(captures)
-            names = [first, *(alias.fill(captures) for alias in rule.aliases)] if place == 0 else [first]
-            for name in names:
-                yield OriginalTensor(name, tuple(shape.shape), shape.dtype, first, _backward(rule, present, place))
+    found: dict[str, Outgoing] = {}
+    lost: dict[str, str] = {}
+    for claims in groups.values():
+        rule, captures = claims[0][0].rule, claims[0][0].captures
+        layers = 1 + max(claim.layer for claim, _ in claims)
+        present = {ref.name: ref for _, ref in claims}
+        wanted = rule.target_names(captures, layers) if layers <= len(claims) else []
+        absent = [name for name in wanted if name not in present]
+        if absent or not wanted:
+            named = ", ".join(absent) or f"layers of {rule.targets[0]}"
+            raise CoverageError(f"{checkpoint.path} lacks {named}, which the original format needs.")
+        try:
+            made = rule.operation.backward([present[name] for name in wanted])
+        except ValueError as error:
+            raise CoverageError(f"{checkpoint.path}: {wanted[0]}: {rule.operation.name} cannot be undone: {error}") from error
+        names = rule.source_names(captures, max(1, len(made) // len(rule.sources)))
+        for name, tensor in zip(names, made, strict=True):
+            found[name] = _outgoing(name, tensor, names[0] if name == names[0] else name)
+            if rule.operation.lossy:
+                lost[name] = rule.operation.lossy
+        for alias in rule.alias_names(captures):
+            found[alias] = _outgoing(alias, made[0], names[0])
+    return found, lost
+
+
+def _outgoing(name: str, tensor: Lazy, storage: str) -> Outgoing:
+    return Outgoing(name, tuple(tensor.shape), tensor.dtype, lambda: blocks(tensor), storage=storage)
+
+
+def _derived(name: str, tensor: torch.Tensor) -> Outgoing:
+    return Outgoing(name, tuple(tensor.shape), tensor.dtype, lambda: chunks(tensor, tensor.dtype))
 
 
 def _derived_names(rules: RuleTable, recorded: list[str] | None) -> list[str]:
@@ -163,18 +218,6 @@ def _derived_names(rules: RuleTable, recorded: list[str] | None) -> list[str]:
     if recorded is not None:
         return [name for name in recorded if rules.derivation_of(name) is not None]
     return [name for row in rules.derived if not row.optional for name in row.source.expand()]
-
-
-def _backward(rule: Rule, refs: list[TensorRef], place: int) -> Callable[[], torch.Tensor]:
-    return lambda: rule.operation.backward([ref.read() for ref in refs])[place]
-
-
-def _constant(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-    return lambda: tensor
-
-
-def _parts(tensor: OriginalTensor) -> Callable[[], Iterator[torch.Tensor]]:
-    return lambda: chunks(tensor.values(), tensor.dtype)
 
 
 def load_config(directory: Path) -> PreTrainedConfig:
@@ -191,13 +234,3 @@ def load_config(directory: Path) -> PreTrainedConfig:
         return transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read as a model configuration: {error}") from error
-
-
-def family_of(config: PreTrainedConfig, directory: Path) -> Family:
-    """The family whose native model this is. Raises UnknownFamilyError."""
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise UnknownFamilyError(
-            f"{directory} holds a {config.model_type!r} model; known families: {', '.join(FAMILIES)}."
-        )
-    return family

@@ -1,96 +1,80 @@
-"""What a family of models has to say about itself; everything else is shared."""
+"""What the conversion engine needs of a family of models; everything else is shared."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from weightport.checkpoints import Checkpoint, TensorRef
+from weightport.checkpoints import TensorRef
+from weightport.checkpoints.sources import MAIN, Sources
+from weightport.checkpoints.types import NamedTensors
+from weightport.converters.options import ConversionOptions
 from weightport.converters.rules import RuleTable
-from weightport.errors import UsageError
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedConfig
 
     from weightport.converters.native import NativeTensors
     from weightport.converters.plan import Plan
 
-
-@dataclass(frozen=True)
-class Options:
-    """What the user asked of a conversion.
-
-    `dtype` is the floating-point dtype of the output (None: each tensor keeps its own). `vocabulary` is a folder or a
-    Hub id. `drop` are patterns of source tensors to leave out. `portable` writes the model's code beside the weights.
-    `ema` takes the averaged weights of a training checkpoint. `parse_symbols` lets the tokenizer read symbols such as
-    <bin_3> in plain text. `image_token` is how a family that needs a placeholder for images gets one: "reuse" an id
-    that the original never uses, "append" a row, or "none" where the model is only looked at. `max_shard_bytes`
-    bounds a weight file.
-    """
-
-    dtype: torch.dtype | None = None
-    vocabulary: str | None = None
-    drop: tuple[str, ...] = ()
-    portable: bool = False
-    ema: bool = False
-    parse_symbols: bool = False
-    image_token: str = "reuse"
-    allow_nonfinite: bool = False
-    overwrite: bool = False
-    max_shard_bytes: int = 5 * 10**9
+OriginalForm = Literal["torch", "folder", "npz"]
+"""What an export writes: one file of torch.save, a folder as the Hub has it, or an .npz."""
 
 
 @dataclass(frozen=True)
 class SourceModel:
     """A checkpoint as a family reads it: which tensors are the model, what they mean, and its native configuration.
 
-    `tensors` have the names that `rules` speak of. `options` are the original's own settings, as far as the family
-    understands them (plain data, kept in conversion.json for the way back). `unread` are the bytes of the file's other
-    sections. `notes` are for the user.
+    `tensors` have the names that `rules` speak of. `origins` names the source of a tensor where it is not the main
+    one. `sections` are what stands before the names in a source's file, "model" of `model.encoder.layer_norm.bias`.
+    `unused` are tensors of a source that another one gave (name → reason). `options` are the original's own settings,
+    as far as the family understands them (plain data, kept in conversion.json for the way back). `unread` are the
+    bytes of the file's other sections. `notes` are for the user.
     """
 
     family: str
     layout: str
     title: str
-    tensors: Mapping[str, TensorRef]
+    tensors: NamedTensors
     rules: RuleTable
     config: PreTrainedConfig
+    origins: Mapping[str, str] = field(default_factory=dict)
+    sections: Mapping[str, str] = field(default_factory=dict)
+    unused: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     unread: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    def origin(self, name: str) -> str:
+        """The source that gives the tensor `name`."""
+        return self.origins.get(name, MAIN)
 
-FAMILY_OPTIONS = {
-    "vocabulary": "--vocab",
-    "portable": "--portable",
-    "ema": "--ema",
-    "parse_symbols": "--parse-symbols",
-    "image_token": "--image-token",
-}
-"""Options that not every family has, by their field of `Options`."""
+    def tensors_of(self, source: str) -> NamedTensors:
+        """The tensors that `source` gives."""
+        return NamedTensors(ref for name, ref in self.tensors.items() if self.origin(name) == source)
 
 
-class Family(Protocol):
-    """One family's knowledge. Implementations hold no state. `accepts` are the `FAMILY_OPTIONS` that it has."""
+class ConversionStage(Protocol):
+    """One family's knowledge of its checkpoints. Implementations hold no state. `original_form` is what exports are."""
 
     name: str
     title: str
-    accepts: frozenset[str]
+    original_form: OriginalForm
 
     def recognises(self, names: Mapping[str, TensorRef]) -> bool:
         """Whether tensors with these names (as the file has them) are a model of this family."""
 
-    def read(self, checkpoint: Checkpoint, options: Options) -> SourceModel:
-        """The model in the checkpoint. Raises WeightportError naming what does not fit."""
+    def read(self, sources: Sources, options: ConversionOptions) -> SourceModel:
+        """The model in the sources. `options` are of the family's own type. Raises WeightportError naming what does
+        not fit."""
 
     def targets(self, config: PreTrainedConfig) -> NativeTensors:
-        """What the native model of this configuration loads; no memory is used."""
+        """What the native model of this configuration stores on disk; no memory is used."""
 
     def write_companions(
-        self, model: SourceModel, checkpoint: Checkpoint, plan: Plan, folder: Path, options: Options
+        self, model: SourceModel, sources: Sources, plan: Plan, folder: Path, options: ConversionOptions
     ) -> None:
         """Write config.json, generation_config.json, tokenizer and processor into `folder`."""
 
@@ -98,26 +82,10 @@ class Family(Protocol):
         """The rule table of a converted model, for the way back."""
 
     def original_document(self, config: PreTrainedConfig, options: Mapping[str, Any], model: Any) -> Any:
-        """What the original's file holds, with `model` in the place of its state dict."""
-
-
-@runtime_checkable
-class HubFamily(Protocol):
-    """A family whose original form is a folder of the Hub: exports are such folders, not single files."""
+        """What the original's file holds, with `model` in the place of its state dict (form "torch")."""
 
     def write_original_companions(
         self, directory: Path, config: PreTrainedConfig, options: Mapping[str, Any], folder: Path
     ) -> None:
-        """Write what stands beside the original's weights (config.json, tokenizer) into `folder`; `directory` is the
-        converted one, `options` are its record's."""
-
-
-def check_accepted(family: Family, options: Options) -> None:
-    """Raise UsageError for an option that the family would ignore."""
-    default = Options()
-    for field_name, flag in FAMILY_OPTIONS.items():
-        if field_name not in family.accepts and getattr(options, field_name) != getattr(default, field_name):
-            known = ", ".join(flag for name, flag in FAMILY_OPTIONS.items() if name in family.accepts) or "none"
-            raise UsageError(
-                f"{flag} means nothing for a checkpoint of {family.title}, whose own options are {known}."
-            )
+        """Write what stands beside the original's weights (config.json, tokenizer) into `folder` (form "folder");
+        `directory` is the converted one, `options` are its record's."""

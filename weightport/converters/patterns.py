@@ -57,6 +57,16 @@ class Pattern:
             out += [_write_hole(hole, capture), literal]
         return "".join(out)
 
+    @property
+    def layer_hole(self) -> int:
+        """The place among the holes of the first `*`. Raises ValueError where there is none."""
+        return self.holes.index("*")
+
+    def fill_layer(self, captures: tuple[Capture, ...], layer: int) -> str:
+        """The name that has `layer` in the first `*` and `captures` in the other holes."""
+        hole = self.layer_hole
+        return self.fill((*captures[:hole], layer, *captures[hole:]))
+
     def expand(self) -> list[str]:
         """Every name of a pattern whose holes are all alternatives."""
         return [self.fill(captures) for captures in product(*(range(len(_alternatives(hole))) for hole in self.holes))]
@@ -65,11 +75,18 @@ class Pattern:
         return self.text
 
 
-def check_correspondence(left: Pattern, right: Pattern) -> None:
-    """Raise ValueError unless the holes of both sides correspond, so that a rule can be read in both directions."""
-    if len(left.holes) != len(right.holes):
+def check_correspondence(
+    left: Pattern, right: Pattern, *, left_only: int | None = None, right_only: int | None = None
+) -> None:
+    """Raise ValueError unless the holes of both sides correspond, so that a rule can be read in both directions.
+
+    `left_only`, `right_only` are the place of a hole that the other side does not have.
+    """
+    left_holes = [hole for place, hole in enumerate(left.holes) if place != left_only]
+    right_holes = [hole for place, hole in enumerate(right.holes) if place != right_only]
+    if len(left_holes) != len(right_holes):
         raise ValueError(f"{left} and {right} have different numbers of holes")
-    for a, b in zip(left.holes, right.holes):
+    for a, b in zip(left_holes, right_holes):
         if a.startswith("{") != b.startswith("{") or (
             a.startswith("{") and len(_alternatives(a)) != len(_alternatives(b))
         ):

@@ -1,38 +1,27 @@
 """plan(): every target tensor as an operation on named sources, and every source tensor accounted for.
 
 A plan is complete or it is not made: what is missing, left over, claimed twice or of the wrong shape is listed in one
-error. It costs no reading: operations run on meta tensors to learn shapes.
+error. It costs no reading: operations on lazy tensors say shapes and dtypes at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from math import prod
 
 import torch
 
-from weightport.checkpoints import TensorRef
+from weightport.checkpoints.lazy_tensors import Lazy, blocks, chunks, same_bits
+from weightport.checkpoints.types import NamedTensors, TensorRef
 from weightport.converters.native import NativeTensors
 from weightport.converters.patterns import Capture
-from weightport.converters.rules import Derived, Filled, Rule, RuleTable
+from weightport.converters.rules import Claim, Derived, Filled, Rule, RuleTable
 from weightport.errors import CoverageError
+from weightport.writing.outgoing import Outgoing
 
 SHOWN = 12
 """How many names an error lists before it counts the rest."""
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A tensor to be written: `dtype` is what stands in the file."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -42,31 +31,20 @@ class Step:
     rule: Rule | Filled
     sources: tuple[TensorRef, ...]
     aliases: tuple[TensorRef, ...]
-    targets: tuple[TensorSpec, ...]
+    targets: tuple[Outgoing, ...]
 
     @property
     def operation(self) -> str:
+        """What is done, in words."""
         if isinstance(self.rule, Filled):
             return "compute" if self.rule.compute is not None else f"fill {self.rule.value:g}"
         return self.rule.operation.name
 
-    def produce(self) -> Sequence[torch.Tensor]:
-        """The targets' values, in the sources' dtype (views of mapped bytes where the operation allows)."""
-        if isinstance(self.rule, Filled):
-            if self.rule.compute is not None:
-                return [self.rule.compute(spec.shape) for spec in self.targets]
-            return [torch.full(spec.shape, self.rule.value, dtype=spec.dtype) for spec in self.targets]
-        return self.rule.operation.forward([ref.read() for ref in self.sources])
-
 
 @dataclass(frozen=True)
 class DroppedTensor:
-    """A source tensor that is not written: `name` is what the rules call it, `ref.name` what the file does.
+    """A source tensor that is not written. `derived` ones are compared with what the configuration gives first."""
 
-    `derived` ones are compared with what the configuration gives first.
-    """
-
-    name: str
     ref: TensorRef
     because: str
     derived: Derived | None = None
@@ -81,21 +59,53 @@ class Plan:
     buffers: frozenset[str] = frozenset()
 
     @property
-    def targets(self) -> Iterator[TensorSpec]:
-        return (spec for step in self.steps for spec in step.targets)
+    def targets(self) -> Iterator[Outgoing]:
+        return (target for step in self.steps for target in step.targets)
 
     @property
     def nbytes(self) -> int:
-        return sum(spec.nbytes for spec in self.targets)
+        return sum(target.nbytes for target in self.targets)
 
     @property
     def parameters(self) -> int:
         """Elements of the model's parameters; tied ones count once, buffers (batch statistics) do not."""
-        return sum(torch.Size(spec.shape).numel() for spec in self.targets if spec.name not in self.buffers)
+        return sum(prod(target.shape) for target in self.targets if target.name not in self.buffers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point dtype that most of the bytes are written in: what config.json calls `dtype`."""
+        return _main_dtype(self.targets)
+
+
+@dataclass
+class _Problems:
+    """What keeps a plan from being made, name by name."""
+
+    missing: list[str] = field(default_factory=list)
+    needed: list[str] = field(default_factory=list)
+    surplus: list[str] = field(default_factory=list)
+    reshaped: list[str] = field(default_factory=list)
+
+    def raise_any(self) -> None:
+        """Raise CoverageError when there is one."""
+        parts = []
+        for title, names in (
+            ("missing from the checkpoint", self.missing),
+            ("left out on request, but the model cannot do without", self.needed),
+            ("in the checkpoint, but with no place in the model", self.surplus),
+            ("of another shape", self.reshaped),
+        ):
+            if names:
+                rest = f"\n      … and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+                parts.append(f"  {len(names)} {title}:\n      " + "\n      ".join(names[:SHOWN]) + rest)
+        if self.surplus:
+            parts.append("  A tensor you can do without is left out with --drop PATTERN; nothing is left out silently.")
+        if parts:
+            raise CoverageError("\n".join(["The checkpoint's tensors and the native model's do not meet.", *parts]))
 
 
 def plan(
-    sources: Mapping[str, TensorRef],
+    sources: NamedTensors,
     rules: RuleTable,
     native: NativeTensors,
     dtype: torch.dtype | None = None,
@@ -103,150 +113,188 @@ def plan(
 ) -> Plan:
     """Resolve `rules` against a checkpoint's tensors and a model's own parameter list.
 
-    `native` is every tensor the model loads. `dtype` is what floating-point
-    tensors are written in; by default each keeps its own. `drop` names source tensors the user gave up, and why.
+    `native` is every tensor the model loads. `dtype` is what floating-point tensors are written in; by default each
+    keeps its own. `drop` names source tensors the user gave up, and why.
 
     Raises CoverageError, naming every tensor, unless each source is used or dropped and each target is produced once
     with its exact shape.
     """
-    targets = native.shapes
+    drop = drop or {}
+    problems = _Problems()
+    groups, dropped = _claimed(sources, rules, drop, problems)
     steps: list[Step] = []
-    dropped: list[DroppedTensor] = []
-    surplus: list[str] = []
-    groups: dict[tuple[int, tuple[Capture, ...]], tuple[Rule, dict[int, TensorRef]]] = {}
-
-    for name, ref in sources.items():
-        if drop and name in drop:
-            dropped.append(DroppedTensor(name, ref, drop[name]))
+    produced: set[str] = set()
+    for claims in groups.values():
+        step = _apply(claims, native.shapes, dtype, drop, problems)
+        if step is None:
             continue
-        claims = list(rules.of_source(name))
-        if len(claims) > 1:
-            claimants = " and ".join(str(rule.sources[0]) for rule, _, _ in claims)
-            raise CoverageError(f"The rule table claims {name} twice: by {claimants}.")
-        if claims:
-            rule, place, captures = claims[0]
-            groups.setdefault((id(rule), captures), (rule, {}))[1][place] = ref
-        elif (derived := rules.derivation_of(name)) is not None:
-            dropped.append(DroppedTensor(name, ref, derived.because, derived))
-        elif (row := rules.drop_of(name)) is not None:
-            dropped.append(DroppedTensor(name, ref, row.because))
-        else:
-            surplus.append(f"{name} {list(ref.shape)}")
-
-    missing: list[str] = []
-    needed: list[str] = []
-    reshaped: list[str] = []
-    produced: dict[str, Step] = {}
-    for (_, captures), (rule, refs) in groups.items():
-        absent = [p.fill(captures) for place, p in enumerate(rule.sources) if place not in refs]
-        if absent:
-            for name in absent:
-                if drop and name in drop:
-                    needed.append(f"{name} ({drop[name]})")
-                else:
-                    missing.append(name)
-            continue
-        step = _apply(rule, captures, refs, targets, dtype, reshaped)
-        for spec in step.targets:
-            if spec.name in produced:
-                raise CoverageError(f"The rule table produces {spec.name} twice.")
-            produced[spec.name] = step
-            if spec.name not in targets:
-                surplus += [
-                    f"{ref.name} {list(ref.shape)} (would become {spec.name}, which the model does not have)"
+        for target in step.targets:
+            if target.name in produced:
+                raise CoverageError(f"The rule table produces {target.name} twice.")
+            produced.add(target.name)
+            if target.name not in native.shapes:
+                problems.surplus += [
+                    f"{ref.name} {list(ref.shape)} (would become {target.name}, which the model does not have)"
                     for ref in step.sources
                 ]
         steps.append(step)
-
-    float_dtype = dtype or _main_dtype(steps)
-    for name, shape in targets.items():
+    float_dtype = dtype or _main_dtype(target for step in steps for target in step.targets)
+    for name, shape in native.shapes.items():
         if name in produced:
             continue
         filling = rules.filling_of(name)
         if filling is not None:
-            steps.append(Step(filling, (), (), (TensorSpec(name, shape, filling.dtype or float_dtype),)))
-            continue
-        claims = list(rules.of_target(name))
-        wanted = [p.fill(claims[0][2]) for p in claims[0][0].sources] if claims else []
-        absent = [source for source in wanted if source not in sources]
-        if drop and (lacking := [source for source in wanted if source in drop]):
-            needed += [line for source in lacking if (line := f"{source} ({drop[source]})") not in needed]
-        elif not set(absent) & set(missing):
-            missing.append(f"{', '.join(absent) or 'nothing in the file'} {list(shape)} → {name}")
-
-    if missing or needed or surplus or reshaped:
-        raise CoverageError(_complaint(missing, needed, surplus, reshaped))
+            steps.append(Step(filling, (), (), (_filled(filling, name, shape, float_dtype),)))
+        else:
+            _explain_missing(name, shape, sources, rules, drop, problems)
+    problems.raise_any()
     return Plan(tuple(steps), tuple(dropped), native.buffers)
 
 
+Claims = list[tuple[Claim, TensorRef]]
+
+
+def _claimed(
+    sources: NamedTensors, rules: RuleTable, drop: Mapping[str, str], problems: _Problems
+) -> tuple[dict[tuple[int, tuple[Capture, ...]], Claims], list[DroppedTensor]]:
+    """(the sources of each application of a rule, what is dropped)."""
+    groups: dict[tuple[int, tuple[Capture, ...]], Claims] = {}
+    dropped: list[DroppedTensor] = []
+    for name, ref in sources.items():
+        if name in drop:
+            dropped.append(DroppedTensor(ref, drop[name]))
+            continue
+        claims = list(rules.of_source(name))
+        if len(claims) > 1:
+            claimants = " and ".join(str(claim.rule.sources[0]) for claim in claims)
+            raise CoverageError(f"The rule table claims {name} twice: by {claimants}.")
+        if claims:
+            groups.setdefault(claims[0].group, []).append((claims[0], ref))
+        elif (derived := rules.derivation_of(name)) is not None:
+            dropped.append(DroppedTensor(ref, derived.because, derived))
+        elif (row := rules.drop_of(name)) is not None:
+            dropped.append(DroppedTensor(ref, row.because))
+        else:
+            problems.surplus.append(f"{name} {list(ref.shape)}")
+    return groups, dropped
+
+
 def _apply(
-    rule: Rule,
-    captures: tuple[Capture, ...],
-    refs: Mapping[int, TensorRef],
-    targets: Mapping[str, tuple[int, ...]],
+    claims: Claims,
+    shapes: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype | None,
-    reshaped: list[str],
-) -> Step:
-    """The rule's step for one set of captures; a shape that does not fit is added to `reshaped`."""
+    drop: Mapping[str, str],
+    problems: _Problems,
+) -> Step | None:
+    """The step of one group of claims; None, and a problem, where a source is absent or a shape does not fit."""
+    rule, captures = claims[0][0].rule, claims[0][0].captures
     count = len(rule.sources)
-    sources = tuple(refs[place] for place in range(count))
-    aliases = tuple(ref for place, ref in sorted(refs.items()) if place >= count)
-    names = [pattern.fill(captures) for pattern in rule.targets]
-    wanted = [targets.get(name) for name in names]
-    for alias in aliases:
-        if alias.shape != sources[0].shape:
-            reshaped.append(
-                f"{alias.name} is {list(alias.shape)}, but its tied copy {sources[0].name} {list(sources[0].shape)}"
-            )
+    layers = 1 + max(claim.layer for claim, _ in claims)
+    present = {ref.name: ref for claim, ref in claims if claim.pattern < count}
+    # No more names are made than the file could hold: a number in one name does not decide how many there are.
+    if layers > len(claims):
+        problems.missing.append(f"{layers - len(claims)} or more layers of {rule.sources[0]} below {claims[-1][1].name}")
+        return None
+    wanted = rule.source_names(captures, layers)
+    absent = [name for name in wanted if name not in present]
+    if absent:
+        problems.needed += [f"{name} ({drop[name]})" for name in absent if name in drop]
+        problems.missing += [name for name in absent if name not in drop]
+        return None
+    sources = tuple(present[name] for name in wanted)
+    aliases = tuple(ref for claim, ref in sorted(claims, key=lambda each: each[0].place) if claim.pattern >= count)
+    problems.reshaped += [
+        f"{alias.name} is {list(alias.shape)}, but its tied copy {sources[0].name} {list(sources[0].shape)}"
+        for alias in aliases
+        if alias.shape != sources[0].shape
+    ]
+    found = ", ".join(f"{ref.name} {list(ref.shape)}" for ref in sources[:SHOWN])
     try:
-        outputs = rule.operation.forward([torch.empty(ref.shape, dtype=ref.dtype, device="meta") for ref in sources])
+        outputs = rule.operation.forward(sources)
     except (ValueError, RuntimeError, IndexError) as error:
-        found = ", ".join(f"{ref.name} {list(ref.shape)}" for ref in sources)
-        reshaped.append(f"{found}: {rule.operation.name} does not apply ({error})")
-        return Step(
-            rule, sources, aliases, tuple(TensorSpec(n, w or (), torch.float32) for n, w in zip(names, wanted))
-        )
-    specs = []
-    for name, want, out in zip(names, wanted, outputs):
-        if want is not None and tuple(out.shape) != tuple(want):
-            found = ", ".join(f"{ref.name} {list(ref.shape)}" for ref in sources)
-            reshaped.append(f"{found} → {name}: the model has {list(want)}, the file gives {list(out.shape)}")
-        specs.append(TensorSpec(name, tuple(out.shape), dtype if dtype and out.dtype.is_floating_point else out.dtype))
-    return Step(rule, sources, aliases, tuple(specs))
+        problems.reshaped.append(f"{found}: {rule.operation.name} does not apply ({error})")
+        # The names are taken all the same: they are not missing too.
+        outputs = []
+    names = rule.target_names(captures, max(1, len(outputs) // len(rule.targets)))
+    if not outputs:
+        return Step(rule, sources, aliases, tuple(_nothing(name, shapes.get(name, ())) for name in names))
+    targets = []
+    for name, made in zip(names, outputs, strict=True):
+        want = shapes.get(name)
+        if want is not None and tuple(made.shape) != tuple(want):
+            problems.reshaped.append(f"{found} → {name}: the model has {list(want)}, the file gives {list(made.shape)}")
+        targets.append(_outgoing(name, made, dtype, sources, aliases))
+    return Step(rule, sources, aliases, tuple(targets))
 
 
-def _main_dtype(steps: Sequence[Step]) -> torch.dtype:
+def _outgoing(
+    name: str, made: Lazy, dtype: torch.dtype | None, sources: Sequence[TensorRef], aliases: Sequence[TensorRef]
+) -> Outgoing:
+    """The target `name` with the values of `made`, in `dtype` where it is floating-point."""
+    written = dtype if dtype and made.dtype.is_floating_point else made.dtype
+
+    def values() -> Iterator[torch.Tensor]:
+        check_ties(sources[0], aliases)
+        return blocks(made, written)
+
+    return Outgoing(name, tuple(made.shape), written, values, ", ".join(ref.name for ref in sources))
+
+
+def _nothing(name: str, shape: tuple[int, ...]) -> Outgoing:
+    return Outgoing(name, tuple(shape), torch.float32, lambda: iter(()))
+
+
+def _filled(filling: Filled, name: str, shape: tuple[int, ...], float_dtype: torch.dtype) -> Outgoing:
+    dtype = filling.dtype or float_dtype
+
+    def values() -> Iterator[torch.Tensor]:
+        made = filling.compute(shape) if filling.compute else torch.full(shape, filling.value, dtype=dtype)
+        return chunks(made, dtype)
+
+    return Outgoing(name, tuple(shape), dtype, values)
+
+
+def _explain_missing(
+    name: str,
+    shape: tuple[int, ...],
+    sources: NamedTensors,
+    rules: RuleTable,
+    drop: Mapping[str, str],
+    problems: _Problems,
+) -> None:
+    """Say what a target that nothing produces would have come from."""
+    claim = next(rules.of_target(name), None)
+    wanted = claim.rule.source_names(claim.captures, 1) if claim else []
+    if lacking := [f"{source} ({drop[source]})" for source in wanted if source in drop]:
+        problems.needed += [line for line in lacking if line not in problems.needed]
+        return
+    absent = [source for source in wanted if source not in sources]
+    if not set(absent) & set(problems.missing):
+        problems.missing.append(f"{', '.join(absent) or 'nothing in the file'} {list(shape)} → {name}")
+
+
+def check_ties(first: TensorRef, aliases: Sequence[TensorRef]) -> None:
+    """Tied copies must be equal bit for bit: only then does writing one of them lose nothing. Raises CoverageError."""
+    for alias in aliases:
+        if alias.storage and alias.storage == first.storage:
+            continue
+        if not same_bits(first.read(), alias.read()):
+            raise CoverageError(
+                f"{alias.name} and {first.name} are one matrix in the model, but the checkpoint holds different "
+                "values for them. Converting would lose one of the two."
+            )
+
+
+def _main_dtype(targets: Iterator[Outgoing]) -> torch.dtype:
     """The floating-point dtype that most bytes are written in."""
     sizes: dict[torch.dtype, int] = {}
-    for step in steps:
-        for spec in step.targets:
-            if spec.dtype.is_floating_point:
-                sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
+    for target in targets:
+        if target.dtype.is_floating_point:
+            sizes[target.dtype] = sizes.get(target.dtype, 0) + target.nbytes
     return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.float32
 
 
-def main_dtype(made: Plan) -> torch.dtype:
-    """The floating-point dtype that most of a plan's bytes are written in: what config.json calls `dtype`."""
-    return _main_dtype(made.steps)
-
-
-def _complaint(missing: Sequence[str], needed: Sequence[str], surplus: Sequence[str], reshaped: Sequence[str]) -> str:
-    parts = ["The checkpoint's tensors and the native model's do not meet."]
-    for title, names in (
-        ("missing from the checkpoint", missing),
-        ("left out on request, but the model cannot do without", needed),
-        ("in the checkpoint, but with no place in the model", surplus),
-        ("of another shape", reshaped),
-    ):
-        if names:
-            rest = f"\n      … and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            parts.append(f"  {len(names)} {title}:\n      " + "\n      ".join(names[:SHOWN]) + rest)
-    if surplus:
-        parts.append("  A tensor you can do without is left out with --drop PATTERN; nothing is left out silently.")
-    return "\n".join(parts)
-
-
-def tensor_counts(made: Plan) -> dict[str, Any]:
+def tensor_counts(made: Plan) -> dict[str, int]:
     """How many tensors were read, written and dropped, and what the others became, so that the numbers add up:
     written = read - tied - merged + split + filled."""
     moved = [(len(step.sources), len(step.targets)) for step in made.steps]

@@ -12,38 +12,44 @@ from pathlib import Path
 from typing import Any
 
 from weightport import __version__
-from weightport.checkpoints import Checkpoint
 from weightport.checkpoints.hashing import FileDigest
+from weightport.checkpoints.sources import MAIN, Sources
 from weightport.converters.family import SourceModel
-from weightport.converters.plan import Plan, main_dtype
+from weightport.converters.plan import Plan
 from weightport.errors import CheckpointError
 from weightport.writing import whole_file
 from weightport.writing.safetensors_shards import WrittenFile
 
 FILE = "conversion.json"
-FORMAT = 1
+FORMAT = 2
 
 
 def conversion_record(
-    checkpoint: Checkpoint,
+    sources: Sources,
     model: SourceModel,
     plan: Plan,
     files: Sequence[WrittenFile],
     digests: Sequence[FileDigest],
 ) -> dict[str, Any]:
-    """The record of one conversion, as plain data."""
+    """The record of one conversion, as plain data. `digests` are of the sources' files, in their order."""
+    digest_of = dict(zip(sources.files, digests, strict=True))
     return {
         "format": FORMAT,
         "family": model.family,
         "layout": model.layout,
         "title": model.title,
-        "source": {
-            "name": checkpoint.path.name,
-            "format": checkpoint.format,
-            "files": [asdict(digest) for digest in digests],
-            "options": dict(model.options),
+        "sources": {
+            name: {
+                "name": checkpoint.path.name,
+                "format": checkpoint.format,
+                "section": model.sections.get(name, ""),
+                "files": [asdict(digest_of[file]) for file in dict.fromkeys(checkpoint.files)],
+                "tensors": {tensor: _name(ref.dtype) for tensor, ref in model.tensors_of(name).items()},
+            }
+            for name, checkpoint in sources.checkpoints.items()
         },
-        "dtype": _name(main_dtype(plan)),
+        "options": dict(model.options),
+        "dtype": _name(plan.dtype),
         "parameters": plan.parameters,
         "files": [asdict(file) for file in files],
         "steps": [
@@ -51,21 +57,20 @@ def conversion_record(
                 "operation": step.operation,
                 "from": [ref.name for ref in step.sources],
                 **({"tied": [ref.name for ref in step.aliases]} if step.aliases else {}),
-                "to": [spec.name for spec in step.targets],
+                "to": [target.name for target in step.targets],
             }
             for step in plan.steps
         ],
         "dropped": [
             {
                 "name": item.ref.name,
-                "source_tensor": item.name,
                 "shape": list(item.ref.shape),
                 "dtype": _name(item.ref.dtype),
                 "because": item.because,
             }
             for item in plan.dropped
         ],
-        "source_tensors": {name: _name(ref.dtype) for name, ref in model.tensors.items()},
+        "unused": dict(model.unused),
         "notes": list(model.notes),
         "versions": versions(),
     }
@@ -103,7 +108,8 @@ def link_parity(folder: Path, passed: bool, verdict: str, files: Mapping[str, Pa
 def read_record(folder: Path) -> dict[str, Any] | None:
     """The record of a converted directory, or None when it has none (re-saved by a trainer, say).
 
-    Raises CheckpointError when it is of a newer format or not a record at all.
+    A record of format 1 is returned as format 2. Raises CheckpointError when it is of a newer format or not a record
+    at all.
     """
     path = folder / FILE
     if not path.is_file():
@@ -112,10 +118,45 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        found = record.get("format") if isinstance(record, dict) else type(record).__name__
-        raise CheckpointError(f"{path} has the format {found!r}; this weightport reads format {FORMAT}.")
-    return record
+    if isinstance(record, dict) and record.get("format") == FORMAT and isinstance(record.get("sources"), dict):
+        return record
+    if isinstance(record, dict) and record.get("format") == 1 and isinstance(record.get("source"), dict):
+        return _from_format_1(record)
+    found = record.get("format") if isinstance(record, dict) else type(record).__name__
+    raise CheckpointError(f"{path} has the format {found!r}; this weightport reads the formats 1 and {FORMAT}.")
+
+
+def _from_format_1(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of one source, whose dropped tensors and steps had the file's names, section and all."""
+    source = record["source"]
+    options = dict(source.get("options", {}))
+    tensors = record.get("source_tensors", {})
+    section = str(options.get("section") or options.get("prefix") or "")
+
+    def own(name: str) -> str:
+        shorter = name.removeprefix(f"{section}.") if section else name
+        return shorter if shorter in tensors else name
+
+    kept = {key: value for key, value in record.items() if key not in ("source", "source_tensors")}
+    return {
+        **kept,
+        "format": FORMAT,
+        "sources": {
+            MAIN: {
+                **{key: source.get(key) for key in ("name", "format")},
+                "section": section,
+                "files": source.get("files", []),
+                "tensors": tensors,
+            }
+        },
+        "options": options,
+        "steps": [
+            {key: list(map(own, value)) if key in ("from", "tied") else value for key, value in step.items()}
+            for step in record.get("steps", ())
+        ],
+        "dropped": [{**item, "name": own(item["name"])} for item in record.get("dropped", ())],
+        "unused": {},
+    }
 
 
 def _name(dtype: Any) -> str:

@@ -9,7 +9,8 @@
             fc{1,2}.{weight,bias}
             """,
         ),
-        split("visual.blocks.*.attn.qkv.weight", into=("….*.q_proj.weight", "….*.k_proj.weight", "….*.v_proj.weight")),
+        fused_qkv("visual.blocks.*.attn.qkv.{weight,bias}", into="….*.{part}_proj.{weight,bias}"),
+        unstack("llm/layers/mlp/linear", "model.layers.*.mlp.down_proj.weight", each=Permute((1, 0))),
         tie("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", to="model.encoder.embed_tokens.weight"),
         derive("*.token_rp_bucket", token_bucket, because="recomputed from token_bucket_size"),
     )
@@ -22,15 +23,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from weightport.converters.operations import COPY, Concatenate, Operation, Permute, Split
+from weightport.converters.operations import COPY, Chain, Concatenate, Operation, Permute, Split, Stack, Unstack
 from weightport.converters.patterns import Capture, Pattern, check_correspondence
 
 Derivation = Callable[[Any, str], torch.Tensor]
 """(configuration, source name) → the tensor that the original holds under that name."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That a tensor falls under a rule: the captures that its group of tensors shares, and its place in the group.
+
+    `layer` is the tensor's place along a stacked axis, 0 where the rule has none. `pattern` is its place among the
+    rule's patterns of that side (sources, then aliases).
+    """
+
+    rule: Rule
+    captures: tuple[Capture, ...]
+    pattern: int
+    layer: int = 0
+
+    @property
+    def group(self) -> tuple[int, tuple[Capture, ...]]:
+        """What the tensors of one application of the rule have in common."""
+        return id(self.rule), self.captures
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where the tensor stands among those of its side: layer by layer."""
+        return self.layer, self.pattern
 
 
 @dataclass(frozen=True)
@@ -39,16 +64,68 @@ class Rule:
 
     `aliases` are further source names of the first source's tensor (tied weights): the original stores it under each
     of them. Present ones must be equal to it bit for bit; they are written once, and all of them are exported.
+
+    `stacked` names the side that has a tensor for every layer where the other side has one tensor of all layers (its
+    operation is an Unstack or a Stack): the first `*` of its patterns is the layer, and the other side has no such
+    hole.
     """
 
     sources: tuple[Pattern, ...]
     targets: tuple[Pattern, ...]
     operation: Operation = COPY
     aliases: tuple[Pattern, ...] = ()
+    stacked: Literal["sources", "targets"] | None = None
 
     def __post_init__(self) -> None:
-        for pattern in (*self.sources[1:], *self.aliases, *self.targets):
+        for pattern in (*self.sources[1:], *self.aliases):
             check_correspondence(self.sources[0], pattern)
+        for pattern in self.targets[1:]:
+            check_correspondence(self.targets[0], pattern)
+        check_correspondence(self.sources[0], self.targets[0], left_only=self._only(True), right_only=self._only(False))
+
+    def claims_of_source(self, name: str) -> Iterator[Claim]:
+        """Every way in which the source `name` falls under this rule."""
+        yield from self._claims((*self.sources, *self.aliases), name, self.stacked == "sources")
+
+    def claims_of_target(self, name: str) -> Iterator[Claim]:
+        """Every way in which the target `name` falls under this rule."""
+        yield from self._claims(self.targets, name, self.stacked == "targets")
+
+    def source_names(self, captures: tuple[Capture, ...], layers: int = 1) -> list[str]:
+        """The names of all sources of one application, layer by layer where they are stacked."""
+        return _names(self.sources, captures, layers if self.stacked == "sources" else None)
+
+    def target_names(self, captures: tuple[Capture, ...], layers: int = 1) -> list[str]:
+        """The names of all targets of one application, layer by layer where they are stacked."""
+        return _names(self.targets, captures, layers if self.stacked == "targets" else None)
+
+    def alias_names(self, captures: tuple[Capture, ...]) -> list[str]:
+        """The further names of the first source's tensor."""
+        return _names(self.aliases, captures, None)
+
+    def _claims(self, patterns: tuple[Pattern, ...], name: str, stacked: bool) -> Iterator[Claim]:
+        for place, pattern in enumerate(patterns):
+            captures = pattern.match(name)
+            if captures is None:
+                continue
+            if not stacked:
+                yield Claim(self, captures, place)
+                continue
+            hole = pattern.layer_hole
+            layer = captures[hole]
+            yield Claim(self, (*captures[:hole], *captures[hole + 1 :]), place, int(layer))
+
+    def _only(self, left: bool) -> int | None:
+        """The hole that only this side's patterns have: the layer's."""
+        if self.stacked != ("sources" if left else "targets"):
+            return None
+        return (self.sources if left else self.targets)[0].layer_hole
+
+
+def _names(patterns: tuple[Pattern, ...], captures: tuple[Capture, ...], layers: int | None) -> list[str]:
+    if layers is None:
+        return [pattern.fill(captures) for pattern in patterns]
+    return [pattern.fill_layer(captures, layer) for layer in range(layers) for pattern in patterns]
 
 
 @dataclass(frozen=True)
@@ -104,21 +181,15 @@ class RuleTable:
             self.filled + other.filled,
         )
 
-    def of_source(self, name: str) -> Iterator[tuple[Rule, int, tuple[Capture, ...]]]:
-        """Every (rule, place among its sources then aliases, captures) under which the source `name` falls."""
+    def of_source(self, name: str) -> Iterator[Claim]:
+        """Every claim on the source `name`."""
         for rule in self.rules:
-            for place, pattern in enumerate((*rule.sources, *rule.aliases)):
-                captures = pattern.match(name)
-                if captures is not None:
-                    yield rule, place, captures
+            yield from rule.claims_of_source(name)
 
-    def of_target(self, name: str) -> Iterator[tuple[Rule, int, tuple[Capture, ...]]]:
-        """Every (rule, place among its targets, captures) under which the target `name` falls."""
+    def of_target(self, name: str) -> Iterator[Claim]:
+        """Every claim on the target `name`."""
         for rule in self.rules:
-            for place, pattern in enumerate(rule.targets):
-                captures = pattern.match(name)
-                if captures is not None:
-                    yield rule, place, captures
+            yield from rule.claims_of_target(name)
 
     def derivation_of(self, name: str) -> Derived | None:
         return next((row for row in self.derived if row.source.match(name) is not None), None)
@@ -178,6 +249,31 @@ def permute(source: str, target: str, dims: tuple[int, ...] = (1, 0)) -> Rule:
 def split(source: str, into: tuple[str, ...], dim: int = 0) -> Rule:
     """One tensor into equal parts along `dim`."""
     return Rule((Pattern(source),), _patterns(into), Split(len(into), dim))
+
+
+def fused_qkv(source: str, into: str, sizes: tuple[int, int, int] | None = None) -> Rule:
+    """Query, key and value in one matrix, rows of query first; `into` has {part} where q, k and v differ.
+
+    `sizes` are the rows of each where keys and values have fewer heads than queries.
+    """
+    targets = _patterns(tuple(into.replace("{part}", part) for part in "qkv"))
+    return Rule((Pattern(source),), targets, Split(3, 0, sizes))
+
+
+def unstack(source: str, *targets: str, each: Operation = COPY) -> Rule:
+    """One tensor of all layers → the tensors of each layer; the first `*` of the targets is the layer."""
+    return Rule((Pattern(source),), _patterns(targets), Unstack(each), stacked="targets")
+
+
+def stack(target: str, *sources: str, each: Operation = COPY) -> Rule:
+    """The tensors of each layer → one tensor of all layers; the first `*` of the sources is the layer."""
+    return Rule(_patterns(sources), (Pattern(target),), Stack(each), stacked="sources")
+
+
+def gated_mlp(source: str, gate: str, up: str, each: Operation = COPY) -> Rule:
+    """Gate and up projection of all layers in one tensor [layers, 2, …]; `each` takes one of them to the native one."""
+    halves = Chain((Unstack(), each))
+    return Rule((Pattern(source),), _patterns((gate, up)), Unstack(halves), stacked="targets")
 
 
 def concatenate(sources: tuple[str, ...], target: str, dim: int = 0) -> Rule:

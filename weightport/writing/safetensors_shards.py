@@ -1,4 +1,4 @@
-"""Streams a plan into safetensors shards, tensor by tensor: no state dict is ever built.
+"""Streams tensors into safetensors files, one by one: no state dict is ever built.
 
 All names, shapes and dtypes are known beforehand, so a shard's header is written first and the values follow in one
 sequential pass. Memory is bounded by one chunk of one tensor; every value is checked for NaN and infinity on its way.
@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from weightport.converters.plan import Plan, Step, TensorSpec
-from weightport.errors import CoverageError, NonFiniteError
-from weightport.writing import HashedFile
-
-CHUNK_BYTES = 16 << 20
+from weightport.checkpoints.lazy_tensors import chunks
+from weightport.errors import NonFiniteError
+from weightport.writing.hashed_file import HashedFile
+from weightport.writing.outgoing import Outgoing
 
 SAFETENSORS_DTYPES = {
     torch.bool: "BOOL",
@@ -47,7 +47,7 @@ class Shard:
     """One output file: its name and the tensors in it, in file order."""
 
     file: str
-    tensors: tuple[TensorSpec, ...]
+    tensors: tuple[Outgoing, ...]
 
     @property
     def nbytes(self) -> int:
@@ -63,67 +63,66 @@ class WrittenFile:
     sha256: str
 
 
-def lay_out(plan: Plan, max_shard_bytes: int) -> tuple[Shard, ...]:
-    """The plan's targets in shards of at most `max_shard_bytes` (a larger tensor gets a shard of its own)."""
-    groups: list[list[TensorSpec]] = [[]]
+def lay_out(tensors: Iterable[Outgoing], max_shard_bytes: int, stem: str = "model") -> tuple[Shard, ...]:
+    """The tensors in shards of at most `max_shard_bytes` (a larger tensor gets a shard of its own)."""
+    groups: list[list[Outgoing]] = [[]]
     size = 0
-    for spec in plan.targets:
-        if groups[-1] and size + spec.nbytes > max_shard_bytes:
+    for tensor in tensors:
+        if groups[-1] and size + tensor.nbytes > max_shard_bytes:
             groups.append([])
             size = 0
-        groups[-1].append(spec)
-        size += spec.nbytes
-    names = ["model.safetensors"]
+        groups[-1].append(tensor)
+        size += tensor.nbytes
+    names = [f"{stem}.safetensors"]
     if len(groups) > 1:
-        names = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
+        names = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
     # Wide elements first keeps every tensor aligned to its own element size.
     return tuple(
-        Shard(name, tuple(sorted(group, key=lambda spec: -spec.dtype.itemsize))) for name, group in zip(names, groups)
+        Shard(name, tuple(sorted(group, key=lambda each: -each.dtype.itemsize))) for name, group in zip(names, groups)
     )
 
 
 def write_shards(
-    plan: Plan,
     shards: Sequence[Shard],
     folder: Path,
     *,
-    allow_nonfinite: bool = False,
+    metadata: Mapping[str, Any] | None = None,
+    allow_nonfinite: bool = True,
     advance: Advance = lambda count: None,
 ) -> tuple[WrittenFile, ...]:
-    """Write every shard, and the index when there are several. Returns the files with their hashes.
+    """Write every shard, and the index (with `metadata`) when there are several. Returns the files with their hashes.
 
-    Raises NonFiniteError naming the first tensor that holds NaN or infinity, CoverageError when tied copies differ.
+    Raises NonFiniteError naming the first tensor that holds NaN or infinity, unless they are allowed.
     """
-    steps = {spec.name: step for step in plan.steps for spec in step.targets}
-    files = tuple(_write_shard(shard, steps, folder, allow_nonfinite, advance) for shard in shards)
+    files = tuple(
+        write_safetensors(shard.tensors, folder / shard.file, allow_nonfinite=allow_nonfinite, advance=advance)
+        for shard in shards
+    )
     if len(shards) > 1:
         index = {
-            "metadata": {"total_size": plan.nbytes, "total_parameters": plan.parameters},
-            "weight_map": {spec.name: shard.file for shard in shards for spec in shard.tensors},
+            "metadata": {**(metadata or {}), "total_size": sum(shard.nbytes for shard in shards)},
+            "weight_map": {tensor.name: shard.file for shard in shards for tensor in shard.tensors},
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return files
 
 
-def _write_shard(
-    shard: Shard, steps: dict[str, Step], folder: Path, allow_nonfinite: bool, advance: Advance
+def write_safetensors(
+    tensors: Sequence[Outgoing], path: Path, *, allow_nonfinite: bool = True, advance: Advance = lambda count: None
 ) -> WrittenFile:
-    with HashedFile(folder / shard.file) as out:
-        out.write(safetensors_header(shard.tensors))
-        for spec in shard.tensors:
-            step = steps[spec.name]
-            _check_ties(step)
-            place = step.targets.index(spec)
-            source = ", ".join(ref.name for ref in step.sources) or spec.name
-            for chunk in chunks(step.produce()[place], spec.dtype):
+    """Write one file with `tensors` in this order; what is stored once and named twice is written under each name."""
+    with HashedFile(path) as out:
+        out.write(safetensors_header(tensors))
+        for tensor in tensors:
+            for block in tensor.blocks():
                 if not allow_nonfinite:
-                    check_finite(chunk, spec.name, source)
-                out.write(as_bytes(chunk))
-                advance(chunk.numel() * chunk.element_size())
-    return WrittenFile(shard.file, out.size, out.sha256)
+                    check_finite(block, tensor.name, tensor.origin or tensor.name)
+                out.write(as_bytes(block))
+                advance(block.numel() * block.element_size())
+    return WrittenFile(path.name, out.size, out.sha256)
 
 
-def safetensors_header(tensors: Sequence[TensorSpec]) -> bytes:
+def safetensors_header(tensors: Sequence[Outgoing]) -> bytes:
     """The length-prefixed JSON header of a safetensors file that holds `tensors` in this order."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -137,20 +136,6 @@ def safetensors_header(tensors: Sequence[TensorSpec]) -> bytes:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
-
-
-def chunks(tensor: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """`tensor` in `dtype`, contiguous, in row blocks of about CHUNK_BYTES: views where nothing changes."""
-    if tensor.ndim == 0 or tensor.numel() == 0 or tensor.is_contiguous():
-        flat = tensor.reshape(-1)
-        step = max(1, CHUNK_BYTES // dtype.itemsize)
-        for start in range(0, flat.numel(), step):
-            yield flat[start : start + step].to(dtype)
-        return
-    row = max(1, tensor[0].numel() * dtype.itemsize)
-    step = max(1, CHUNK_BYTES // row)
-    for start in range(0, tensor.shape[0], step):
-        yield tensor[start : start + step].to(dtype).contiguous()
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
@@ -172,28 +157,3 @@ def check_finite(tensor: torch.Tensor, name: str, source: str) -> None:
             "  A training run that diverged, or a dtype too narrow for the values, leaves such weights. Take an "
             "earlier checkpoint, a wider --dtype, or pass --allow-nonfinite to keep them."
         )
-
-
-def _check_ties(step: Step) -> None:
-    """Tied copies must be equal bit for bit: only then does writing one of them lose nothing."""
-    for alias in step.aliases:
-        first = step.sources[0]
-        if alias.storage and alias.storage == first.storage:
-            continue
-        if not same_bits(first.read(), alias.read()):
-            raise CoverageError(
-                f"{alias.name} and {first.name} are one matrix in the model, but the checkpoint holds different "
-                "values for them. Converting would lose one of the two."
-            )
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal shape, dtype and bytes (NaN equals itself), compared chunk by chunk."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    pairs = (
-        zip(chunks(a, a.dtype), chunks(b, b.dtype))
-        if a.is_contiguous() == b.is_contiguous()
-        else ((a.contiguous(), b.contiguous()),)
-    )
-    return all(torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8)) for x, y in pairs)

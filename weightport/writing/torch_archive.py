@@ -10,12 +10,15 @@ import io
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+
+from weightport.writing.outgoing import Outgoing
+from weightport.writing.safetensors_shards import as_bytes
 
 ALIGNMENT = 64
 LOCAL_HEADER, ZIP64_EXTRA = 30, 20  # bytes, of the zip format
@@ -45,23 +48,9 @@ class Instance:
     attributes: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, eq=False)
-class StreamedTensor:
-    """A tensor of the document. Equal `key`s share one storage; `parts` yields its values as contiguous chunks."""
-
-    key: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    parts: Callable[[], Iterator[torch.Tensor]]
-
-    @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
 def write_torch_archive(document: Any, path: Path, *, advance: Callable[[int], None] = lambda count: None) -> None:
-    """Write `document` (plain containers, StreamedTensor, Instance) to `path` as torch.save would."""
-    storages: dict[str, StreamedTensor] = {}
+    """Write `document` (plain containers, Outgoing, Instance) to `path` as torch.save would."""
+    storages: dict[str, Outgoing] = {}
     buffer = io.BytesIO()
     _DocumentPickler(buffer, storages).dump(document)
     with path.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
@@ -72,8 +61,8 @@ def write_torch_archive(document: Any, path: Path, *, advance: Callable[[int], N
             record = _aligned(file, f"{ROOT}/data/{number}", large)
             record.file_size = tensor.nbytes
             with archive.open(record, "w", force_zip64=large) as out:
-                for part in tensor.parts():
-                    out.write(memoryview(part.detach().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+                for part in tensor.blocks():
+                    out.write(as_bytes(part))
                     advance(part.numel() * part.element_size())
         archive.writestr(_aligned(file, f"{ROOT}/version"), b"3\n")
 
@@ -103,7 +92,7 @@ class _DocumentPickler(pickle._Pickler):
 
     write: Callable[[bytes], Any]
 
-    def __init__(self, out: io.BytesIO, storages: dict[str, StreamedTensor]) -> None:
+    def __init__(self, out: io.BytesIO, storages: dict[str, Outgoing]) -> None:
         super().__init__(out, protocol=2)
         self._storages = storages
         self._numbers: dict[str, int] = {}
@@ -112,7 +101,7 @@ class _DocumentPickler(pickle._Pickler):
     def persistent_id(self, obj: Any) -> Any:
         if not isinstance(obj, _Storage):
             return None
-        number = self._numbers.setdefault(obj.tensor.key, len(self._numbers))
+        number = self._numbers.setdefault(obj.tensor.storage_key, len(self._numbers))
         count = torch.Size(obj.tensor.shape).numel()
         kind = _Global("torch", _STORAGES[obj.tensor.dtype])
         return self._keep(("storage", kind, str(number), "cpu", count))
@@ -122,7 +111,7 @@ class _DocumentPickler(pickle._Pickler):
             self.write(pickle.GLOBAL + f"{obj.module}\n{obj.name}\n".encode())
         elif isinstance(obj, Instance):
             self._save_instance(obj)
-        elif isinstance(obj, StreamedTensor):
+        elif isinstance(obj, Outgoing):
             self._save_tensor(obj)
         else:
             super().save(obj, save_persistent_id)  # type: ignore[misc]
@@ -132,8 +121,8 @@ class _DocumentPickler(pickle._Pickler):
         self.save(obj.attributes)
         self.write(pickle.BUILD)
 
-    def _save_tensor(self, obj: StreamedTensor) -> None:
-        self._storages.setdefault(obj.key, obj)
+    def _save_tensor(self, obj: Outgoing) -> None:
+        self._storages.setdefault(obj.storage_key, obj)
         stride = torch.empty(obj.shape, device="meta").stride()
         self.save(_Global("torch._utils", "_rebuild_tensor_v2"))
         self.save(self._keep((_Storage(obj), 0, tuple(obj.shape), tuple(stride), False, _OrderedDict())))
@@ -147,7 +136,7 @@ class _DocumentPickler(pickle._Pickler):
 
 @dataclass(frozen=True, eq=False)
 class _Storage:
-    tensor: StreamedTensor
+    tensor: Outgoing
 
 
 class _OrderedDict:
