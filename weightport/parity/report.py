@@ -146,7 +146,7 @@ class Column:
 
 
 GAP = 2
-NARROWEST = 16
+NARROWEST = 8
 """Columns that a seam's name has at least."""
 SHORT = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16"}
 
