@@ -132,3 +132,48 @@ def test_json_names_what_differs_by_module(saved) -> None:
 def test_missing_checkpoint_is_one_error(saved, tmp_path) -> None:
     result = command(saved("a.safetensors"), tmp_path / "absent")
     assert result.exit_code != 0 and "absent" in result.output and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_trainers_state_beside_the_model_is_named_and_left_out(tmp_path, swapped: bool) -> None:
+    sections = {"model": dict(WEIGHTS), "last_optimizer_state": {"state": {0: {"exp_avg": torch.ones(3)}}}}
+    torch.save(sections, tmp_path / "original.pt")
+    torch.save({"model": dict(WEIGHTS), "last_optimizer_state": None}, tmp_path / "back.pt")
+    files = (tmp_path / "original.pt", tmp_path / "back.pt")
+    result = command(*(reversed(files) if swapped else files))
+    assert result.exit_code == 0, result.output
+    side = "B" if swapped else "A"
+    assert f"left out of {side}: last_optimizer_state (1 tensors), a trainer's state and no model" in result.output
+    assert "same weights: 4 equal" in result.output
+    # Where both hold it, it is compared.
+    sections["last_optimizer_state"] = {"state": {0: {"exp_avg": torch.zeros(3)}}}
+    torch.save(sections, tmp_path / "other.pt")
+    assert command(tmp_path / "original.pt", tmp_path / "other.pt").exit_code == 1
+
+
+def test_a_section_that_may_be_a_model_is_never_left_out(tmp_path) -> None:
+    torch.save({"model": dict(WEIGHTS), "ema_model": dict(WEIGHTS)}, tmp_path / "a.pt")
+    torch.save({"model": dict(WEIGHTS)}, tmp_path / "b.pt")
+    report = compare_weights(tmp_path / "a.pt", tmp_path / "b.pt")
+    assert report.count(Sameness.ONLY_A) == 4 and not report.left_out
+
+
+def test_a_model_below_a_key_is_compared_with_one_at_the_top(saved, tmp_path) -> None:
+    nested = {f"module._orig_mod.{name}": tensor for name, tensor in WEIGHTS.items()}
+    torch.save({"model_state_dict": nested, "optimizer_state_dict": {"m": torch.ones(2)}}, tmp_path / "dump.pt")
+    result = command(tmp_path / "dump.pt", saved("b.safetensors"))
+    assert result.exit_code == 0, result.output
+    assert "the model of A stands below model_state_dict.module._orig_mod." in result.output
+    assert "left out of A: optimizer_state_dict (1 tensors)" in result.output
+    assert compare_weights(
+        tmp_path / "dump.pt", saved("b.safetensors", decoder__version=torch.tensor([4]))
+    ).passed is (False)
+
+
+def test_the_table_is_as_wide_as_columns_says(saved, monkeypatch) -> None:
+    name = "encoder." + "deep." * 60 + "weight"
+    files = saved("a.safetensors", **{name: torch.ones(2)}), saved("b.safetensors", **{name: torch.zeros(2)})
+    for columns, most in (("60", 60), ("150", 150), (None, 200)):
+        monkeypatch.setenv("COLUMNS", columns) if columns else monkeypatch.delenv("COLUMNS", raising=False)
+        widths = [len(line.rstrip()) for line in command(*files).output.splitlines()]
+        assert most - 20 < max(widths) <= most, columns

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from weightport.cli.display import output_console
 from weightport.cli.running import command_body, json_option, quiet_option
 
 if TYPE_CHECKING:
@@ -14,8 +15,6 @@ if TYPE_CHECKING:
 
 FAILED = 1
 SHOWN = 40
-PIPED = 200
-"""Columns of the table where no terminal says how many it has."""
 
 
 @click.command("compare")
@@ -48,15 +47,12 @@ def compare_command(a: Path, b: Path, tolerance: float, as_json: bool, quiet: bo
 
 
 def _show(report: WeightsReport) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from weightport.parity.difference import Sameness
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PIPED)
+    console = output_console()
     kinds = [kind for kind in Sameness if report.count(kind)]
     unequal = {
         module: rows
@@ -82,6 +78,14 @@ def _show(report: WeightsReport) -> None:
         console.print(table)
     if len(unequal) > SHOWN:
         console.print(f"… and {len(unequal) - SHOWN} more modules (--json has them all)")
+    for side, prefix in zip("AB", report.prefixes):
+        if prefix:
+            console.print(Text(f"the model of {side} stands below {prefix}"), soft_wrap=True)
+    for each in report.left_out:
+        console.print(
+            Text(f"left out of {each.side}: {each.section} ({each.tensors} tensors), a trainer's state and no model"),
+            soft_wrap=True,
+        )
     console.print(Text(report.verdict, style="bold green" if report.passed else "bold red"), soft_wrap=True)
 
 

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import click
 
 from weightport.formatting import size
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 PLAIN_INTERVAL = 5.0
 """Seconds between progress lines when standard output is not a terminal."""
+
+PIPED = 200
+"""Columns of a table where neither a terminal nor COLUMNS says how many there are."""
+
+
+def output_console() -> Console:
+    """Standard output for tables: as wide as the terminal or COLUMNS says, `PIPED` columns without either."""
+    from rich.console import Console
+
+    console = Console()
+    stated = os.environ.get("COLUMNS", "")
+    return console if console.is_terminal or stated.isdecimal() else Console(width=PIPED)
 
 
 class Lines:

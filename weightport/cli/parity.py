@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from weightport.cli.display import output_console
 from weightport.cli.running import command_body, quiet_option
 
 FAILED = 1
@@ -76,7 +77,6 @@ def port_parity(
     """Run the converted model in DIRECTORY on the inputs of a reference file and compare every seam with what the
     original gave there. The exit status is 1 when a seam departs, 2 when the reference does not fit."""
     import torch
-    from rich.console import Console
     from transformers.utils import logging
 
     # A reference's generation settings stand beside the directory's own: transformers warns of each pair.
@@ -103,7 +103,7 @@ def port_parity(
     written = {"json": json_file, "page": page_file}
     link_parity(directory, report.passed, report.verdict, {kind: file for kind, file in written.items() if file})
     if not quiet:
-        render(report, Console())
+        render(report, output_console())
     if not report.passed:
         click.get_current_context().exit(FAILED)
 

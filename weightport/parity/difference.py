@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from weightport.checkpoints import Checkpoint, TensorRef, open_checkpoint
+from weightport.checkpoints import TensorRef, open_checkpoint
+from weightport.parity.counterparts import LeftOut, counterparts
 from weightport.parity.noise import scale_of
 
 CHUNK = 1 << 24
@@ -69,12 +70,18 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class WeightsReport:
-    """What `compare_weights` found: every name, in A's order, then what only B has."""
+    """What `compare_weights` found: every name, in A's order, then what only B has.
+
+    `left_out` are sections of one side that are a trainer's state and no model; `prefixes` is what stands before the
+    model's names in A and in B, and was taken off to compare them.
+    """
 
     a: Path
     b: Path
     tolerance: float
     tensors: tuple[TensorDifference, ...]
+    left_out: tuple[LeftOut, ...] = ()
+    prefixes: tuple[str, str] = ("", "")
 
     @property
     def passed(self) -> bool:
@@ -110,6 +117,8 @@ class WeightsReport:
             "a": str(self.a),
             "b": str(self.b),
             "tolerance": self.tolerance,
+            "left_out": [asdict(each) for each in self.left_out],
+            "prefixes": {"a": self.prefixes[0], "b": self.prefixes[1]},
             "counts": {kind.value: self.count(kind) for kind in Sameness},
             "modules": {
                 module: {kind.value: sum(each.sameness is kind for each in rows) for kind in Sameness}
@@ -130,14 +139,19 @@ class WeightsReport:
 def compare_weights(a: Path, b: Path, *, tolerance: float = TOLERANCE) -> WeightsReport:
     """Compare two model directories or checkpoint files of any format that `open_checkpoint` reads.
 
-    Tensors are read one after another: memory holds one of each side. `tolerance` is relative to the root mean square
+    The model in a training checkpoint is compared; its optimizer's state is left out, unless both hold one. Tensors
+    are read one after another: memory holds one of each side. `tolerance` is relative to the root mean square
     of A's tensor. Raises CheckpointError when one of them cannot be read.
     """
     first, second = open_checkpoint(a), open_checkpoint(b)
-    return WeightsReport(Path(a), Path(b), tolerance, tuple(_differences(first, second, tolerance)))
+    found = counterparts(first, second)
+    differences = tuple(_differences(found.a, found.b, tolerance))
+    return WeightsReport(Path(a), Path(b), tolerance, differences, found.left_out, found.prefixes)
 
 
-def _differences(a: Checkpoint, b: Checkpoint, tolerance: float) -> Iterator[TensorDifference]:
+def _differences(
+    a: Mapping[str, TensorRef], b: Mapping[str, TensorRef], tolerance: float
+) -> Iterator[TensorDifference]:
     for name, ref in a.items():
         if name in b:
             yield compare_tensors(name, ref, b[name], tolerance)

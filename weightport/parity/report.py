@@ -111,7 +111,7 @@ class ParityReport:
 def render(report: ParityReport, console: Console) -> None:
     """Print the report: one line a seam and pair of dtypes, the worst of all runs; what was left out; the verdict.
 
-    A narrow terminal gets fewer columns; what is no terminal (a pipe, a file) gets all of them, however wide.
+    A narrow console gets fewer columns, and where those are too wide too, the names of seams folded.
     """
 
     def say(text: str, style: str = "") -> None:
@@ -120,9 +120,9 @@ def render(report: ParityReport, console: Console) -> None:
     source = ", ".join(str(report.source[key]) for key in ("project", "commit") if key in report.source)
     say(f"{report.model} · {report.family} · against {report.reference}" + (f" ({source})" if source else ""))
     table = _table(report, COLUMNS)
-    if console.is_terminal and table.width is not None and table.width > console.width:
-        table = _table(report, tuple(column for column in COLUMNS if not column.spare))
-    console.print(table, crop=False, no_wrap=True)
+    if table.width is not None and table.width > console.width:
+        table = _table(report, tuple(column for column in COLUMNS if not column.spare), console.width)
+    console.print(table, crop=False)
     for line in left_out(report.not_compared):
         say(line, "yellow")
     for note in report.notes:
@@ -146,6 +146,8 @@ class Column:
 
 
 GAP = 2
+NARROWEST = 8
+"""Columns that a seam's name has at least."""
 SHORT = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16"}
 
 COLUMNS = (
@@ -164,20 +166,25 @@ COLUMNS = (
 )
 
 
-def _table(report: ParityReport, columns: Sequence[Column]) -> Table:
-    """The table, as wide as its figures need."""
+def _table(report: ParityReport, columns: Sequence[Column], available: int | None = None) -> Table:
+    """The table, as wide as its figures need; in fewer `available` columns its names are folded."""
     lines, styles = [("seam", *(column.title for column in columns))], []
     for seam, rows in grouped(report):
         worst = worst_of(rows)
         lines.append((seam, *(column.show(rows, worst) for column in columns)))
         styles.append("" if worst.verdict.passes else "bold red")
     widths = [max(map(len, cells)) for cells in zip(*lines)]
+    surplus = sum(widths) + GAP * len(widths) - available if available is not None else 0
+    widths[0] = min(widths[0], max(widths[0] - surplus, NARROWEST))
     table = Table(
         box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold", width=sum(widths) + GAP * len(widths)
     )
     for title, width in zip(lines[0], widths):
         figures = title not in ("seam", "")
-        table.add_column(title, justify="right" if figures else "left", no_wrap=True, width=width)
+        # Figures are never cut or folded, names may be.
+        table.add_column(
+            title, justify="right" if figures else "left", no_wrap=title != "seam", overflow="fold", width=width
+        )
     for cells, style in zip(lines[1:], styles):
         table.add_row(*cells, style=style)
     return table
