@@ -103,9 +103,9 @@ def straightforward(source: Path, out: Path) -> None:
     rules = fairseq_rules(config)
     renamed = {}
     for name, tensor in state.items():
-        for rule, place, captures in rules.of_source(name):
-            if place < len(rule.sources):
-                renamed[rule.targets[0].fill(captures)] = tensor
+        for claim in rules.of_source(name):
+            if claim.pattern < len(claim.rule.sources):
+                renamed[claim.rule.target_names(claim.captures)[0]] = tensor
     model = OFAForConditionalGeneration(config)
     model.load_state_dict(renamed, strict=False)
     model.save_pretrained(out)

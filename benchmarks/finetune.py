@@ -156,13 +156,13 @@ def make_model(workload: Workload, size: Size, folder: Path) -> Path:
     from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.utils import logging
 
-    from weightport.converters import Options, convert
+    from weightport.api import convert
 
     logging.disable_progress_bar()
     case = Case(ROOT / "tests" / "golden" / "cases" / workload.case, workload.case)
     (folder / "original").mkdir(parents=True)
     directory = folder / "model"
-    convert(case.materialize(folder / "original"), directory, case.family, Options())
+    convert(case.materialize(folder / "original"), directory, case.family)
     config = AutoConfig.from_pretrained(directory)
     for name, value in size.config.items():
         *outer, last = name.split(".")

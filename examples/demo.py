@@ -113,7 +113,7 @@ def photograph(page: Path, picture: Path) -> None:
 def compare(checkpoint: Path, back: Path) -> None:
     """Every tensor of the exported checkpoint against the original's, bit for bit; exits with 1 when one differs."""
     from weightport.checkpoints import open_checkpoint
-    from weightport.writing.safetensors_shards import same_bits
+    from weightport.checkpoints.lazy_tensors import same_bits
 
     original, exported = (open_checkpoint(path).section("model") for path in (checkpoint, back))
     different = [

@@ -1,11 +1,30 @@
 """weightport: a vision-language model's original checkpoint, brought into today's transformers and proven unchanged.
 
-Importing it teaches transformers' `AutoConfig`, `AutoModel…` and `AutoProcessor` the families that transformers itself
-does not have. It imports neither torch nor transformers for that.
+Importing it imports neither torch nor transformers. `import weightport.modeling` teaches transformers' `AutoConfig`,
+`AutoModel…` and `AutoProcessor` the families that transformers itself does not have.
 """
 
-from weightport.modeling.registration import install
+from typing import Any
 
 __version__ = "0.1.0"
 
-install()
+_PUBLIC = (
+    "check_parity",
+    "convert",
+    "export",
+    "extract_lora",
+    "load_native",
+    "merge_lora",
+    "plan_conversion",
+    "port_adapter",
+)
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        from weightport import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'weightport' has no attribute {name!r}")

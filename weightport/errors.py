@@ -30,6 +30,10 @@ class UnknownFamilyError(WeightportError):
     """No family recognises the checkpoint, or it belongs to another family than the one asked for."""
 
 
+class FamilyError(WeightportError):
+    """A family's declaration cannot be used, or lacks the stage that was asked for."""
+
+
 class CoverageError(WeightportError):
     """Source and target tensors do not meet: missing, surplus, claimed twice, or of the wrong shape."""
 

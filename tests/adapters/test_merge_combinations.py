@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from tiny_models import load, write_adapter, write_base
 
 from weightport.adapters.combination import COMBINATIONS, Combination
-from weightport.adapters.merging import MergeOptions, merge_lora
+from weightport.adapters.merging import MergeOptions
+from weightport.api import merge_lora
 from weightport.errors import AdapterError, UsageError
 
 WEIGHTS = (0.7, -0.4)

@@ -18,7 +18,7 @@ import peft
 from weightport import cli
 from weightport.adapters import verification
 from weightport.adapters.verification import verify_merge, why_not_verified
-from weightport.parity import load_native
+from weightport.api import load_native
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
@@ -122,7 +122,8 @@ def test_small_mistake_that_outputs_hardly_show_is_seen_in_the_weights(
 
 
 def test_check_is_not_run_where_the_model_does_not_fit(ofa: Path, adapter: Path, tmp_path: Path) -> None:
-    from weightport.adapters.merging import Written, merge_lora
+    from weightport.adapters.merging import Written
+    from weightport.api import merge_lora
 
     seen: list[Written] = []
     merge_lora(ofa, [(adapter, 1.0)], tmp_path / "out", check=lambda written: seen.append(written))

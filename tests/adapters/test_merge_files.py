@@ -25,7 +25,8 @@ from tiny_models import applied, load, logits, write_adapter, write_base
 
 from weightport.adapters.base_record import record_base
 from weightport.adapters.merge_plan import MergePlan
-from weightport.adapters.merging import MergeOptions, Written, merge_lora
+from weightport.adapters.merging import MergeOptions, Written
+from weightport.api import merge_lora
 from weightport.errors import (
     AdapterError,
     CheckpointError,
@@ -35,7 +36,7 @@ from weightport.errors import (
     UsageError,
     WeightportError,
 )
-from weightport.writing.safetensors_shards import HashedFile
+from weightport.writing.hashed_file import HashedFile
 
 Q = "model.layers.0.self_attn.q_proj"
 

@@ -15,7 +15,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny_models import applied, load, logits, merged_by_peft, write_adapter, write_base
 
-from weightport.adapters.merging import MergeOptions, merge_lora
+from weightport.adapters.merging import MergeOptions
+from weightport.api import merge_lora
 
 ATTENTION = {
     "opt": ["q_proj", "v_proj", "fc1"],

@@ -101,7 +101,8 @@ def test_merge_into_a_4_bit_base_adds_to_the_rounded_values(tmp_path: Path) -> N
     from peft import LoraConfig
     from tiny_models import write_adapter, write_base
 
-    from weightport.adapters.merging import MergeOptions, merge_lora
+    from weightport.adapters.merging import MergeOptions
+    from weightport.api import merge_lora
 
     base = write_base("llama", tmp_path / "base", torch.bfloat16)
     adapter = write_adapter(base, tmp_path / "adapter", LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]))
@@ -123,8 +124,9 @@ def test_layers_that_the_training_recorded_are_rounded_and_no_others(tmp_path: P
     from tiny_models import write_adapter, write_base
 
     from weightport.adapters.base_record import Quantization, record_base
-    from weightport.adapters.merging import MergeOptions, Written, merge_lora
+    from weightport.adapters.merging import MergeOptions, Written
     from weightport.adapters.verification import verify_merge
+    from weightport.api import merge_lora
 
     base = write_base("llama", tmp_path / "base", torch.float32)
     adapter = write_adapter(base, tmp_path / "adapter", LoraConfig(r=4, target_modules=["q_proj"]))

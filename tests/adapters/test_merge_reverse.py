@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 from tiny_models import applied, load, logits, write_base
 
 from weightport.adapters import extraction
-from weightport.adapters.extraction import extract_lora
-from weightport.adapters.merging import merge_lora
+from weightport.api import extract_lora, merge_lora
 from weightport.errors import CoverageError, UsageError
 
 

@@ -15,7 +15,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny_models import V, applied, load, logits, write_adapter, write_base
 
-from weightport.adapters.merging import MergeOptions, merge_lora
+from weightport.adapters.merging import MergeOptions
+from weightport.api import merge_lora
 from weightport.errors import AdapterError, CoverageError
 
 HEADS = {"opt": "lm_head", "gemma": "lm_head", "t5": "lm_head", "gpt2": "lm_head", "bart": "lm_head"}

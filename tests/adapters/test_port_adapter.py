@@ -14,12 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "converters"))
 
 from florence2_checkpoints import HEAD, originals
 
-from weightport.adapters import merge_lora, port_adapter, untie_head
-from weightport.adapters.pair_operations import Pair, followed
-from weightport.converters import Options, convert
+from weightport.adapters import untie_head
+from weightport.api import convert, load_native, merge_lora, port_adapter
+from weightport.converters.low_rank_pair import LowRankPair
 from weightport.converters.operations import Concatenate, Permute, Split
 from weightport.errors import AdapterError
-from weightport.parity import load_native
 
 peft = pytest.importorskip("peft")
 
@@ -83,7 +82,7 @@ def trained(source, tmp_path_factory):
 @pytest.fixture(scope="module", params=["reuse", "append"])
 def base(request, source, tmp_path_factory):
     out = tmp_path_factory.mktemp("base") / "native"
-    return convert(source.folder, out, None, Options(image_token=request.param)).directory
+    return convert(source.folder, out, None, image_token=request.param).directory
 
 
 def logits(model, rows: int = 1381) -> torch.Tensor:
@@ -131,7 +130,7 @@ def test_settings_name_every_module_in_full_and_nothing_else(trained, base, tmp_
 
 
 def test_vocabulary_that_grew_gets_rows_of_zeros_in_the_heads_adapter(source, trained, tmp_path):
-    native = convert(source.folder, tmp_path / "native", None, Options(image_token="append")).directory
+    native = convert(source.folder, tmp_path / "native", None, image_token="append").directory
     ported = port_adapter(trained[0], tmp_path / "ported", native).directory
     b = load_file(ported / "adapter_model.safetensors")["base_model.model.lm_head.lora_B.weight"]
     own = load_file(trained[0] / "adapter_model.safetensors")[f"base_model.model.{LM_HEAD}.lora_B.weight"]
@@ -201,7 +200,7 @@ def test_trained_biases_go_along_beside_pairs_and_elsewhere(bias, source, base, 
 
 
 def test_dora_on_a_head_that_grows_by_rows_of_zeros_is_refused(source, tmp_path):
-    native = convert(source.folder, tmp_path / "native", None, Options(image_token="append")).directory
+    native = convert(source.folder, tmp_path / "native", None, image_token="append").directory
     state = torch.load(source.folder / "pytorch_model.bin", weights_only=True)
     tensors, _ = with_dora({f"{LM_HEAD}.weight": state[HEAD]}, [LM_HEAD])
     settings = {**SETTINGS, "modules_to_save": None, "use_dora": True}
@@ -210,7 +209,7 @@ def test_dora_on_a_head_that_grows_by_rows_of_zeros_is_refused(source, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-def dora(weight: torch.Tensor, part: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+def dora(weight: torch.Tensor, part: LowRankPair) -> tuple[torch.Tensor, torch.Tensor]:
     changed = weight + part.b @ part.a
     return changed / changed.norm(dim=1, keepdim=True) * part.magnitude.view(-1, 1), part.bias
 
@@ -219,19 +218,19 @@ def test_fused_matrix_splits_by_rows_with_its_magnitudes_and_bias():
     generator = torch.Generator().manual_seed(0)
     sizes = {"weight": (12, 5), "a": (2, 5), "b": (12, 2), "magnitude": (12,), "bias": (12,)}
     t = {name: torch.randn(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()}
-    fused = Pair(t["a"], t["b"], t["magnitude"], t["bias"])
-    parts = followed(Split(3), fused)
+    fused = LowRankPair(t["a"], t["b"], t["magnitude"], t["bias"])
+    parts = Split(3).pairs(fused)
     assert len(parts) == 3
-    found = [dora(weight, part) for weight, part in zip(Split(3).forward([t["weight"]]), parts)]
+    found = [dora(weight, part) for weight, part in zip(t["weight"].chunk(3), parts)]
     weight, bias = dora(t["weight"], fused)
     torch.testing.assert_close(torch.cat([w for w, _ in found]), weight, rtol=0, atol=1e-14)
     assert torch.equal(torch.cat([b for _, b in found]), bias)
 
 
-@pytest.mark.parametrize("operation", [Permute((1, 0)), Split(2, dim=1), Concatenate(2)], ids=lambda o: o.name)
+@pytest.mark.parametrize("operation", [Permute((1, 0, 2)), Split(2, dim=1), Concatenate(2)], ids=lambda o: o.name)
 def test_weights_that_a_pair_cannot_follow_are_refused_with_what_happens_to_them(operation):
     with pytest.raises(AdapterError, match=f"goes through '{operation.name}'"):
-        followed(operation, Pair(torch.ones(2, 4), torch.ones(4, 2)))
+        operation.pairs(LowRankPair(torch.ones(2, 4), torch.ones(4, 2)))
 
 
 def refused(tmp_path: Path, source, tensors, text: str, **settings) -> None:

@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 
-from weightport.checkpoints import fairseq_options, open_checkpoint, sections
+from weightport.checkpoints import open_checkpoint, sections
+from weightport.families.ofa.fairseq_options import fairseq_options
 
 PYTHON = os.environ.get("WEIGHTPORT_FAIRSEQ_PYTHON")
 

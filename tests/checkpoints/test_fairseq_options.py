@@ -14,8 +14,9 @@ import pytest
 import torch
 from checkpoint_bytes import foreign_classes
 
-from weightport.checkpoints import fairseq_options, is_fairseq, open_checkpoint, plain, sections
+from weightport.checkpoints import open_checkpoint, plain, sections
 from weightport.errors import ConfigurationError
+from weightport.families.ofa.fairseq_options import fairseq_options, is_fairseq
 
 MODEL = {"_name": "ofa_base", "arch": "ofa_base", "encoder_layers": 6, "scale_attn": True, "dropout": 0.1}
 TASK = {"_name": "caption", "bpe": "bert", "patch_image_size": 480, "data": "???", "seed": "${common.seed}"}

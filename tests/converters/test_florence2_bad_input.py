@@ -10,7 +10,7 @@ import pytest
 import torch
 from florence2_checkpoints import BIAS, HEAD, SHARED, originals
 
-from weightport.converters import Options, convert
+from weightport.api import convert
 from weightport.errors import (
     AdapterError,
     CheckpointError,
@@ -29,7 +29,7 @@ def source(tmp_path_factory):
 
 def refused(folder, tmp_path, error: type[WeightportError], text: str, **options) -> None:
     with pytest.raises(error, match=text):
-        convert(folder, tmp_path / "out", "florence2", Options(**options))
+        convert(folder, tmp_path / "out", "florence2", **options)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
 
@@ -140,7 +140,7 @@ def test_every_missing_and_unknown_tensor_is_named(source, tmp_path):
 def test_unknown_tensor_is_left_out_on_request_and_recorded(source, tmp_path):
     state = {**source.state(), "language_model.extra": torch.zeros(3)}
     record = convert(
-        source.write(tmp_path / "in", state), tmp_path / "out", None, Options(drop=("language_model.extra",))
+        source.write(tmp_path / "in", state), tmp_path / "out", None, drop=("language_model.extra",)
     ).record
     assert any(item["name"] == "language_model.extra" for item in record["dropped"])
 
@@ -167,7 +167,7 @@ def test_checkpoint_without_tokenizer_is_refused_with_advice_and_converted_witho
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.json").unlink()
     refused(folder, tmp_path, VocabularyError, "holds no tokenizer.json(.|\\n)*--vocab")
-    out = convert(folder, tmp_path / "out", None, Options(vocabulary="none", image_token="append")).directory
+    out = convert(folder, tmp_path / "out", None, vocabulary="none", image_token="append").directory
     assert not (out / "tokenizer.json").exists()
 
 
@@ -210,7 +210,7 @@ def test_dump_with_an_adapter_in_it_is_merged_or_refused_but_never_stripped(sour
     found = load_file(tmp_path / "merged/model.safetensors")[native]
     torch.testing.assert_close(found, weight + 6 / 4**0.5 * b @ a)
     # Where peft had merged it already, the base layers are the model.
-    convert(folder, tmp_path / "kept", None, Options(drop=("**.lora_{A,B}.default.weight",)))
+    convert(folder, tmp_path / "kept", None, drop=("**.lora_{A,B}.default.weight",))
     assert torch.equal(load_file(tmp_path / "kept/model.safetensors")[native], weight)
 
 

@@ -10,8 +10,8 @@ import torch
 from florence2_checkpoints import BIAS, DECODER, ENCODER, HEAD, SHARED, TEMPORAL, originals
 from safetensors.torch import load_file, save_file
 
+from weightport.api import convert, export
 from weightport.checkpoints import open_checkpoint
-from weightport.converters import Options, convert, export
 from weightport.errors import CheckpointError
 
 NATIVE_SHARED = "model.language_model.shared.weight"
@@ -24,7 +24,7 @@ def original(tmp_path_factory):
 
 
 def converted(source, out, **options):
-    convert(source, out, None, Options(**options))
+    convert(source, out, None, **options)
     return load_file(out / "model.safetensors"), json.loads((out / "config.json").read_text())
 
 
@@ -191,7 +191,7 @@ def test_export_without_a_record_is_the_released_layout(original, tmp_path):
 
 def test_appended_image_token_adds_rows_of_zeros_and_export_takes_them_off(original, tmp_path):
     source = original("tiny-ft-untied")
-    out = convert(source.folder, tmp_path / "out", None, Options(image_token="append")).directory
+    out = convert(source.folder, tmp_path / "out", None, image_token="append").directory
     tensors, config = load_file(out / "model.safetensors"), json.loads((out / "config.json").read_text())
     rows = source.config["text_config"]["vocab_size"]
     assert config["image_token_id"] == rows

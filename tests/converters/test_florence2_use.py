@@ -11,8 +11,8 @@ from florence2_checkpoints import HEAD, SHARED, originals
 from PIL import Image, ImageDraw
 from transformers import AutoModelForImageTextToText, AutoProcessor, Florence2ForConditionalGeneration, pipeline
 
+from weightport.api import convert
 from weightport.cli import main, port_florence2
-from weightport.converters import convert
 from weightport.modeling.florence2 import Florence2OriginalProcessor
 
 SIZE = (120, 80)  # width, height
@@ -145,9 +145,7 @@ def test_appended_row_costs_what_the_documentation_says(original, tmp_path):
     """docs/florence2.md: rows of zeros shift the loss a little; a re-labelled id shifts nothing."""
     losses = {}
     for how in ("reuse", "append"):
-        from weightport.converters import Options
-
-        out = convert(original("tiny-main").folder, tmp_path / how, None, Options(image_token=how)).directory
+        out = convert(original("tiny-main").folder, tmp_path / how, None, image_token=how).directory
         model = Florence2ForConditionalGeneration.from_pretrained(out, dtype=torch.float64)
         ids = torch.tensor([[model.config.image_token_id] * 10 + [0, 80, 72, 2]])
         pixels = torch.linspace(-1, 1, 3 * 96 * 96).reshape(1, 3, 96, 96).double()

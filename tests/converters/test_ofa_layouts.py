@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from weightport.converters import Options, convert, export
+from weightport.api import convert, export
 from weightport.errors import ConfigurationError, CoverageError, UnknownFamilyError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -42,7 +42,7 @@ def originals(tmp_path_factory):
 
 
 def converted(source: Path, out: Path, **options) -> tuple[dict[str, torch.Tensor], dict]:
-    convert(source, out, "ofa", Options(**options))
+    convert(source, out, "ofa", **options)
     return load_file(out / "model.safetensors"), json.loads((out / "config.json").read_text())
 
 
@@ -117,7 +117,7 @@ def test_a_directory_of_an_existing_port_gives_the_same_model(originals, tmp_pat
 def test_a_port_exports_to_the_fairseq_file_it_came_from(originals, tmp_path):
     file, document, _, _ = originals("cn-tiny")
     folder = port_directory(file, document, tmp_path / "port", safetensors=False)
-    convert(folder, tmp_path / "out", "ofa", Options(vocabulary="none"))
+    convert(folder, tmp_path / "out", "ofa", vocabulary="none")
     export(tmp_path / "out", tmp_path / "back.pt")
     back = torch.load(tmp_path / "back.pt", weights_only=False)["model"]
     assert equal(back, dict(document["model"]))

@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_runs import run, trained_model
 
 from weightport import modeling  # noqa: F401 - registers OFA
-from weightport.adapters import merge_lora
+from weightport.api import merge_lora
 from weightport.errors import RecipeError, TrainingError
 from weightport.finetuning.recipes.recipe import shipped_recipes
 

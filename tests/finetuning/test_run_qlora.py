@@ -11,8 +11,9 @@ import torch
 from tiny_runs import run
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from weightport.adapters import MergeOptions, merge_lora
+from weightport.adapters import MergeOptions
 from weightport.adapters.base_record import recorded_quantization
+from weightport.api import merge_lora
 from weightport.errors import UsageError
 from weightport.finetuning.evaluation.evaluate import evaluate
 from weightport.finetuning.recipes.recipe import load_recipe, with_settings

@@ -14,10 +14,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
-from weightport.converters import Options, convert
+from weightport.api import check_parity, convert
 from weightport.finetuning.data.collation import INDICES
 from weightport.finetuning.training.trainer import PortTrainer
-from weightport.parity import check_parity, runner
+from weightport.parity import runner
 from weightport.parity.family import Family
 from weightport.parity.originals import Originals
 from weightport.parity.reference import Expected, Run, read_reference
@@ -124,7 +124,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Any:
             vocabulary = None if (case.path / "companions").is_dir() else "none"
             (folder / "original").mkdir()
             original = case.materialize(folder / "original")
-            convert(original, folder / "model", case.family, Options(vocabulary=vocabulary))
+            convert(original, folder / "model", case.family, vocabulary=vocabulary)
             found[case.name] = folder / "model"
         return found[case.name]
 

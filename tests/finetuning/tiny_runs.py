@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from weightport.converters import Options, convert
+from weightport.api import convert
 from weightport.finetuning.recipes.recipe import load_recipe, qualified, with_settings
 from weightport.finetuning.setup.preparing import Job, resolved
 from weightport.finetuning.training.results import Outcome
@@ -75,7 +75,7 @@ def convert_case(name: str, folder: Path) -> Path:
 
     case = Case(GOLDEN / "cases" / MODELS.get(name, name), name)
     (folder / "original").mkdir()
-    convert(case.materialize(folder / "original"), folder / name, case.family, Options())
+    convert(case.materialize(folder / "original"), folder / name, case.family)
     return folder / name
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from golden_case import Case, find_cases
 
-from weightport.converters import Options, convert
+from weightport.api import convert
 
 OWN_CASES = Path(__file__).parent / "cases"
 FAMILIES = {table.FAMILY: table for table in (ofa_cases, florence2_cases)}
@@ -63,7 +63,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory, rebuilt: Callable[[Case]
     def conversion(case: Case, ema: bool = False) -> Path:
         out = tmp_path_factory.mktemp("native") / "model"
         vocabulary = None if (case.path / "companions").is_dir() else "none"
-        convert(rebuilt(case), out, case.family, Options(vocabulary=vocabulary, ema=ema))
+        convert(rebuilt(case), out, case.family, vocabulary=vocabulary, ema=ema)
         return out
 
     return conversion

@@ -237,6 +237,6 @@ def native_parameter(name: str, config: Any) -> str:
     assert found is not None, name
     untied = copy.deepcopy(config)
     untied.tie_word_embeddings = False
-    rule, _, captures = next(florence2_rules(untied).of_source(f"{found[1]}.{found[3]}"))
-    module = rule.targets[0].fill(captures).rpartition(".")[0]
+    claim = next(florence2_rules(untied).of_source(f"{found[1]}.{found[3]}"))
+    module = claim.rule.target_names(claim.captures)[0].rpartition(".")[0]
     return f"base_model.model.{module}.{found[2]}{found[3]}"

@@ -12,10 +12,11 @@ import torch
 from golden_case import Case
 from rich.console import Console
 
-from weightport.adapters import port_adapter, untie_head
+from weightport.adapters import untie_head
+from weightport.api import check_parity, load_native, port_adapter
 from weightport.errors import AdapterError
 from weightport.families.florence2.parity import NOISE
-from weightport.parity import check_parity, load_native, render
+from weightport.parity import render
 from weightport.parity.noise import scale_of
 
 peft = pytest.importorskip("peft")

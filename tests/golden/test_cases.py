@@ -11,9 +11,9 @@ import torch
 from golden_case import Case
 from rich.console import Console
 
+from weightport.api import check_parity, export
 from weightport.checkpoints import open_checkpoint
-from weightport.converters import export
-from weightport.parity import ParityReport, check_parity, render
+from weightport.parity import ParityReport, render
 from weightport.parity.reference import read_reference
 
 

@@ -12,9 +12,10 @@ import torch
 from golden_case import Case
 from rich.console import Console
 
-from weightport.adapters.merging import MergeOptions, merge_lora
+from weightport.adapters.merging import MergeOptions
+from weightport.api import check_parity, merge_lora
 from weightport.errors import AdapterError
-from weightport.parity import check_parity, render
+from weightport.parity import render
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import sys
 import torch
 
 from weightport.converters.portable import write_portable_code
+from weightport.families.ofa.portable import AUTO_MAPS
 from weightport.modeling.ofa.configuration_ofa import OFAConfig
 from weightport.modeling.ofa.modeling_ofa import OFAForConditionalGeneration
 
@@ -47,7 +48,7 @@ def generated_here(model, inputs) -> list[list[int]]:
 def test_code_copied_beside_the_weights_computes_the_same(make_model, inputs, tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path / "model")
-    write_portable_code(tmp_path / "model", "ofa")
+    write_portable_code(tmp_path / "model", "weightport.modeling.ofa", AUTO_MAPS)
     logits, sequences = load_elsewhere(tmp_path / "model", inputs, tmp_path)
     with torch.no_grad():
         assert torch.allclose(logits, model(**inputs).logits, atol=1e-5)

@@ -15,7 +15,7 @@ import ofa_cases
 from golden_case import Case
 from reference_subsets import subset
 
-from weightport.converters import Options, convert
+from weightport.api import convert
 from weightport.parity import check
 
 CASE = Case(Path(__file__).parents[1] / "golden/cases/ofa/cn-tiny", "cn-tiny")
@@ -25,7 +25,7 @@ CASE = Case(Path(__file__).parents[1] / "golden/cases/ofa/cn-tiny", "cn-tiny")
 def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The case's native directory."""
     out = tmp_path_factory.mktemp("parity") / "native"
-    convert(CASE.materialize(out.parent / "original"), out, "ofa", Options(vocabulary="none"))
+    convert(CASE.materialize(out.parent / "original"), out, "ofa", vocabulary="none")
     return out
 
 

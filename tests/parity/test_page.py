@@ -17,7 +17,8 @@ import torch
 from click.testing import CliRunner
 
 from weightport import cli
-from weightport.parity import ParityReport, check_parity
+from weightport.api import check_parity
+from weightport.parity import ParityReport
 from weightport.reports.parity_page import page
 
 RUNS = ("image_text", "patch_masks", "generate.greedy")

@@ -16,8 +16,8 @@ from golden_case import Case
 from reference_subsets import subset
 from test_planted_mistakes import Mistake, attribute, on, roll, scale, swap, transpose
 
-from weightport.converters import Options, convert
-from weightport.parity import ParityReport, check_parity, loading
+from weightport.api import check_parity, convert
+from weightport.parity import ParityReport, loading
 
 CASE = Case(Path(__file__).parents[1] / "golden/cases/florence2/tiny-main", "tiny-main")
 TOWER, PROJECTOR, TEXT = "model.vision_tower", "model.multi_modal_projector", "model.language_model"
@@ -28,7 +28,7 @@ RUNS = ("batch", "alone0")
 @pytest.fixture(scope="module")
 def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("florence2") / "native"
-    convert(CASE.materialize(out.parent / "original"), out, "florence2", Options())
+    convert(CASE.materialize(out.parent / "original"), out, "florence2")
     return out
 
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from weightport.api import check_parity, load_native
+from weightport.families.registry import registry
 from weightport.modeling.ofa import modeling_ofa
-from weightport.parity import check_parity, loading, read_reference
+from weightport.parity import read_reference
 from weightport.parity.runner import native_arguments
 
 
@@ -177,7 +179,7 @@ FINER = ("encoder.layers.1.self_attn", "encoder.layers.1.fc1", "encoder.layers.1
 
 def test_finer_seams_narrow_the_place_down(native, reference, plant) -> None:
     """What the original gives inside its layers stands in no golden case: the model that agrees with it stands in."""
-    family, model = loading.FAMILIES["ofa"], loading.load_native(native, torch.float32)
+    family, model = registry()["ofa"].parity, load_native(native, torch.float32)
     run = next(run for run in read_reference(reference("image_text")).runs)
     values: dict[str, torch.Tensor] = {}
     for name in FINER:

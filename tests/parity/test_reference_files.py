@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from weightport.api import check_parity
 from weightport.errors import CheckpointError, ReferenceFileError
-from weightport.parity import Selection, check_parity, read_reference, write_reference
+from weightport.parity import Selection, read_reference, write_reference
 from weightport.parity.selection import parse_selection, selection_json
 
 IDS = torch.tensor([[0, 20, 21, 2]])

@@ -10,9 +10,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from weightport.api import check_parity
 from weightport.checkpoints.types import TensorRef
 from weightport.families.ofa.parity import OFA
-from weightport.parity import Expected, Selection, Verdict, check_parity, render
+from weightport.parity import Expected, Selection, Verdict, render
 from weightport.parity.compare import Place, compare, compare_generation
 from weightport.parity.noise import KINK, Noise
 from weightport.parity.seams import Observed, observe

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from weightport.converters import Options, convert
+from weightport.api import convert
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
@@ -20,7 +20,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     source = golden.materialize(GOLDEN / "cases" / "ofa" / "cn-tiny", tmp_path_factory.mktemp("original"))
     out = tmp_path_factory.mktemp("converted") / "ofa"
-    convert(source, out, "ofa", Options())
+    convert(source, out, "ofa")
     return out
 
 

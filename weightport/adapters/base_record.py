@@ -10,8 +10,8 @@ from typing import Any
 
 from weightport.checkpoints import open_checkpoint
 from weightport.checkpoints.formats.sharded import read_json
-from weightport.checkpoints.hashing import BackgroundDigests
 from weightport.errors import CheckpointError
+from weightport.hashing import BackgroundDigests
 
 FILE = "base.json"
 

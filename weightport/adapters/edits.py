@@ -13,8 +13,8 @@ from weightport.adapters.changes import Change, matrix_shape
 from weightport.adapters.lora_tensors import is_finite
 from weightport.adapters.quantized import nf4_round_trip
 from weightport.checkpoints import TensorRef
+from weightport.checkpoints.lazy_tensors import chunks
 from weightport.errors import NonFiniteError
-from weightport.writing.safetensors_shards import chunks
 
 CHUNK_ELEMENTS = 1 << 18
 """Elements that are worked on at a time: they stay in the processor's cache."""

@@ -26,14 +26,16 @@ from weightport.adapters.changes import is_conv1d
 from weightport.adapters.lora_tensors import is_finite
 from weightport.adapters.ties import is_head_module, tied_head
 from weightport.checkpoints import TensorRef
-from weightport.converters.plan import TensorSpec
+from weightport.checkpoints.lazy_tensors import chunks, same_bits
 from weightport.errors import CoverageError, NonFiniteError, UsageError
 from weightport.writing import HashedFile, check_absent, whole_directory
-from weightport.writing.safetensors_shards import as_bytes, chunks, safetensors_header, same_bits
+from weightport.writing.outgoing import Outgoing
+from weightport.writing.safetensors_shards import as_bytes, safetensors_header
 
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "extraction.json"
 _PREFIX = "base_model.model."
 
+_none = lambda: iter(())  # noqa: E731
 _FULL_SVD = 1 << 22
 """Matrices with more elements than this get a randomised decomposition (arXiv:0909.4061) of the wanted rank."""
 
@@ -104,13 +106,13 @@ class _Changed:
         return self.new.name.removesuffix(".weight")
 
     @property
-    def specs(self) -> tuple[TensorSpec, TensorSpec]:
+    def specs(self) -> tuple[Outgoing, Outgoing]:
         """A [rank, in, …] and B [out, rank, …], as they will stand in the file."""
         outputs, *inputs = self.new.shape[::-1] if self.flipped else self.new.shape
         key = f"{_PREFIX}{self.module}"
         return (
-            TensorSpec(f"{key}.lora_A.weight", (self.rank, *inputs), torch.float32),
-            TensorSpec(f"{key}.lora_B.weight", (outputs, self.rank, *(1 for _ in inputs[1:])), torch.float32),
+            Outgoing(f"{key}.lora_A.weight", (self.rank, *inputs), torch.float32, _none),
+            Outgoing(f"{key}.lora_B.weight", (outputs, self.rank, *(1 for _ in inputs[1:])), torch.float32, _none),
         )
 
 
@@ -146,9 +148,9 @@ def _write(
     wider = [item for item in ordered if item[1].dtype.itemsize > torch.float32.itemsize]
     others = ordered[len(wider) :]
     specs = [
-        *(TensorSpec(key, ref.shape, ref.dtype) for key, ref in wider),
+        *(Outgoing(key, ref.shape, ref.dtype, _none) for key, ref in wider),
         *(spec for pair in pairs for spec in pair.specs),
-        *(TensorSpec(key, ref.shape, ref.dtype) for key, ref in others),
+        *(Outgoing(key, ref.shape, ref.dtype, _none) for key, ref in others),
     ]
     found: dict[str, tuple[float, float]] = {}
     with HashedFile(path) as out:

@@ -34,23 +34,18 @@ from weightport.adapters.companions import (
     write_companions,
 )
 from weightport.adapters.edits import Norms, Output, edited_chunks
+from weightport.adapters.family import FamilyLookup
 from weightport.adapters.lora_tensors import LoraAdapter, open_adapter
 from weightport.adapters.merge_plan import MergePlan, plan_merge
 from weightport.adapters.quantized import KINDS
 from weightport.adapters.touched import unresolved
 from weightport.checkpoints.formats.sharded import read_json
-from weightport.checkpoints.hashing import BackgroundDigests, FileDigest
-from weightport.converters.plan import TensorSpec
+from weightport.checkpoints.lazy_tensors import blocks
 from weightport.errors import AdapterError, UsageError
+from weightport.hashing import BackgroundDigests, FileDigest
 from weightport.writing import check_absent, whole_directory
-from weightport.writing.safetensors_shards import (
-    Advance,
-    HashedFile,
-    WrittenFile,
-    as_bytes,
-    chunks,
-    safetensors_header,
-)
+from weightport.writing.outgoing import Outgoing
+from weightport.writing.safetensors_shards import Advance, WrittenFile, write_safetensors
 
 FORMAT = 1
 
@@ -90,6 +85,7 @@ def merge_lora(
     base: str | Path,
     adapters: Sequence[tuple[str | Path, float]],
     out: str | Path,
+    families: FamilyLookup,
     options: MergeOptions | None = None,
     *,
     digests: BackgroundDigests | None = None,
@@ -113,7 +109,7 @@ def merge_lora(
         begun = digests is not None and digests.files == source.checkpoint.files
         hashed = digests if digests and begun else stack.enter_context(BackgroundDigests(source.checkpoint.files))
         with one_thread():
-            opened = [_open(Path(path), source, stack) for path, _ in adapters]
+            opened = [_open(Path(path), source, stack, families) for path, _ in adapters]
         weights = [weight for _, weight in adapters]
         _require_same_base(source, opened, hashed)
         plan = plan_merge(
@@ -170,31 +166,29 @@ def _require_options(adapters: Sequence[tuple[str | Path, float]], options: Merg
         raise UsageError(f"{options.dtype} is no floating-point dtype.")
 
 
-def _open(path: Path, base: Base, stack: ExitStack) -> LoraAdapter:
+def _open(path: Path, base: Base, stack: ExitStack, families: FamilyLookup) -> LoraAdapter:
     """The adapter, brought to the base's module names first where it has the original's."""
     if not path.is_dir():
         raise AdapterError(f"{path} is not an adapter: expected the folder that peft's save_pretrained wrote.")
     adapter = open_adapter(path)
     strangers = unresolved(base, adapter)
-    if not strangers or not _originals_names(base, strangers):
+    if not strangers or not _originals_names(base, strangers, families):
         return adapter
     from weightport.adapters.porting import port_adapter
 
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="weightport-adapter-")))
-    port_adapter(path, folder / "ported", base.path)
+    port_adapter(path, folder / "ported", base.path, families)
     ported = open_adapter(folder / "ported")
     return replace(ported, path=path, files=adapter.files, ported=ported.path)
 
 
-def _originals_names(base: Base, names: Sequence[str]) -> bool:
+def _originals_names(base: Base, names: Sequence[str], families: FamilyLookup) -> bool:
     """Whether the family's rule table knows one of these modules as the original's."""
-    from weightport.families import FAMILIES
-
-    if str(base.config.get("model_type")) not in FAMILIES:
+    if families.of_model_type(base.config.get("model_type")) is None:
         return False
     from weightport.adapters.porting import read_base
 
-    rules = read_base(base.path).rules
+    rules = read_base(base.path, families).rules
     return any(next(rules.of_source(f"{name}.weight"), None) is not None for name in names)
 
 
@@ -266,17 +260,10 @@ def _write(
     files: list[WrittenFile] = []
     changed: dict[str, dict[str, Any]] = {}
     for shard, outputs in plan.shards.items():
-        with HashedFile(folder / shard) as file:
-            file.write(safetensors_header([TensorSpec(out.name, out.shape, out.dtype) for out in outputs]))
-            for out in outputs:
-                norms = Norms()
-                parts = chunks(out.base.read(), out.dtype) if out.edit is None else edited_chunks(out, norms)
-                for part in parts:
-                    file.write(as_bytes(part))
-                    advance(part.numel() * part.element_size())
-                if out.edit is not None:
-                    changed[out.name] = _change(out, norms)
-        files.append(WrittenFile(shard, file.size, file.sha256))
+        norms = {out.name: Norms() for out in outputs}
+        tensors = [_outgoing(out, norms[out.name]) for out in outputs]
+        files.append(write_safetensors(tensors, folder / shard, advance=advance))
+        changed |= {out.name: _change(out, norms[out.name]) for out in outputs if out.edit is not None}
     if len(plan.shards) > 1:
         metadata = (base.checkpoint.document or {}).get("weights", {}).get("metadata", {})
         index = {
@@ -285,6 +272,15 @@ def _write(
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return files, changed
+
+
+def _outgoing(out: Output, norms: Norms) -> Outgoing:
+    """The tensor as a writer takes it; `norms` are filled in while it is written."""
+
+    def values() -> Iterator[torch.Tensor]:
+        return blocks(out.base, out.dtype) if out.edit is None else edited_chunks(out, norms)
+
+    return Outgoing(out.name, out.shape, out.dtype, values)
 
 
 def _change(out: Output, norms: Norms) -> dict[str, Any]:

@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
+from weightport.adapters.family import AdapterFamily, FamilyLookup
 from weightport.adapters.lora_settings import LoraSettings, parse_lora_settings
-from weightport.adapters.pair_operations import Pair, followed
 from weightport.checkpoints import TensorRef, open_checkpoint
-from weightport.converters.family import Family, Options
+from weightport.checkpoints.lazy_tensors import in_memory
+from weightport.checkpoints.sources import MAIN, Sources
+from weightport.converters.low_rank_pair import LowRankPair
+from weightport.converters.operations import applied
 from weightport.converters.record import read_record
 from weightport.converters.rules import Rule, RuleTable
-from weightport.errors import AdapterError, CheckpointError
-from weightport.families import FAMILIES
-from weightport.families.recognition import recognise
+from weightport.errors import AdapterError, CheckpointError, UnknownFamilyError
 from weightport.writing import check_absent, whole_directory
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Base:
     """What an adapter is ported to: the family's table with the head apart from the embedding, and the native
     shapes."""
 
-    family: Family
+    family: AdapterFamily
     rules: RuleTable
     shapes: Mapping[str, tuple[int, ...]]
     directory: Path | None
@@ -68,7 +69,9 @@ class PortedAdapter:
     notes: tuple[str, ...]
 
 
-def port_adapter(adapter: str | Path, out: str | Path, base: str | Path, *, overwrite: bool = False) -> PortedAdapter:
+def port_adapter(
+    adapter: str | Path, out: str | Path, base: str | Path, families: FamilyLookup, *, overwrite: bool = False
+) -> PortedAdapter:
     """Write the adapter in the folder `adapter` to the folder `out`, for the native model of `base`.
 
     `base` is the original checkpoint or the directory converted from it. Tensors keep their dtypes and values. Raises
@@ -77,7 +80,7 @@ def port_adapter(adapter: str | Path, out: str | Path, base: str | Path, *, over
     adapter, out = Path(adapter), Path(out)
     check_absent(out, overwrite=overwrite)
     settings = read_settings(adapter)
-    target = read_base(Path(base))
+    target = read_base(Path(base), families)
     tensors = dict(open_checkpoint(_weights(adapter)))
     pairs, biases, saved = _sorted_out(tensors, settings, str(adapter))
     ported: dict[str, torch.Tensor] = {}
@@ -138,35 +141,30 @@ def read_settings(adapter: Path) -> LoraSettings:
     return parse_lora_settings(data, str(path))
 
 
-def read_base(base: Path) -> Base:
+def read_base(base: Path, families: FamilyLookup) -> Base:
     """The family's table and native shapes, of an original checkpoint or of a converted directory."""
-    config, layout, directory = _native_config(base)
+    config, family, layout, directory = _native_config(base, families)
     tied = bool(config.tie_word_embeddings)
     # An adapter on the head is one on the head alone, also where the base ties it to the embedding.
     apart = copy.deepcopy(config)
     apart.tie_word_embeddings = False
-    family = FAMILIES[config.model_type]
-    return Base(family, family.rules_of(apart, layout), family.targets(apart).shapes, directory, tied)
+    conversion = family.conversion
+    return Base(family, conversion.rules_of(apart, layout), conversion.targets(apart).shapes, directory, tied)
 
 
-def _native_config(base: Path) -> tuple[PreTrainedConfig, str, Path | None]:
-    from weightport.converters.export import family_of, load_config
+def _native_config(base: Path, families: FamilyLookup) -> tuple[PreTrainedConfig, AdapterFamily, str, Path | None]:
+    from weightport.converters.export import load_config
 
-    if base.is_dir() and _is_native(base):
-        config = load_config(base)
-        family_of(config, base)
-        return config, str((read_record(base) or {}).get("layout", "")), base
     checkpoint = open_checkpoint(base)
-    model = recognise(checkpoint).read(checkpoint, Options(vocabulary="none", image_token="none"))
-    return model.config, model.layout, None
-
-
-def _is_native(base: Path) -> bool:
-    """Whether a directory holds a converted model: no family recognises its tensors as an original's."""
-    if not (base / "config.json").is_file():
-        return False
-    names = open_checkpoint(base)
-    return not any(family.recognises(names) for family in FAMILIES.values())
+    if base.is_dir() and (base / "config.json").is_file() and families.recognised(checkpoint) is None:
+        config = load_config(base)
+        native = families.of_model_type(config.model_type)
+        if native is None:
+            raise UnknownFamilyError(f"{base} holds a {config.model_type!r} model, which belongs to no known family.")
+        return config, native, str((read_record(base) or {}).get("layout", "")), base
+    family = families.recognise(checkpoint)
+    model = family.conversion.read(Sources({MAIN: checkpoint}), family.bare_options)
+    return model.config, family, model.layout, None
 
 
 def _weights(adapter: Path) -> Path:
@@ -231,7 +229,7 @@ def _is_saved(name: str, settings: LoraSettings) -> bool:
 
 def _port_pair(
     module: str, parts: Mapping[str, TensorRef], base: Base, settings: LoraSettings
-) -> list[tuple[str, Pair]]:
+) -> list[tuple[str, LowRankPair]]:
     """(native module, its pair) for every module that the original's became."""
     rule, names = _rule_of(f"{module}.weight", base)
     a, b = parts["A"], parts["B"]
@@ -255,7 +253,7 @@ def _port_pair(
             raise AdapterError(f"{parts[part].name} is {list(parts[part].shape)}, expected {weight[0]} values")
     magnitude, bias = (parts[part].read() if part in parts else None for part in ("magnitude", "bias"))
     try:
-        pairs = followed(rule.operation, Pair(a.read(), b.read(), magnitude, bias))
+        pairs = rule.operation.pairs(LowRankPair(a.read(), b.read(), magnitude, bias))
     except AdapterError as error:
         raise AdapterError(f"{module}: {error}") from error
     return [(name.removesuffix(".weight"), pair) for name, pair in zip(names, pairs)]
@@ -269,7 +267,7 @@ def _port_whole(name: str, ref: TensorRef, base: Base) -> list[tuple[str, torch.
     expected = _original_shape(rule, names, base)
     if ref.shape != expected:
         raise AdapterError(f"{name}: is {list(ref.shape)}, the base's is {list(expected)}: another base")
-    return list(zip(names, rule.operation.forward([ref.read()])))
+    return list(zip(names, applied(rule.operation.forward, [ref.read()])))
 
 
 def _rule_of(name: str, base: Base) -> tuple[Rule, list[str]]:
@@ -280,8 +278,10 @@ def _rule_of(name: str, base: Base) -> tuple[Rule, list[str]]:
         native = next(base.rules.of_target(name), None) or next(base.rules.of_target(f"model.{name}"), None)
         what = "has a native name already" if native else f"is no module of {base.family.title}"
         raise AdapterError(f"{module}: {what}")
-    rule, _, captures = claim
-    names = [pattern.fill(captures) for pattern in rule.targets]
+    rule = claim.rule
+    if rule.stacked:
+        raise AdapterError(f"{module}: its weight is that of all layers, which a low-rank pair cannot follow")
+    names = rule.target_names(claim.captures)
     if len(rule.sources) > 1:
         raise AdapterError(f"{module}: its weight is joined with others in the native model")
     absent = [target for target in names if target not in base.shapes]
@@ -292,7 +292,7 @@ def _rule_of(name: str, base: Base) -> tuple[Rule, list[str]]:
 
 def _original_shape(rule: Rule, names: Sequence[str], base: Base) -> tuple[int, ...]:
     native = [torch.empty(base.shapes[name], device="meta") for name in names]
-    return tuple(rule.operation.backward(native)[0].shape)
+    return tuple(rule.operation.backward([in_memory(each) for each in native])[0].shape)
 
 
 def _native_settings(

@@ -16,8 +16,8 @@ from weightport.adapters.quantized import is_quantized_layer
 from weightport.adapters.ties import TiedHead
 from weightport.adapters.touched import Touched
 from weightport.checkpoints import TensorRef
+from weightport.checkpoints.lazy_tensors import same_bits
 from weightport.errors import AdapterError
-from weightport.writing.safetensors_shards import same_bits
 
 
 @dataclass(frozen=True)

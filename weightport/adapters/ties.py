@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightport.checkpoints import TensorRef
-from weightport.writing.safetensors_shards import same_bits
+from weightport.checkpoints.lazy_tensors import same_bits
 
 _EMBEDDINGS = ("shared", "embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
 _HEADS = ("lm_head", "embed_out", "output_projection", "cls.predictions.decoder")

@@ -14,8 +14,8 @@ from weightport.adapters.changes import parameter_change
 from weightport.adapters.lora_tensors import LoraAdapter, ModuleAdapter
 from weightport.adapters.ties import TiedHead, is_head_module
 from weightport.checkpoints import TensorRef
+from weightport.checkpoints.lazy_tensors import same_bits
 from weightport.errors import AdapterError
-from weightport.writing.safetensors_shards import same_bits
 
 SHOWN = 10
 

@@ -112,14 +112,12 @@ def load_model(directory: Path) -> PreTrainedModel:
     """The model of a directory in float32, by the architecture its configuration names; no code of it is executed."""
     import transformers
 
-    from weightport.parity.families import FAMILIES
-    from weightport.parity.loading import load_native
+    from weightport import modeling  # noqa: F401 - registers the families that transformers lacks
 
     config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    if any(family.model_type == config.model_type for family in FAMILIES.values()):
-        return load_native(directory, torch.float32)
     name = (config.architectures or ["AutoModel"])[0]
-    model_class = getattr(transformers, name, None)
+    own = transformers.AutoModelForImageTextToText if type(config).__module__.startswith("weightport.") else None
+    model_class = own or getattr(transformers, name, None)
     if model_class is None:
         raise ParityError(f"transformers has no {name}, so the merge in {directory} cannot be run. Pass --no-verify.")
     model: PreTrainedModel = model_class.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False)

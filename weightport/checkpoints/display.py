@@ -15,9 +15,10 @@ from weightport.checkpoints.dtypes import dtype_name
 from weightport.checkpoints.mapped_file import shown
 from weightport.checkpoints.pickle.records import Record, Symbol
 from weightport.checkpoints.types import Checkpoint, TensorRef
-from weightport.families.ofa.omegaconf import unwrapped
 
 _CUT = "…"
+# Where configuration objects keep what they stand for: omegaconf's containers and value nodes.
+_HELD_IN = ("_content", "_val")
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class _Plain:
 
     def convert(self, value: Any, depth: int, above: frozenset[int]) -> Any:
         self.left -= 1
-        value = unwrapped(value)
+        value = _held(value)
         if isinstance(value, (dict, list, tuple, set, frozenset, Record)):
             if id(value) in above:
                 return "<cycle>"
@@ -130,3 +131,13 @@ class _Plain:
         if isinstance(value, (bytes, bytearray)):
             return f"<{len(value)} bytes>"
         return repr(value) if isinstance(value, (Symbol, complex, range)) else f"<{type(value).__name__}>"
+
+
+def _held(value: Any) -> Any:
+    """What a configuration object stands for, through as many wrappers as it has; anything else as it is."""
+    for _ in range(64):
+        name = next((name for name in _HELD_IN if isinstance(value, Record) and name in value.fields), None)
+        if name is None:
+            break
+        value = value[name]
+    return value

@@ -35,8 +35,11 @@ class Lazy(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class LazyTensor:
-    """A tensor that an operation makes. `compute(start, stop)` gives rows of axis 0 (a scalar has no rows: (0, 1) gives
-    it whole). `by_rows` False: any row needs all that the tensor is made of, so it is computed once for all blocks."""
+    """A tensor that an operation makes.
+
+    `compute(start, stop)` gives rows of axis 0 (a scalar has no rows: (0, 1) gives it whole). `by_rows` False: any row
+    needs all that the tensor is made of, so it is computed once for all blocks.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -54,7 +57,9 @@ class LazyTensor:
 
 def in_memory(tensor: torch.Tensor) -> LazyTensor:
     """A tensor that is there already (a weight, a gradient, a meta tensor)."""
-    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda start, stop: tensor[start:stop] if tensor.ndim else tensor)
+    return LazyTensor(
+        tuple(tensor.shape), tensor.dtype, lambda start, stop: tensor[start:stop] if tensor.ndim else tensor
+    )
 
 
 def blocks(tensor: Lazy, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:

@@ -110,7 +110,10 @@ class Checkpoint(Mapping[str, TensorRef]):
         """Where companions (config.json, vocabularies) stand: the folder itself, or the file's own."""
         return self.path if self.path.is_dir() else self.path.parent
 
-    def section(self, prefix: str) -> dict[str, TensorRef]:
-        """The tensors whose names begin with `prefix` + ".", by the rest of their names, in file order."""
-        start = prefix + "."
-        return {name.removeprefix(start): ref for name, ref in self.tensors.items() if name.startswith(start)}
+    def section(self, prefix: str, separator: str = ".") -> NamedTensors:
+        """The tensors whose names begin with `prefix` + `separator`, named by the rest, in file order; all tensors
+        where `prefix` is empty."""
+        start = prefix + separator if prefix else ""
+        return NamedTensors(
+            replace(ref, name=name.removeprefix(start)) for name, ref in self.tensors.items() if name.startswith(start)
+        )

@@ -10,6 +10,7 @@ from weightport.cli.comparing import compare_command
 from weightport.cli.conversion import convert_command
 from weightport.cli.evaluation import evaluate_command
 from weightport.cli.exporting import export_command
+from weightport.cli.families import families_command
 from weightport.cli.finetuning import finetune_command, recipes_command
 from weightport.cli.generation import generate_command
 from weightport.cli.inspection import inspect_command
@@ -18,14 +19,28 @@ from weightport.cli.parity import parity_command
 from weightport.cli.releasing import release_command
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Commands(click.Group):
+    """The commands. `convert` is made of the families' declarations when it is asked for: a package that offers a
+    broken family breaks it, and no other."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), "convert"])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name == "convert":
+            command: click.Command = convert_command()
+            return command
+        return super().get_command(ctx, cmd_name)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="weightport")
 def main() -> None:
     """Bring a vision-language model's original checkpoint into today's transformers, provably unchanged."""
 
 
 for command in (
-    convert_command,
+    families_command,
     inspect_command,
     export_command,
     parity_command,

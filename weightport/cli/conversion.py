@@ -1,4 +1,7 @@
-"""`port-ofa`, `port-florence2` and `weightport convert`: an original checkpoint to a model directory."""
+"""`weightport convert` and a `port-…` command for every family: an original checkpoint to a model directory.
+
+The commands are made of what families declare: their options, their sources, their help.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,24 @@ import re
 import shlex
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from weightport.checkpoints.hashing import BackgroundDigests
 from weightport.cli.display import Lines
 from weightport.cli.running import command_body, json_option, quiet_option, uncollected
+from weightport.converters.options import CommandOption, ConversionOptions, declared_options
+from weightport.families.registry import registry
 from weightport.formatting import count, size
+from weightport.hashing import BackgroundDigests
 
 if TYPE_CHECKING:
-    from weightport.converters import Conversion, Planned
+    from weightport.converters.conversion import Conversion, Planned
     from weightport.converters.plan import Plan
+    from weightport.families.declaration import Family
 
-FAMILIES = ("ofa", "florence2")
 DTYPES = ("keep", "float32", "float16", "bfloat16")
 
 
@@ -44,9 +49,9 @@ class ByteSize(click.ParamType):
         return int(float(found.group(1)) * self._units[unit])
 
 
-def conversion_options(function: Callable[..., Any]) -> Callable[..., Any]:
+def common_options() -> list[Callable[..., Any]]:
     """The arguments and options that every conversion takes."""
-    decorators = (
+    return [
         click.argument("source", type=click.Path(path_type=Path)),
         click.argument("out", type=click.Path(path_type=Path)),
         click.option(
@@ -69,102 +74,83 @@ def conversion_options(function: Callable[..., Any]) -> Callable[..., Any]:
             metavar="PATTERN",
             help="Leave out source tensors whose names match (* a number, ** anything, {a,b} either). Repeatable.",
         ),
+        click.option("--dry-run", is_flag=True, help="Show what would be done, and which source gives what."),
         click.option("--overwrite", is_flag=True, help="Replace OUT if it exists."),
         click.option("--allow-nonfinite", is_flag=True, help="Keep NaN and infinity instead of refusing them."),
         quiet_option,
         json_option,
+    ]
+
+
+def family_options(families: Sequence[Family]) -> list[Callable[..., Any]]:
+    """The options that the families declare, and their sources: once each, with the families' names where several
+    commands are one."""
+    made: dict[str, list[tuple[str, CommandOption, Any]]] = {}
+    for family in families:
+        for each, declared in declared_options(family.options):
+            made.setdefault(each.name, []).append((family.title, declared, each.default))
+    options = [_family_option(name, found, named=len(families) > 1) for name, found in made.items()]
+    sources = {source.name: source for family in families for source in family.sources}
+    return [
+        *options,
+        *(
+            click.option(source.flag, f"source_{source.name}", metavar=source.metavar, help=source.help)
+            for source in sources.values()
+        ),
+    ]
+
+
+def _family_option(name: str, found: Sequence[tuple[str, CommandOption, Any]], *, named: bool) -> Callable[..., Any]:
+    """One option; not given, it is None, so that an option that a family does not have is noticed."""
+    _, declared, default = found[0]
+    help_text = declared.help if not named else f"{declared.help} ({', '.join(title for title, *_ in found)}.)"
+    if isinstance(default, bool):
+        return click.option(declared.flag, name, is_flag=True, default=None, help=help_text)
+    if declared.choices:
+        choices = tuple(dict.fromkeys(choice for _, each, _ in found for choice in each.choices))
+        kind: Any = click.Choice(choices)
+    else:
+        kind = {int: int, float: float}.get(type(default), str)
+    shown = f"{help_text} [default: {default}]" if default is not None and not named else help_text
+    return click.option(declared.flag, name, type=kind, default=None, metavar=declared.metavar, help=shown)
+
+
+def _command(name: str, help_text: str, options: Sequence[Callable[..., Any]], body: Callable[..., None]) -> Any:
+    command: Any = command_body(body)
+    for option in reversed(options):
+        command = option(command)
+    settings = {"help_option_names": ["-h", "--help"]}
+    return click.command(name, context_settings=settings, help=help_text)(command)
+
+
+def port_command(family: Family) -> Any:
+    """The command `port-FAMILY`: the common options, and those that the family declares."""
+
+    def body(**arguments: Any) -> None:
+        run(family=family.name, **arguments)
+
+    help_text = f"Convert {family.original}, SOURCE, into the model directory OUT."
+    return _command(family.command, help_text, [*common_options(), *family_options([family])], body)
+
+
+def convert_command() -> Any:
+    """The command `convert`, with the options of every family."""
+    families = list(registry())
+
+    def body(family: str | None, **arguments: Any) -> None:
+        run(family=family, **arguments)
+
+    chosen = click.option(
+        "--family", type=click.Choice([each.name for each in families]), help="Refuse SOURCE unless it is of this."
     )
-    for decorator in reversed(decorators):
-        function = decorator(function)
-    return function
-
-
-def vocabulary_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of families whose checkpoints come without a tokenizer."""
-    decorators = (
-        click.option(
-            "--vocab",
-            metavar="DIR|HUB_ID|none",
-            help="The original's vocabulary: utils/BERT_CN_dict or utils/BPE of the OFA repository, or a Hub id "
-            "such as bert-base-chinese. By default what stands beside SOURCE.",
-        ),
-        click.option("--ema", is_flag=True, help="Convert the averaged weights (EMA) of a training checkpoint."),
-        click.option(
-            "--parse-symbols",
-            is_flag=True,
-            help="Let the tokenizer read <bin_3>, <code_5> and <mask> in plain text (the original does not).",
-        ),
-        click.option(
-            "--portable", is_flag=True, help="Write the model's code beside the weights, for trust_remote_code (OFA)."
-        ),
-    )
-    for decorator in reversed(decorators):
-        function = decorator(function)
-    return function
-
-
-image_token_option = click.option(
-    "--image-token",
-    type=click.Choice(("reuse", "append")),
-    default="reuse",
-    show_default=True,
-    help="The id that stands for an image. reuse: one that the original has and no text gives, so that no number "
-    "changes; append: a new row (Florence-2).",
-)
-
-
-def florence2_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of Florence-2's checkpoints."""
-    decorators = (
-        click.option(
-            "--vocab",
-            metavar="DIR|HUB_ID|none",
-            help="The tokenizer, where none stands beside SOURCE: a folder with tokenizer.json, or a Hub id such as "
-            "microsoft/Florence-2-base; none: write the model without a processor.",
-        ),
-        click.option("--ema", is_flag=True, help="Convert the averaged weights (EMA) of a training checkpoint."),
-        image_token_option,
-    )
-    for decorator in reversed(decorators):
-        function = decorator(function)
-    return function
-
-
-@click.command("port-ofa", context_settings={"help_option_names": ["-h", "--help"]})
-@conversion_options
-@vocabulary_options
-@command_body
-def port_ofa(**arguments: Any) -> None:
-    """Convert an OFA or OFA-CN checkpoint SOURCE (fairseq .pt, or a directory of an existing port) into the model
-    directory OUT."""
-    run(family="ofa", **arguments)
-
-
-@click.command("port-florence2", context_settings={"help_option_names": ["-h", "--help"]})
-@conversion_options
-@florence2_options
-@command_body
-def port_florence2(**arguments: Any) -> None:
-    """Convert a Florence-2 checkpoint SOURCE written for the remote code (a released folder, a fine-tuned fork, a
-    training loop's dump with config.json beside it) into the model directory OUT."""
-    run(family="florence2", **arguments)
-
-
-@click.command("convert")
-@click.option("--family", type=click.Choice(FAMILIES), help="Refuse SOURCE unless it is of this family.")
-@conversion_options
-@vocabulary_options
-@image_token_option
-@command_body
-def convert_command(family: str | None, **arguments: Any) -> None:
-    """Convert the checkpoint SOURCE, whose family is recognised, into the model directory OUT."""
-    run(family=family, **arguments)
+    help_text = "Convert the checkpoint SOURCE, whose family is recognised, into the model directory OUT."
+    return _command("convert", help_text, [chosen, *common_options(), *family_options(families)], body)
 
 
 def run(family: str | None, source: Path, **arguments: Any) -> None:
     """Convert, showing what happens."""
     # A large file takes seconds to hash, and so do the imports: they may as well be done together.
-    with BackgroundDigests((source,) if source.is_file() else ()) as digests:
+    with BackgroundDigests((source,) if source.is_file() and not arguments["dry_run"] else ()) as digests:
         _run(digests, family, source, **arguments)
 
 
@@ -176,34 +162,35 @@ def _run(
     dtype: str,
     max_shard_size: int,
     drop: tuple[str, ...],
+    dry_run: bool,
     overwrite: bool,
     allow_nonfinite: bool,
     quiet: bool,
     as_json: bool,
-    vocab: str | None,
-    ema: bool,
-    portable: bool = False,
-    parse_symbols: bool = False,
-    image_token: str = "reuse",
+    **own: Any,
 ) -> None:
     with uncollected():
         import transformers.modeling_utils  # noqa: F401 - planning needs it, and it is most of all imports
 
-        from weightport.converters import Options, convert, parse_dtype
+        from weightport.api import convert, plan_conversion
+        from weightport.converters.conversion import parse_dtype
 
-    options = Options(
+    given = {name: value for name, value in own.items() if value is not None}
+    beside = {name.removeprefix("source_"): value for name, value in given.items() if name.startswith("source_")}
+    settings = {name: value for name, value in given.items() if not name.startswith("source_")}
+    common = ConversionOptions(
         dtype=parse_dtype(dtype),
-        vocabulary=vocab,
         drop=drop,
-        portable=portable,
-        ema=ema,
-        parse_symbols=parse_symbols,
-        image_token=image_token,
         allow_nonfinite=allow_nonfinite,
         overwrite=overwrite,
         max_shard_bytes=max_shard_size,
     )
+    sources: Any = {"checkpoint": source, **beside} if beside else source
     lines = Lines(quiet=quiet or as_json)
+    if dry_run:
+        planned = plan_conversion(sources, family, common, **settings)
+        _show_dry_run(lines, planned, as_json=as_json)
+        return
     begun = time.monotonic()
     with lines.progress("write") as (start, advance):
 
@@ -211,32 +198,55 @@ def _run(
             _show_plan(lines, planned)
             start(planned.plan.nbytes)
 
-        result = convert(source, out, family, options, digests=digests, announce=announce, advance=advance)
+        result = convert(sources, out, family, common, digests=digests, announce=announce, advance=advance, **settings)
     if as_json:
         click.echo(json.dumps(summary(result), ensure_ascii=False))
         return
     _show_result(lines, result, time.monotonic() - begun)
 
 
+def _show_dry_run(lines: Lines, planned: Planned, *, as_json: bool) -> None:
+    """What each source gives, without writing anything."""
+    given = {name: len(planned.model.tensors_of(name)) for name in planned.sources.checkpoints}
+    if as_json:
+        model = planned.model
+        found = {
+            "family": model.family, "title": model.title, "parameters": planned.plan.parameters,
+            "bytes": planned.plan.nbytes, "sources": given, "notes": list(model.notes),
+        }  # fmt: skip
+        click.echo(json.dumps(found, ensure_ascii=False))
+        return
+    _show_plan(lines, planned)
+    for name, number in given.items():
+        lines.line("source", f"{name}: {planned.sources[name].path} gives {number} tensors")
+    lines.line("nothing", f"was written; OUT would hold {size(planned.plan.nbytes)} of weights")
+
+
 def summary(result: Conversion) -> dict[str, Any]:
     """What --json prints: the record without its lists of tensors."""
-    kept = ("family", "layout", "title", "source", "dtype", "parameters", "files", "notes", "versions")
+    kept = ("family", "layout", "title", "sources", "options", "dtype", "parameters", "files", "notes", "versions")
+    record = {key: result.record[key] for key in kept}
+    # Without the list of every tensor.
+    record["sources"] = {
+        name: {key: value for key, value in source.items() if key != "tensors"}
+        for name, source in record["sources"].items()
+    }
     return {
         "directory": str(result.directory),
-        **{key: result.record[key] for key in kept},
+        **record,
         "tensors_written": sum(1 for _ in result.plan.targets),
         "tensors_dropped": len(result.plan.dropped),
     }
 
 
 def _show_plan(lines: Lines, planned: Planned) -> None:
-    from weightport.converters.plan import main_dtype, tensor_counts
+    from weightport.converters.plan import tensor_counts
 
     model, plan = planned.model, planned.plan
     unread = [f"{_SECTIONS.get(name, name)} {size(n)}" for name, n in model.unread.items() if n >= 10**5]
     lines.heading(
-        f"{model.title} · {count(plan.parameters)} parameters · {str(main_dtype(plan)).removeprefix('torch.')} · "
-        f"{planned.checkpoint.format}" + (f" ({', '.join(unread)}, not read)" if unread else "")
+        f"{model.title} · {count(plan.parameters)} parameters · {str(plan.dtype).removeprefix('torch.')} · "
+        f"{planned.sources.main.format}" + (f" ({', '.join(unread)}, not read)" if unread else "")
     )
     for note in model.notes:
         lines.line("note", note)

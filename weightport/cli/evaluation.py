@@ -10,6 +10,7 @@ import click
 from weightport.cli.display import Lines
 from weightport.cli.finetuning import DEFAULT_RECIPE, require_extra
 from weightport.cli.running import command_body, json_option, quiet_option, uncollected
+from weightport.families.registry import registry
 from weightport.formatting import samples
 
 
@@ -69,7 +70,8 @@ def evaluate_command(
         from weightport.finetuning.recipes.recipe import load_recipe, parse_assignments, with_settings
         from weightport.finetuning.setup.preparing import resolved
 
-    recipe, _ = resolved(load_recipe(recipe_name), model, as_published=False)
+    family = registry().of_directory(model).training
+    recipe, _ = resolved(load_recipe(recipe_name), family.name, as_published=False)
     settings = parse_assignments(assignments)
     if metrics:
         settings["evaluation.metrics"] = list(metrics)
@@ -79,8 +81,8 @@ def evaluate_command(
     lines = Lines(quiet=quiet or as_json)
     with lines.progress("answer", samples) as (start, advance):
         result = evaluate(
-            model, data, recipe, adapter=adapter, output=output, device=device, overwrite=overwrite, announce=start,
-            advance=advance,
+            model, family, data, recipe, adapter=adapter, output=output, device=device, overwrite=overwrite,
+            announce=start, advance=advance,
         )  # fmt: skip
     if as_json:
         click.echo(json.dumps({"metrics": dict(result.metrics), "samples": len(result.predictions)}))

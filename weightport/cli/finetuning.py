@@ -14,6 +14,7 @@ import click
 from weightport.cli.display import Lines
 from weightport.cli.running import INTERRUPTED, Terminated, command_body, fail, json_option, quiet_option, uncollected
 from weightport.errors import UsageError
+from weightport.families.registry import registry
 from weightport.formatting import count, samples
 
 if TYPE_CHECKING:
@@ -102,11 +103,13 @@ def port_finetune(
 
     if resume and overwrite:
         raise UsageError("--resume goes on with a run and --overwrite replaces it: give one of them.")
-    recipe, mistakes = resolved(load_recipe(recipe_name), model, as_published=as_published)
+    family = registry().of_directory(model).training
+    recipe, mistakes = resolved(load_recipe(recipe_name), family.name, as_published=as_published)
     assigned = parse_assignments(assignments)
     recipe = with_settings(recipe, _options(method, freeze, cache_features, skip_bad) | assigned, "--set")
     job = Job(
         model=model,
+        family=family,
         data=data,
         output=output,
         recipe=recipe,

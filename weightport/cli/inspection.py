@@ -29,12 +29,11 @@ def inspect_command(source: Path, tensors: bool, as_json: bool) -> None:
     No weight is read, and nothing in the file is executed.
     """
     from weightport.checkpoints import open_checkpoint
-    from weightport.converters import looks_like
-    from weightport.families import FAMILIES
+    from weightport.families.registry import registry
 
     checkpoint = open_checkpoint(source)
-    family = next((f for f in FAMILIES.values() if f.recognises(checkpoint)), None)
-    found = describe(checkpoint, family.name if family else None, looks_like(checkpoint), tensors=tensors)
+    family = registry().recognised(checkpoint)
+    found = describe(checkpoint, family.name if family else None, registry().looks_like(checkpoint), tensors=tensors)
     if as_json:
         click.echo(json.dumps(found, ensure_ascii=False))
         return

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from weightport.checkpoints.hashing import BackgroundDigests, likely_weights
 from weightport.cli.conversion import DTYPES
 from weightport.cli.display import Lines
 from weightport.cli.running import command_body, json_option, quiet_option, uncollected
 from weightport.formatting import count, size
+from weightport.hashing import BackgroundDigests, likely_weights
 
 if TYPE_CHECKING:
     from weightport.adapters.merge_plan import MergePlan
@@ -114,8 +114,9 @@ def port_merge_lora(
     with BackgroundDigests(likely_weights(base)) as digests:
         with uncollected():
             from weightport.adapters.combination import Combination
-            from weightport.adapters.merging import MergeOptions, merge_lora
-            from weightport.converters import parse_dtype
+            from weightport.adapters.merging import MergeOptions
+            from weightport.api import merge_lora
+            from weightport.converters.conversion import parse_dtype
         options = MergeOptions(
             dtype=parse_dtype(dtype),
             combination=Combination(combination, density, majority_sign, svd_rank),

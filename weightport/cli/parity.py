@@ -81,7 +81,8 @@ def port_parity(
 
     # A reference's generation settings stand beside the directory's own: transformers warns of each pair.
     logging.set_verbosity_error()
-    from weightport.parity import check_parity, render
+    from weightport.api import check_parity
+    from weightport.parity import render
 
     report = check_parity(
         directory,

@@ -41,6 +41,7 @@ def port_release(
     as_json: bool,
 ) -> None:
     """Check the model DIRECTORY, write its model card from what its records say, and upload it."""
+    from weightport.families.registry import registry
     from weightport.release import ReleaseOptions, release
 
     lines = Lines(quiet=quiet or as_json)
@@ -53,7 +54,7 @@ def port_release(
             lines.line("code", "transformers has no class for this family: its modeling code goes along")
 
     options = ReleaseOptions(repo, licence, base_model, language, private, revision, dry_run)
-    result = release(directory, options, announce=announce)
+    result = release(directory, options, registry().of_model_type, announce=announce)
     if as_json:
         click.echo(
             json.dumps({"files": list(result.files), "card": result.card, "url": result.url}, ensure_ascii=False)

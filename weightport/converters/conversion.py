@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from weightport.checkpoints.hashing import BackgroundDigests
 from weightport.checkpoints.lazy_tensors import same_bits
 from weightport.checkpoints.sources import MAIN, Sources
 from weightport.converters.dropping import check_patterns, given_up
@@ -19,6 +18,7 @@ from weightport.converters.options import ConversionOptions
 from weightport.converters.plan import Plan, plan
 from weightport.converters.record import conversion_record, write_record
 from weightport.errors import ConfigurationError, OutputError
+from weightport.hashing import BackgroundDigests
 from weightport.writing import check_absent, whole_directory
 from weightport.writing.safetensors_shards import lay_out, write_shards
 

@@ -64,7 +64,9 @@ def export(
     tensors, lost = original_tensors(checkpoint, rules, config, record, part)
     total = sum({tensor.storage_key: tensor.nbytes for tensor in tensors}.values())
     announce(total)
-    job = _Job(directory, target, family, config, record.get("options", {}), source, tensors, total, overwrite, advance)
+    job = _Job(
+        directory, target, family, config, record.get("options", {}), source, tensors, total, overwrite, advance
+    )
     _WRITERS[family.original_form](job)
     return Export(target, len(tensors), total, lost)
 
@@ -194,7 +196,9 @@ def _reversed_rules(
         try:
             made = rule.operation.backward([present[name] for name in wanted])
         except ValueError as error:
-            raise CoverageError(f"{checkpoint.path}: {wanted[0]}: {rule.operation.name} cannot be undone: {error}") from error
+            raise CoverageError(
+                f"{checkpoint.path}: {wanted[0]}: {rule.operation.name} cannot be undone: {error}"
+            ) from error
         names = rule.source_names(captures, max(1, len(made) // len(rule.sources)))
         for name, tensor in zip(names, made, strict=True):
             found[name] = _outgoing(name, tensor, names[0] if name == names[0] else name)

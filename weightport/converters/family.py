@@ -57,7 +57,10 @@ class SourceModel:
 
 
 class ConversionStage(Protocol):
-    """One family's knowledge of its checkpoints. Implementations hold no state. `original_form` is what exports are."""
+    """One family's knowledge of its checkpoints. Implementations hold no state.
+
+    `original_form` is what exports are.
+    """
 
     name: str
     title: str

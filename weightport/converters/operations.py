@@ -1,7 +1,7 @@
 """What may happen to tensors between a source name and a target name: operations that know their own inverse.
 
-An operation takes lazy tensors to lazy tensors: shapes and dtypes at once, values when they are written. `forward` goes
-from the original's tensors to the native ones, `backward` the other way; `backward(forward(sources))` equals the
+An operation takes lazy tensors to lazy tensors: shapes and dtypes at once, values when they are written. `forward`
+goes from the original's tensors to the native ones, `backward` the other way; `backward(forward(sources))` equals the
 sources bit for bit, but for the operations that say they are `lossy`. `pairs` says what the operation does to a LoRA
 pair beside the weight. Operations chain, and one that works on a layer works on a stack of layers through `Unstack`.
 """
@@ -340,19 +340,21 @@ class Chain(Operation):
 class Unstack(Operation):
     """One tensor of all layers (axis 0) into the tensors of each layer, through `each`; backward stacks them.
 
-    The targets stand layer by layer. One layer's bytes are read at a time, both ways.
+    The targets stand layer by layer. One layer's bytes are read at a time, both ways. `parts` is the number of layers
+    where it is known (the two halves of a fused matrix); None is as many as there are.
     """
 
     each: Operation = field(default_factory=Copy)
+    parts: int | None = None
 
     @property
     def name(self) -> str:
         rest = "" if isinstance(self.each, Copy) else f", {self.each.name}"
-        return f"unstack layers{rest}"
+        return f"unstack {self.parts or 'layers'}{rest}"
 
     @property
-    def targets(self) -> None:
-        return None
+    def targets(self) -> int | None:
+        return None if self.parts is None else self.parts * (self.each.targets or 1)
 
     @property
     def lossy(self) -> str | None:
@@ -362,6 +364,8 @@ class Unstack(Operation):
         (stacked,) = sources
         if not stacked.shape:
             raise ValueError("a scalar has no layers to take apart")
+        if self.parts is not None and stacked.shape[0] != self.parts:
+            raise ValueError(f"axis 0 of {stacked.shape} has not the {self.parts} parts")
         layers = (_layer(stacked, place) for place in range(stacked.shape[0]))
         return [target for layer in layers for target in self.each.forward([layer])]
 
@@ -423,7 +427,9 @@ def _permuted(tensor: Lazy, dims: Shape) -> LazyTensor:
         raise ValueError(f"{tensor.shape} has not the {len(dims)} axes of {dims}")
     shape = tuple(tensor.shape[axis] for axis in dims)
     if dims[:1] == (0,):
-        return LazyTensor(shape, tensor.dtype, lambda start, stop: tensor.rows(start, stop).permute(dims), _by_rows(tensor))
+        return LazyTensor(
+            shape, tensor.dtype, lambda start, stop: tensor.rows(start, stop).permute(dims), _by_rows(tensor)
+        )
     return LazyTensor(shape, tensor.dtype, lambda start, stop: tensor.read().permute(dims)[start:stop], by_rows=False)
 
 

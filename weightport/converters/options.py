@@ -26,9 +26,7 @@ class CommandOption:
     choices: tuple[str, ...] = ()
 
 
-def option(
-    flag: str, default: Any, help: str, *, metavar: str | None = None, choices: tuple[str, ...] = ()  # noqa: A002
-) -> Any:
+def option(flag: str, default: Any, help: str, *, metavar: str | None = None, choices: tuple[str, ...] = ()) -> Any:
     """A field of a family's options: False makes a switch, anything else an option that takes a value."""
     return field(default=default, metadata={"option": CommandOption(flag, help, metavar, choices)})
 

@@ -60,6 +60,8 @@ class Pattern:
     @property
     def layer_hole(self) -> int:
         """The place among the holes of the first `*`. Raises ValueError where there is none."""
+        if "*" not in self.holes:
+            raise ValueError(f"{self} has no * for the layer")
         return self.holes.index("*")
 
     def fill_layer(self, captures: tuple[Capture, ...], layer: int) -> str:

@@ -99,7 +99,9 @@ class _Problems:
                 rest = f"\n      … and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
                 parts.append(f"  {len(names)} {title}:\n      " + "\n      ".join(names[:SHOWN]) + rest)
         if self.surplus:
-            parts.append("  A tensor you can do without is left out with --drop PATTERN; nothing is left out silently.")
+            parts.append(
+                "  A tensor you can do without is left out with --drop PATTERN; nothing is left out silently."
+            )
         if parts:
             raise CoverageError("\n".join(["The checkpoint's tensors and the native model's do not meet.", *parts]))
 
@@ -193,7 +195,9 @@ def _apply(
     present = {ref.name: ref for claim, ref in claims if claim.pattern < count}
     # No more names are made than the file could hold: a number in one name does not decide how many there are.
     if layers > len(claims):
-        problems.missing.append(f"{layers - len(claims)} or more layers of {rule.sources[0]} below {claims[-1][1].name}")
+        problems.missing.append(
+            f"{layers - len(claims)} or more layers of {rule.sources[0]} below {claims[-1][1].name}"
+        )
         return None
     wanted = rule.source_names(captures, layers)
     absent = [name for name in wanted if name not in present]
@@ -222,7 +226,9 @@ def _apply(
     for name, made in zip(names, outputs, strict=True):
         want = shapes.get(name)
         if want is not None and tuple(made.shape) != tuple(want):
-            problems.reshaped.append(f"{found} → {name}: the model has {list(want)}, the file gives {list(made.shape)}")
+            problems.reshaped.append(
+                f"{found} → {name}: the model has {list(want)}, the file gives {list(made.shape)}"
+            )
         targets.append(_outgoing(name, made, dtype, sources, aliases))
     return Step(rule, sources, aliases, tuple(targets))
 

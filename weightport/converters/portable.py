@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -18,26 +19,13 @@ class AutoMap:
     reference: str
 
 
-AUTO_MAPS = {
-    "ofa": (
-        AutoMap("config.json", None, "AutoConfig", "configuration_ofa.OFAConfig"),
-        AutoMap("config.json", None, "AutoModel", "modeling_ofa.OFAModel"),
-        AutoMap("config.json", None, "AutoModelForImageTextToText", "modeling_ofa.OFAForConditionalGeneration"),
-        AutoMap("config.json", None, "AutoModelForSeq2SeqLM", "modeling_ofa.OFAForConditionalGeneration"),
-        AutoMap("processor_config.json", None, "AutoProcessor", "processing_ofa.OFAProcessor"),
-        AutoMap(
-            "processor_config.json", "image_processor", "AutoImageProcessor", "image_processing_ofa.OFAImageProcessor"
-        ),
-    ),
-}
-
-
-def write_portable_code(folder: Path, family: str) -> None:
-    """Copy the family's modeling, configuration and processing files into `folder` and name them in the auto_maps."""
-    for source in files("weightport.modeling").joinpath(family).iterdir():
+def write_portable_code(folder: Path, package: str, entries: Sequence[AutoMap]) -> None:
+    """Copy the modules of `package` (modelling, configuration, processing) into `folder`, and name their classes in
+    the settings files' auto_maps."""
+    for source in files(package).iterdir():
         if source.name.endswith(".py") and source.name != "__init__.py":
             (folder / source.name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-    for entry in AUTO_MAPS[family]:
+    for entry in entries:
         path = folder / entry.file
         if path.is_file():
             settings = json.loads(path.read_text(encoding="utf-8"))

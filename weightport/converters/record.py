@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from weightport import __version__
-from weightport.checkpoints.hashing import FileDigest
 from weightport.checkpoints.sources import MAIN, Sources
 from weightport.converters.family import SourceModel
 from weightport.converters.plan import Plan
 from weightport.errors import CheckpointError
+from weightport.hashing import FileDigest
 from weightport.writing import whole_file
 from weightport.writing.safetensors_shards import WrittenFile
 

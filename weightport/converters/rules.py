@@ -81,7 +81,9 @@ class Rule:
             check_correspondence(self.sources[0], pattern)
         for pattern in self.targets[1:]:
             check_correspondence(self.targets[0], pattern)
-        check_correspondence(self.sources[0], self.targets[0], left_only=self._only(True), right_only=self._only(False))
+        check_correspondence(
+            self.sources[0], self.targets[0], left_only=self._only(left=True), right_only=self._only(left=False)
+        )
 
     def claims_of_source(self, name: str) -> Iterator[Claim]:
         """Every way in which the source `name` falls under this rule."""
@@ -115,7 +117,7 @@ class Rule:
             layer = captures[hole]
             yield Claim(self, (*captures[:hole], *captures[hole + 1 :]), place, int(layer))
 
-    def _only(self, left: bool) -> int | None:
+    def _only(self, *, left: bool) -> int | None:
         """The hole that only this side's patterns have: the layer's."""
         if self.stacked != ("sources" if left else "targets"):
             return None
@@ -271,8 +273,8 @@ def stack(target: str, *sources: str, each: Operation = COPY) -> Rule:
 
 
 def gated_mlp(source: str, gate: str, up: str, each: Operation = COPY) -> Rule:
-    """Gate and up projection of all layers in one tensor [layers, 2, …]; `each` takes one of them to the native one."""
-    halves = Chain((Unstack(), each))
+    """Gate and up projection of all layers in one tensor [layers, 2, …]; `each` takes one to its native form."""
+    halves = Chain((Unstack(parts=2), each))
     return Rule((Pattern(source),), _patterns((gate, up)), Unstack(halves), stacked="targets")
 
 

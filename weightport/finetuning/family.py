@@ -57,13 +57,15 @@ class Room:
 class Family(Protocol):
     """One family. `name` is its model_type.
 
-    `own_loss` is True when the model's loss never counts padding, so that a guide that counts it needs another.
-    `leaves_unused`: a step leaves some of the trained parameters without a gradient.
-    `cached` are the beginnings of the model whose output can be kept while they are frozen, the longest first.
+    `full_precision` are the modules that QLoRA leaves as they are. `own_loss` is True when the model's loss never
+    counts padding, so that a guide that counts it needs another. `leaves_unused`: a step leaves some of the trained
+    parameters without a gradient. `cached` are the beginnings of the model whose output can be kept while they are
+    frozen, the longest first.
     """
 
     name: str
     parts: Parts
+    full_precision: tuple[str, ...]
     own_loss: bool
     leaves_unused: bool
     cached: tuple[CachedPart, ...]

@@ -1,139 +1,43 @@
-"""Makes transformers' Auto classes know our families as soon as transformers is imported, and not before.
+"""Registers our families with transformers' Auto classes, as a library of models does."""
 
-`import weightport` stays free of torch and transformers: a finder on `sys.meta_path` watches their imports, and
-registers with an Auto class once it exists. It waits for the end of the outermost import, because transformers'
-modules import each other while they are executed, and ours need some of them whole.
-"""
-
-from __future__ import annotations
-
-import sys
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-
-
-@dataclass(frozen=True)
-class Registration:
-    """One `register` call of an Auto class: what is registered for a configuration, by which argument.
-
-    Classes are named `module:name`; ours are not imported before the module of the Auto class has been.
-    """
-
-    auto_class: str
-    config: str
-    implementation: str
-    argument: str
-
-    @property
-    def auto_module(self) -> str:
-        return self.auto_class.partition(":")[0]
-
-    def apply(self) -> None:
-        register = _resolve(self.auto_class).register
-        config = _resolve(self.config)
-        if self.argument == "config":
-            register(config.model_type, config, exist_ok=True)
-        else:
-            register(config, **{self.argument: _resolve(self.implementation)}, exist_ok=True)
-
-
-def _resolve(reference: str):
-    module, _, name = reference.partition(":")
-    return getattr(import_module(module), name)
-
-
-_AUTO = "transformers.models.auto"
-_OFA = "weightport.modeling.ofa"
-_OFA_CONFIG = f"{_OFA}.configuration_ofa:OFAConfig"
-_OFA_VISION_CONFIG = f"{_OFA}.configuration_ofa:OFAVisionConfig"
-_OFA_VISION_MODEL = f"{_OFA}.vision_ofa:OFAVisionModel"
-_OFA_MODEL = f"{_OFA}.modeling_ofa:OFAModel"
-_OFA_GENERATION = f"{_OFA}.modeling_ofa:OFAForConditionalGeneration"
-_OFA_IMAGES = f"{_OFA}.image_processing_ofa:OFAImageProcessor"
-_OFA_PROCESSOR = f"{_OFA}.processing_ofa:OFAProcessor"
-
-REGISTRATIONS = (
-    Registration(f"{_AUTO}.configuration_auto:AutoConfig", _OFA_CONFIG, _OFA_CONFIG, "config"),
-    Registration(f"{_AUTO}.configuration_auto:AutoConfig", _OFA_VISION_CONFIG, _OFA_VISION_CONFIG, "config"),
-    Registration(f"{_AUTO}.modeling_auto:AutoModel", _OFA_CONFIG, _OFA_MODEL, "model_class"),
-    Registration(f"{_AUTO}.modeling_auto:AutoModel", _OFA_VISION_CONFIG, _OFA_VISION_MODEL, "model_class"),
-    Registration(f"{_AUTO}.modeling_auto:AutoModelForImageTextToText", _OFA_CONFIG, _OFA_GENERATION, "model_class"),
-    Registration(f"{_AUTO}.modeling_auto:AutoModelForMultimodalLM", _OFA_CONFIG, _OFA_GENERATION, "model_class"),
-    Registration(f"{_AUTO}.modeling_auto:AutoModelForSeq2SeqLM", _OFA_CONFIG, _OFA_GENERATION, "model_class"),
-    Registration(
-        f"{_AUTO}.image_processing_auto:AutoImageProcessor", _OFA_CONFIG, _OFA_IMAGES, "slow_image_processor_class"
-    ),
-    Registration(f"{_AUTO}.processing_auto:AutoProcessor", _OFA_CONFIG, _OFA_PROCESSOR, "processor_class"),
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
+    AutoProcessor,
 )
 
+from .ofa.configuration_ofa import OFAConfig, OFAVisionConfig
+from .ofa.image_processing_ofa import OFAImageProcessor
+from .ofa.modeling_ofa import OFAForConditionalGeneration, OFAModel
+from .ofa.processing_ofa import OFAProcessor
+from .ofa.vision_ofa import OFAVisionModel
 
-class AutoRegistrar(MetaPathFinder):
-    """Finds transformers' and our modules as the other finders do, and registers when such an import has ended."""
+CONFIGS = (OFAConfig, OFAVisionConfig)
 
-    watched = ("transformers.", "weightport.modeling.")
+MODELS = (
+    (AutoModel, OFAConfig, OFAModel),
+    (AutoModel, OFAVisionConfig, OFAVisionModel),
+    (AutoModelForImageTextToText, OFAConfig, OFAForConditionalGeneration),
+    (AutoModelForMultimodalLM, OFAConfig, OFAForConditionalGeneration),
+    (AutoModelForSeq2SeqLM, OFAConfig, OFAForConditionalGeneration),
+)
 
-    def __init__(self, registrations: Sequence[Registration]):
-        self.pending = list(registrations)
-        self.executing: set[str] = set()
+IMAGE_PROCESSORS = ((OFAConfig, OFAImageProcessor),)
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if not self.pending or not f"{fullname}.".startswith(self.watched):
-            return None
-        for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(fullname, path, target)
-            if spec is not None and spec.loader is not None:
-                spec.loader = _AnnouncingLoader(spec.loader, self)
-                return spec
-        return None
-
-    def register(self) -> None:
-        """Registers with every Auto class that exists, unless a watched module is being executed."""
-        # Importing our modules ends in here again: one registration at a time.
-        while not self.executing and (due := next((r for r in self.pending if r.auto_module in sys.modules), None)):
-            self.pending.remove(due)
-            try:
-                due.apply()
-            except Exception as error:
-                # The import of transformers that led here is somebody else's, and must not fail for us.
-                warnings.warn(f"weightport could not register {due.implementation}: {error!r}", stacklevel=2)
+PROCESSORS = ((OFAConfig, OFAProcessor),)
 
 
-class _AnnouncingLoader(Loader):
-    """Another finder's loader, which tells the registrar when its module is being executed and when it has been."""
-
-    def __init__(self, loader: Loader, registrar: AutoRegistrar):
-        self.loader = loader
-        self.registrar = registrar
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        # The module keeps its own loader: inspect and importlib.resources look at it.
-        module.__loader__ = self.loader
-        if module.__spec__ is not None:
-            module.__spec__.loader = self.loader
-        self.registrar.executing.add(module.__name__)
-        try:
-            self.loader.exec_module(module)
-        finally:
-            self.registrar.executing.discard(module.__name__)
-        self.registrar.register()
-
-
-def install() -> None:
-    """Registers with the Auto classes that exist, and waits for the others. Calling it again does nothing."""
-    if not any(isinstance(finder, AutoRegistrar) for finder in sys.meta_path):
-        registrar = AutoRegistrar(REGISTRATIONS)
-        sys.meta_path.insert(0, registrar)
-        registrar.register()
-
-
-__all__ = ["REGISTRATIONS", "AutoRegistrar", "Registration", "install"]
+def register() -> None:
+    """Register every family; doing it again changes nothing."""
+    for config in CONFIGS:
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+    for auto_class, config, model in MODELS:
+        auto_class.register(config, model, exist_ok=True)
+    for config, image_processor in IMAGE_PROCESSORS:
+        AutoImageProcessor.register(config, slow_image_processor_class=image_processor, exist_ok=True)
+    for config, processor in PROCESSORS:
+        AutoProcessor.register(config, processor, exist_ok=True)

@@ -1,8 +1,6 @@
 """Parity: a converted model held against what the original implementation computed, seam by seam."""
 
-from weightport.parity.check import check_parity
 from weightport.parity.compare import Comparison, Verdict
-from weightport.parity.loading import load_native
 from weightport.parity.reference import Expected, Reference, Run, read_reference, write_reference
 from weightport.parity.report import NotCompared, ParityReport, render
 from weightport.parity.selection import Selection
@@ -16,8 +14,6 @@ __all__ = [
     "Run",
     "Selection",
     "Verdict",
-    "check_parity",
-    "load_native",
     "read_reference",
     "render",
     "write_reference",

@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from weightport.converters.family import ConversionStage
 from weightport.errors import ReferenceFileError
 from weightport.parity.compare import Comparison, Place, compare, compare_generation
 from weightport.parity.evidence import Evidence, Hypotheses, evidence_of, hypotheses, tokenizer_of
 from weightport.parity.family import Family
 from weightport.parity.invariance import INVARIANCES, check_invariances
-from weightport.parity.loading import element_count, family_of, load_native
+from weightport.parity.loading import element_count, load_native
 from weightport.parity.localisation import Localisation, last_agreeing, localise
 from weightport.parity.noise import GRADIENT_FLOOR, scale_of
 from weightport.parity.originals import Originals, originals_of
@@ -39,8 +40,10 @@ class Generated:
 
 
 def check_parity(
-    model_directory: Path,
-    reference: Path,
+    directory: Path,
+    path: Path,
+    family: Family,
+    conversion: ConversionStage,
     *,
     dtypes: Sequence[torch.dtype] | None = None,
     device: str = "cpu",
@@ -48,7 +51,9 @@ def check_parity(
     use_cache: bool = True,
     invariance: bool = False,
 ) -> ParityReport:
-    """Hold a converted model against a reference file of the original implementation.
+    """Hold the converted model in `directory` against the reference file `path` of the original implementation.
+
+    `family` is the model family's table, `conversion` knows the original's names.
 
     Every run is repeated in each of `dtypes` (by default float32, and float64 when it fits into memory) and compared
     with what the original gave in float32 and in float64. Nothing is written. `use_cache`: generate with or without
@@ -58,8 +63,6 @@ def check_parity(
     Raises ReferenceFileError when the reference is malformed, of another family or version, or does not fit the model;
     CheckpointError when the directory is no model.
     """
-    directory, path = Path(model_directory), Path(reference)
-    family = family_of(directory)
     opened = read_reference(path)
     if opened.family != family.name:
         raise ReferenceFileError(
@@ -77,8 +80,10 @@ def check_parity(
     texts: dict[str, Hypotheses] = {}
     with _exact_arithmetic():
         for dtype, attention in ((dtype, attention) for dtype in chosen for attention in implementations):
-            model = load_native(directory, dtype, overrides=family.plain, device=device, attn_implementation=attention)
-            originals = originals_of(directory, family.name, model.config)
+            model = load_native(
+                directory, family, dtype, overrides=family.plain, device=device, attn_implementation=attention
+            )
+            originals = originals_of(directory, conversion, model.config)
             for run in opened.runs:
                 found: list[Comparison] = []
                 for result in _judge(model, family, run, dtype, originals, use_cache, invariance):

@@ -52,10 +52,11 @@ class Evidence:
 def evidence_of(directory: Path, reference: Reference, family: Family, model: PreTrainedModel) -> Evidence:
     """Read from the directory and the reference; `model` says on what device it ran."""
     record = read_record(directory) or {}
-    source = record.get("source")
     provenance = {name: record[name] for name in RECORDED if record.get(name)}
-    if isinstance(source, dict):
-        provenance["source"] = {name: value for name, value in source.items() if name != "options"}
+    provenance |= {
+        name: {key: value for key, value in source.items() if key != "tensors"}
+        for name, source in record.get("sources", {}).items()
+    }
     environment = {**versions(), "platform": platform.platform(), "device": device_name(model.device)}
     return Evidence(provenance, tuple(record.get("dropped", ())), environment, images_of(reference, family))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,32 +12,13 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from weightport.errors import CheckpointError, ConfigurationError, CoverageError, UnknownFamilyError
-from weightport.parity.families import FAMILIES
+from weightport.errors import CheckpointError, ConfigurationError, CoverageError
 from weightport.parity.family import Family
-
-
-def family_of(directory: Path) -> Family:
-    """The family of a model directory, by its config.json. Raises CheckpointError or UnknownFamilyError."""
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{directory} is not a model directory: it has no config.json. Expected what a conversion wrote."
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from error
-    model_type = config.get("model_type") if isinstance(config, dict) else None
-    for family in FAMILIES.values():
-        if family.model_type == model_type:
-            return family
-    known = ", ".join(sorted(family.model_type for family in FAMILIES.values()))
-    raise UnknownFamilyError(f"{path} has the model_type {model_type!r}; parity is known for {known}.")
 
 
 def load_native(
     directory: Path,
+    family: Family,
     dtype: torch.dtype | None = None,
     *,
     overrides: Mapping[str, Any] | None = None,
@@ -51,7 +31,6 @@ def load_native(
     directory is none, CoverageError when its weights and its configuration do not meet.
     """
     directory = Path(directory)
-    family = family_of(directory)
     settings: dict[str, Any] = dict(overrides or {})
     if attn_implementation is not None:
         settings["attn_implementation"] = attn_implementation

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
+from weightport.converters.family import ConversionStage
+from weightport.converters.operations import applied
 from weightport.converters.record import read_record
 from weightport.converters.rules import RuleTable
-from weightport.families import FAMILIES as CONVERTERS
 
 
 @dataclass(frozen=True)
@@ -26,17 +27,24 @@ class Originals:
         A tied parameter is one tensor under several names. None when the original's name, or what it became, is
         unknown.
         """
-        for rule, place, captures in self.rules.of_source(name):
-            targets = [native.get(pattern.fill(captures)) for pattern in rule.targets]
-            present = [target for target in targets if target is not None]
-            if len(present) < len(targets):
-                return None
-            return rule.operation.backward(present)[place if place < len(rule.sources) else 0]
-        return None
+        claim = next(self.rules.of_source(name), None)
+        if claim is None:
+            return None
+        rule, layers = claim.rule, 1
+        if rule.stacked == "targets":
+            # As many layers as the model has.
+            while all(each in native for each in rule.target_names(claim.captures, layers + 1)):
+                layers += 1
+        targets = [native.get(each) for each in rule.target_names(claim.captures, layers)]
+        present = [target for target in targets if target is not None]
+        if len(present) < len(targets):
+            return None
+        place = claim.pattern + claim.layer * len(rule.sources) if claim.pattern < len(rule.sources) else 0
+        return applied(rule.operation.backward, present)[place]
 
 
-def originals_of(directory: Path, family: str, config: PreTrainedConfig) -> Originals:
+def originals_of(directory: Path, conversion: ConversionStage, config: PreTrainedConfig) -> Originals:
     """The original's names for a converted directory, in the layout it came from (without a record, the default
     one)."""
     record = read_record(Path(directory)) or {}
-    return Originals(CONVERTERS[family].rules_of(config, record.get("layout", "")))
+    return Originals(conversion.rules_of(config, record.get("layout", "")))

@@ -10,15 +10,6 @@ from typing import Any
 
 from weightport.release.checking import CheckedDirectory
 
-_TASKS = {
-    "ofa": "image-to-text",
-    "florence2": "image-text-to-text",
-    "paligemma": "image-text-to-text",
-    "blip-2": "image-to-text",
-}
-# Licences that the original authors gave the released checkpoints.
-LICENCES = {"ofa": "apache-2.0", "florence2": "mit", "paligemma": "gemma", "moondream": "apache-2.0"}
-
 
 @dataclass(frozen=True)
 class CardOptions:
@@ -53,7 +44,7 @@ def _metadata(found: CheckedDirectory, options: CardOptions) -> str:
     fields: dict[str, Any] = {
         "license": options.licence,
         "library_name": "transformers",
-        "pipeline_tag": _TASKS.get(model_type),
+        "pipeline_tag": found.family.hub_task if found.family else None,
         "base_model": options.base_model,
         "base_model_relation": ("merge" if merged else "finetune") if options.base_model else None,
         "language": list(options.language) or None,
@@ -72,7 +63,7 @@ def _model_index(found: CheckedDirectory, repo: str) -> list[dict[str, Any]] | N
     if not data or not metrics:
         return None
     result = {
-        "task": {"type": _TASKS.get(str(found.config.get("model_type")), "image-text-to-text")},
+        "task": {"type": found.family.hub_task if found.family else "image-text-to-text"},
         "dataset": {"name": data["name"], "type": data["name"]},
         "metrics": [{"type": name, "value": value} for name, value in metrics.items() if name != "eval_loss"],
     }
@@ -117,15 +108,17 @@ def _provenance(found: CheckedDirectory) -> str:
     record = found.records.get("conversion.json")
     if not record:
         return ""
-    source = record.get("source", {})
+    sources = record.get("sources", {}).values()
     rows = [
         (str(file.get("name")), f"{file.get('size', 0):,}", f"`{file.get('sha256')}`")
+        for source in sources
         for file in source.get("files", ())
     ]
+    formats = ", ".join(dict.fromkeys(str(source.get("format")) for source in sources))
     notes = "".join(f"\n- {note}" for note in record.get("notes", ()))
     return (
         f"## Where it comes from\n\nConverted by weightport {record.get('versions', {}).get('weightport', '')} from "
-        f"the original checkpoint ({source.get('format')}):\n\n{_table(('file', 'bytes', 'SHA-256'), rows)}"
+        f"the original checkpoint ({formats}):\n\n{_table(('file', 'bytes', 'SHA-256'), rows)}"
         + (f"\n{notes}" if notes else "")
         + "\n\n`conversion.json` names every tensor's source."
     )

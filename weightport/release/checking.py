@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ import torch
 from weightport.adapters.base_model import Base
 from weightport.checkpoints import open_checkpoint
 from weightport.checkpoints.formats.sharded import read_json
-from weightport.checkpoints.hashing import BackgroundDigests
 from weightport.converters.native import loadable_tensors
-from weightport.converters.portable import AUTO_MAPS
+from weightport.converters.record import read_record
 from weightport.errors import CheckpointError, ConfigurationError, CoverageError
-from weightport.families import FAMILIES
+from weightport.hashing import BackgroundDigests
+from weightport.release.family import PublishedFamily
 
 _PUBLISHED = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja", ".py", ".md", ".html", ".tiktoken"})
 _ALSO = frozenset({"LICENSE", "NOTICE"})
@@ -34,6 +34,7 @@ class CheckedDirectory:
     dtype: torch.dtype
     hashes: Mapping[str, str]
     records: Mapping[str, Any]
+    family: PublishedFamily | None
 
     @property
     def nbytes(self) -> int:
@@ -42,14 +43,15 @@ class CheckedDirectory:
     @property
     def needs_code(self) -> bool:
         """Whether transformers has no class of its own for the model."""
-        return str(self.config.get("model_type")) in AUTO_MAPS
+        return self.family is not None and bool(self.family.portable)
 
 
-def check_directory(directory: str | Path) -> CheckedDirectory:
+def check_directory(directory: str | Path, family_of: Callable[[object], PublishedFamily | None]) -> CheckedDirectory:
     """Check the model directory, reading its weights once for their hashes.
 
-    Raises CheckpointError (files missing, damaged or changed since they were recorded), ConfigurationError (the
-    configuration does not build a model) or CoverageError (weights and model do not meet).
+    `family_of` gives the family of a model_type, None for a model of another. Raises CheckpointError (files missing,
+    damaged or changed since they were recorded), ConfigurationError (the configuration does not build a model) or
+    CoverageError (weights and model do not meet).
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -66,13 +68,16 @@ def check_directory(directory: str | Path) -> CheckedDirectory:
         raise CheckpointError(
             f"{directory} holds {checkpoint.format} weights; publish safetensors, which run no code."
         )
-    _require_model(Base(directory, checkpoint, config))
+    family = family_of(config["model_type"])
+    _require_model(Base(directory, checkpoint, config), family)
     files = _published(directory, {path.name for path in checkpoint.files})
-    records = {
+    records: dict[str, Any] = {
         name: read_json(directory / name)
-        for name in ("conversion.json", "merge.json", "parity.json", "metrics.json", "training.json")
+        for name in ("merge.json", "parity.json", "metrics.json", "training.json")
         if (directory / name).is_file()
     }
+    if (conversion := read_record(directory)) is not None:
+        records["conversion.json"] = conversion
     _require_tokenizer(directory, config)
     weights = [file for file in checkpoint.files if file.suffix == ".safetensors"]
     with BackgroundDigests(weights) as digests:
@@ -89,12 +94,13 @@ def check_directory(directory: str | Path) -> CheckedDirectory:
         max(sizes, key=lambda dtype: sizes[dtype]),
         hashes,
         records,
+        family,
     )
 
 
-def _require_model(found: Base) -> None:
+def _require_model(found: Base, family: PublishedFamily | None) -> None:
     """The configuration builds a model on the meta device, and the files hold exactly its tensors."""
-    expected = _expected(found)
+    expected = _expected(found, family)
     tensors = found.checkpoint.tensors
     wrong = [
         *(f"{name} {list(shape)} is missing" for name, shape in expected.items() if name not in tensors),
@@ -111,7 +117,7 @@ def _require_model(found: Base) -> None:
         )
 
 
-def _expected(found: Base) -> Mapping[str, tuple[int, ...]]:
+def _expected(found: Base, family: PublishedFamily | None) -> Mapping[str, tuple[int, ...]]:
     """Shape by name of every tensor that the model loads; of models whose names transformers changes while it loads,
     none: their files cannot be compared by name."""
     import transformers
@@ -119,8 +125,8 @@ def _expected(found: Base) -> Mapping[str, tuple[int, ...]]:
 
     try:
         config = transformers.AutoConfig.from_pretrained(found.path, trust_remote_code=False, local_files_only=True)
-        if config.model_type in FAMILIES:
-            return FAMILIES[config.model_type].targets(config).shapes
+        if family is not None:
+            return family.conversion.targets(config).shapes
         name = (config.architectures or [None])[0]
         model_class = getattr(transformers, str(name), None)
         if model_class is None:

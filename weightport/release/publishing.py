@@ -11,8 +11,9 @@ from typing import Any
 
 from weightport.converters.portable import write_portable_code
 from weightport.errors import OutputError, UsageError
-from weightport.release.card import LICENCES, CardOptions, model_card
+from weightport.release.card import CardOptions, model_card
 from weightport.release.checking import CheckedDirectory, check_directory
+from weightport.release.family import PublishedFamily
 from weightport.writing import whole_file
 
 _REPO = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
@@ -45,18 +46,20 @@ class Release:
 def release(
     directory: str | Path,
     options: ReleaseOptions,
+    family_of: Callable[[object], PublishedFamily | None],
     *,
     api: Any = None,
     announce: Callable[[CheckedDirectory], None] = lambda checked: None,
 ) -> Release:
     """Publish the model directory as `options.repo`; with `dry_run` change nothing and use no network.
 
-    `api` is a huggingface_hub.HfApi. Raises UsageError, what check_directory raises, and OutputError when the Hub
-    cannot be reached or refuses: the directory, with its card, stays ready then.
+    `family_of` gives the family of a model_type. `api` is a huggingface_hub.HfApi. Raises UsageError, what
+    check_directory raises, and OutputError when the Hub cannot be reached or refuses: the directory, with its card,
+    stays ready then.
     """
     if not _REPO.fullmatch(options.repo):
         raise UsageError(f"{options.repo!r} is no repository: expected ORG/NAME.")
-    checked = check_directory(directory)
+    checked = check_directory(directory, family_of)
     licence = _licence(checked, options)
     card = model_card(checked, CardOptions(options.repo, licence, options.base_model, options.language))
     code = _code(checked)
@@ -67,12 +70,12 @@ def release(
     with whole_file(checked.path / "README.md", overwrite=True) as path:
         path.write_text(card, encoding="utf-8")
     if code:
-        write_portable_code(checked.path, str(checked.config["model_type"]))
+        _write_code(checked, checked.path)
     return Release(checked, card, files, _upload(checked.path, files, options, api))
 
 
 def _licence(checked: CheckedDirectory, options: ReleaseOptions) -> str:
-    found = options.licence or LICENCES.get(str(checked.config.get("model_type")))
+    found = options.licence or (checked.family.licence if checked.family else None)
     if found is None:
         raise UsageError(
             "The licence is not known from the directory: pass --licence, as the Hub names it (apache-2.0, mit, "
@@ -88,8 +91,13 @@ def _code(checked: CheckedDirectory) -> list[str]:
     if not checked.needs_code:
         return []
     with tempfile.TemporaryDirectory(prefix="weightport-code-") as folder:
-        write_portable_code(Path(folder), str(checked.config["model_type"]))
+        _write_code(checked, Path(folder))
         return sorted(path.name for path in Path(folder).glob("*.py"))
+
+
+def _write_code(checked: CheckedDirectory, folder: Path) -> None:
+    if checked.family is not None and checked.family.portable_code is not None:
+        write_portable_code(folder, checked.family.portable_code, checked.family.portable)
 
 
 def _upload(folder: Path, files: tuple[str, ...], options: ReleaseOptions, api: Any) -> str:

@@ -1,7 +1,7 @@
 """Writes NumPy's .npz as np.savez lays it out, tensor by tensor: no array is ever whole in memory.
 
-Members are stored, never compressed, with 64-bit sizes as np.savez forces them. bfloat16, which NumPy does not have, is
-written as two-byte void (`|V2`), the form in which JAX projects save it (facts: big_vision's released files).
+Members are stored, never compressed, with 64-bit sizes as np.savez forces them. bfloat16, which NumPy does not have,
+is written as two-byte void (`V2`), the form in which JAX projects save it.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from weightport.checkpoints.lazy_tensors import chunks
 from weightport.errors import NonFiniteError
 from weightport.writing.hashed_file import HashedFile
 from weightport.writing.outgoing import Outgoing

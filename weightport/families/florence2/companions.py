@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from weightport.checkpoints import Checkpoint
-from weightport.converters.family import Options, SourceModel
-from weightport.converters.plan import Plan, main_dtype
+from weightport.converters.family import SourceModel
+from weightport.converters.plan import Plan
 from weightport.errors import CheckpointError, ConfigurationError
 from weightport.families.florence2.generation_config import generation_settings
 from weightport.families.florence2.grounding import post_processor_config
 from weightport.families.florence2.images import image_settings
+from weightport.families.florence2.options import Florence2Options
 
 NO_VOCABULARY = "none"
 _LARGEST_KEPT = 20_000  # characters; a fork's tokenizer_config.json lists its 1024 tokens a second time
@@ -29,7 +30,7 @@ def companion(checkpoint: Checkpoint, name: str) -> Any:
         raise CheckpointError(f"{path} should be a JSON file, but cannot be read as one ({error}).") from error
 
 
-def vocabulary_source(checkpoint: Checkpoint, options: Options) -> str | Path | None:
+def vocabulary_source(checkpoint: Checkpoint, options: Florence2Options) -> str | Path | None:
     """Where the tokenizer is read from: what the user named, or the checkpoint's folder; None when there is none."""
     if options.vocabulary == NO_VOCABULARY:
         return None
@@ -47,12 +48,12 @@ def source_files(checkpoint: Checkpoint) -> dict[str, Any]:
     return {name: data for name, data in found.items() if data is not None and len(json.dumps(data)) <= _LARGEST_KEPT}
 
 
-def write(model: SourceModel, checkpoint: Checkpoint, plan: Plan, folder: Path, options: Options) -> None:
+def write(model: SourceModel, checkpoint: Checkpoint, plan: Plan, folder: Path, options: Florence2Options) -> None:
     """Write every companion of `model` into `folder`."""
     from transformers import Florence2ForConditionalGeneration
 
     config: Any = model.config
-    config.dtype = main_dtype(plan)
+    config.dtype = plan.dtype
     config.architectures = [Florence2ForConditionalGeneration.__name__]
     config.save_pretrained(folder)
     settings = generation_settings(model.options["config"]["text_config"])

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from weightport.adapters.lora_dumps import has_adapter, merge_dump
 from weightport.checkpoints import Checkpoint, TensorRef
+from weightport.checkpoints.sources import MAIN, Sources
+from weightport.checkpoints.types import NamedTensors
 from weightport.converters.dropping import given_up
-from weightport.converters.family import Options, SourceModel
+from weightport.converters.family import OriginalForm, SourceModel
 from weightport.converters.rules import RuleTable
 from weightport.errors import ConfigurationError
 from weightport.families.florence2 import configuration, layouts
 from weightport.families.florence2.companions import companion, source_files
 from weightport.families.florence2.embeddings import check_logits_bias, read_embedding
 from weightport.families.florence2.image_token import choose
+from weightport.families.florence2.options import Florence2Options
 from weightport.families.florence2.rules import florence2_rules
 
 if TYPE_CHECKING:
@@ -27,20 +30,21 @@ if TYPE_CHECKING:
 LAYOUT = "remote-code"
 
 
-class Florence2:
+class Florence2Conversion:
     """Folders and files written for Florence-2's remote code: releases, forks, training dumps."""
 
     name = "florence2"
     title = "Florence-2"
-    accepts = frozenset({"vocabulary", "ema", "image_token"})
+    original_form: OriginalForm = "folder"
 
     def recognises(self, names: Mapping[str, TensorRef]) -> bool:
         return layouts.is_florence2(names)
 
-    def read(self, checkpoint: Checkpoint, options: Options) -> SourceModel:
+    def read(self, sources: Sources, options: Florence2Options) -> SourceModel:
         """The model in the checkpoint. Raises WeightportError naming what does not fit."""
+        checkpoint = sources.main
         found = layouts.locate(checkpoint, ema=options.ema)
-        tensors, merged = _without_adapter(found.tensors, checkpoint, options)
+        tensors, merged = _without_adapter(found, checkpoint, options)
         config = companion(checkpoint, "config.json")
         if config is None:
             raise ConfigurationError(
@@ -62,6 +66,7 @@ class Florence2:
             tensors=tensors,
             rules=florence2_rules(native, tensors),
             config=native,
+            sections={MAIN: found.prefix},
             options={
                 "config": config,
                 "files": source_files(checkpoint),
@@ -82,12 +87,12 @@ class Florence2:
         return loadable_tensors(Florence2ForConditionalGeneration, config)
 
     def write_companions(
-        self, model: SourceModel, checkpoint: Checkpoint, plan: Plan, folder: Path, options: Options
+        self, model: SourceModel, sources: Sources, plan: Plan, folder: Path, options: Florence2Options
     ) -> None:
         """Write config.json, generation_config.json and the processor into `folder`."""
         from weightport.families.florence2.companions import write
 
-        write(model, checkpoint, plan, folder, options)
+        write(model, sources.main, plan, folder, options)
 
     def rules_of(self, config: PreTrainedConfig, layout: str) -> RuleTable:
         """The rule table of a converted model: the released files' set of names."""
@@ -106,14 +111,18 @@ class Florence2:
         return model
 
 
+CONVERSION = Florence2Conversion()
+
+
 def _without_adapter(
-    tensors: Mapping[str, TensorRef], checkpoint: Checkpoint, options: Options
-) -> tuple[Mapping[str, TensorRef], tuple[str, ...]]:
+    found: layouts.Found, checkpoint: Checkpoint, options: Florence2Options
+) -> tuple[NamedTensors, tuple[str, ...]]:
     """The model's tensors, a LoRA adapter that is still in the file merged into them. What the user gave up is not
     merged, and stays for the plan to record."""
+    tensors = found.tensors
     if not has_adapter(tensors):
         return tensors, ()
-    dropped = given_up(tensors, options.drop)
-    kept = {name: ref for name, ref in tensors.items() if name not in dropped}
-    merged, notes = merge_dump(kept, companion(checkpoint, "adapter_config.json"), str(checkpoint.path))
-    return {**merged, **{name: tensors[name] for name in dropped}}, notes
+    dropped = given_up(tensors, options.drop, found.prefix)
+    settings = companion(checkpoint, "adapter_config.json")
+    merged, notes = merge_dump(tensors.without(dropped), settings, str(checkpoint.path))
+    return NamedTensors([*merged.values(), *(tensors[name] for name in dropped)]), notes

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from weightport.checkpoints import TensorRef
+from weightport.checkpoints.lazy_tensors import same_bits
 from weightport.errors import ConfigurationError, CoverageError
 from weightport.families.florence2.rules import EMBEDDINGS, HEAD, LOGITS_BIAS, SHARED
-from weightport.writing.safetensors_shards import same_bits
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightport.checkpoints import Checkpoint
-from weightport.converters.family import Options
 from weightport.errors import VocabularyError
 from weightport.families.florence2.companions import vocabulary_source
+from weightport.families.florence2.options import Florence2Options
 
 MULTIPLE = 64  # what transformers' own conversion pads the vocabulary to
 # Without a tokenizer only the released vocabulary's filler is known: BART's madeupword0000.
@@ -37,7 +37,7 @@ class ImageToken:
         return {"id": self.id, "replaces": self.replaces, "appended": self.appended, "added": list(self.added_tokens)}
 
 
-def choose(checkpoint: Checkpoint, options: Options, rows: int) -> ImageToken:
+def choose(checkpoint: Checkpoint, options: Florence2Options, rows: int) -> ImageToken:
     """The placeholder of a checkpoint whose embedding has `rows` rows. Raises VocabularyError when none is free."""
     from weightport.families.florence2.tokenizer import check_fit, read_florence2_vocabulary, reusable_token
 

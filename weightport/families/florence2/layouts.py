@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from weightport.checkpoints import Checkpoint, TensorRef
+from weightport.checkpoints.types import NamedTensors
 from weightport.errors import CheckpointError
 
 # The parts of the original's outer module; a tensor's own name begins at one of them.
@@ -36,7 +37,7 @@ class Found:
     """The model's tensors under the original's names, what stood before them, and the bytes of the other sections."""
 
     prefix: str
-    tensors: Mapping[str, TensorRef]
+    tensors: NamedTensors
     unread: Mapping[str, int]
     has_ema: bool
 
@@ -72,7 +73,7 @@ def locate(checkpoint: Checkpoint, *, ema: bool) -> Found:
             raise CheckpointError(f"{checkpoint.path} holds {own} twice, under different wrappers ({name}).")
         else:
             tensors[own] = replace(ref, name=own)
-    return Found(candidates[0], tensors, unread, bool(averaged) and not ema)
+    return Found(candidates[0], NamedTensors(tensors.values()), unread, bool(averaged) and not ema)
 
 
 def own_name(name: str) -> tuple[str, str | None]:

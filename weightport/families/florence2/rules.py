@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from weightport.converters.operations import COPY, AppendRows, Operation
+from weightport.converters.operations import COPY, Operation, Pad
 from weightport.converters.patterns import Pattern
 from weightport.converters.rules import Rule, RuleTable, computed, derive, drop, move, permute, renames, table
 
@@ -137,7 +137,7 @@ def embedding_rules(names: Collection[str], *, tied: bool, appended: int) -> Rul
     the others are compared with it."""
     one = [name for name in (*EMBEDDINGS, HEAD) if name in names] if tied else [n for n in EMBEDDINGS if n in names]
     source, *aliases = one or EMBEDDINGS
-    operation: Operation = AppendRows(appended) if appended else COPY
+    operation: Operation = Pad(appended) if appended else COPY
     rules = [Rule((Pattern(source),), (Pattern(NATIVE_EMBEDDING),), operation, tuple(map(Pattern, aliases)))]
     if not tied:
         rules.append(Rule((Pattern(HEAD),), (Pattern(NATIVE_HEAD),), operation))

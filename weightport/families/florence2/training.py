@@ -58,10 +58,11 @@ def _with_places_for_images(processor: Any, prompts: Sequence[str]) -> dict[str,
     return dict(processor.tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt"))
 
 
-class Florence2:
+class Florence2Training:
     """The family `florence2`."""
 
     name = "florence2"
+    full_precision = ("lm_head", "vision_tower", "multi_modal_projector")
     own_loss = False
     leaves_unused = False
     parts = Parts(
@@ -215,3 +216,6 @@ def _centres(box: Sequence[int], bins: Sequence[int], size: tuple[int, int]) -> 
     """A box of bin numbers (x0, y0, x1, y1) in pixels of a picture of `size`: the middle of each bin."""
     x0, y0, x1, y1 = ((place + 0.5) * size[i % 2] / bins[i % 2] for i, place in enumerate(box))
     return x0, y0, x1, y1
+
+
+TRAINING = Florence2Training()

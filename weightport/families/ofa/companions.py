@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from weightport.checkpoints import Checkpoint
-from weightport.converters.family import Options, SourceModel
-from weightport.converters.plan import Plan, main_dtype
+from weightport.converters.family import SourceModel
+from weightport.converters.plan import Plan
 from weightport.converters.portable import write_portable_code
 from weightport.errors import VocabularyError
 from weightport.families.ofa.generation_config import beam_of, generation_config
+from weightport.families.ofa.options import OFAOptions
+from weightport.families.ofa.portable import AUTO_MAPS
 
 IMAGENET_STATISTICS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 MAX_IMAGE_SIZE = 512
@@ -20,13 +22,13 @@ MAX_IMAGE_SIZE = 512
 VOCABULARY_FILES = ("dict.txt", "vocab.txt", "encoder.json", "vocab.json")
 
 
-def write(model: SourceModel, checkpoint: Checkpoint, plan: Plan, folder: Path, options: Options) -> None:
+def write(model: SourceModel, checkpoint: Checkpoint, plan: Plan, folder: Path, options: OFAOptions) -> None:
     """Write every companion of `model` into `folder`. Raises VocabularyError when the vocabulary does not fit."""
     from weightport.modeling.ofa.modeling_ofa import OFAForConditionalGeneration
 
     config = model.config
     config.architectures = [OFAForConditionalGeneration.__name__]
-    config.dtype = main_dtype(plan)
+    config.dtype = plan.dtype
     config.save_pretrained(folder)
     task = model.options["task"]
     settings = generation_config(task, beam_of(task, model.options["language"]))
@@ -34,10 +36,10 @@ def write(model: SourceModel, checkpoint: Checkpoint, plan: Plan, folder: Path, 
     if options.vocabulary != "none":
         _write_processor(model, checkpoint, folder, options)
     if options.portable:
-        write_portable_code(folder, "ofa")
+        write_portable_code(folder, "weightport.modeling.ofa", AUTO_MAPS)
 
 
-def _write_processor(model: SourceModel, checkpoint: Checkpoint, folder: Path, options: Options) -> None:
+def _write_processor(model: SourceModel, checkpoint: Checkpoint, folder: Path, options: OFAOptions) -> None:
     from weightport.modeling.ofa.image_processing_ofa import OFAImageProcessor
     from weightport.modeling.ofa.processing_ofa import OFAProcessor
     from weightport.tokenizers import build_ofa_tokenizer

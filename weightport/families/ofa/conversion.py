@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightport.checkpoints import Checkpoint, TensorRef, sections
+from weightport.checkpoints.sources import MAIN, Sources
 from weightport.converters.dropping import given_up
-from weightport.converters.family import Options, SourceModel
+from weightport.converters.family import OriginalForm, SourceModel
 from weightport.converters.rules import RuleTable
 from weightport.errors import ConfigurationError
 from weightport.families.ofa import configuration, layouts
+from weightport.families.ofa.options import OFAOptions
 from weightport.families.ofa.rules import fairseq_rules, port_rules
 
 if TYPE_CHECKING:
@@ -43,20 +45,21 @@ _EXTRAS = {
 }
 
 
-class OFA:
+class OFAConversion:
     """fairseq checkpoints of OFA and OFA-CN, and directories of the existing transformers ports."""
 
     name = "ofa"
     title = "OFA"
-    accepts = frozenset({"vocabulary", "portable", "ema", "parse_symbols"})
+    original_form: OriginalForm = "torch"
 
     def recognises(self, names: Mapping[str, TensorRef]) -> bool:
         return layouts.is_ofa(names)
 
-    def read(self, checkpoint: Checkpoint, options: Options) -> SourceModel:
+    def read(self, sources: Sources, options: OFAOptions) -> SourceModel:
         """The model in the checkpoint. Raises WeightportError naming what does not fit."""
+        checkpoint = sources.main
         found = layouts.locate(checkpoint, ema=options.ema)
-        _refuse_extras(found.tensors, options)
+        _refuse_extras(found.tensors, options, found.section)
         tensors = found.tensors
         model_options, task = found.model_options, found.task_options
         shapes = configuration.shape_values(tensors)
@@ -80,6 +83,7 @@ class OFA:
             tensors=tensors,
             rules=port_rules(config) if found.layout == layouts.PORT else fairseq_rules(config),
             config=config,
+            sections={MAIN: found.section},
             options={
                 "model": _kept(model_options or {}, (*_KEPT_MODEL_OPTIONS, *_fact_options())),
                 "task": _kept(task, _KEPT_TASK_OPTIONS),
@@ -98,12 +102,12 @@ class OFA:
         return loadable_tensors(OFAForConditionalGeneration, config)
 
     def write_companions(
-        self, model: SourceModel, checkpoint: Checkpoint, plan: Plan, folder: Path, options: Options
+        self, model: SourceModel, sources: Sources, plan: Plan, folder: Path, options: OFAOptions
     ) -> None:
         """Write config.json, generation_config.json, tokenizer and processor into `folder`."""
         from weightport.families.ofa.companions import write
 
-        write(model, checkpoint, plan, folder, options)
+        write(model, sources.main, plan, folder, options)
 
     def rules_of(self, config: PreTrainedConfig, layout: str) -> RuleTable:
         """The rule table of a converted model; exports are always fairseq's layout."""
@@ -115,9 +119,17 @@ class OFA:
 
         return document(config, options, model)
 
+    def write_original_companions(
+        self, directory: Path, config: PreTrainedConfig, options: Mapping[str, Any], folder: Path
+    ) -> None:
+        """A fairseq checkpoint is one file: nothing stands beside it."""
 
-def _refuse_extras(tensors: Mapping[str, TensorRef], options: Options) -> None:
-    dropped = given_up(tensors, options.drop)
+
+CONVERSION = OFAConversion()
+
+
+def _refuse_extras(tensors: Mapping[str, TensorRef], options: OFAOptions, section: str) -> None:
+    dropped = given_up(tensors, options.drop, section)
     for name in tensors:
         if name in dropped:
             continue
@@ -174,7 +186,7 @@ def _unread(checkpoint: Checkpoint, section: str) -> dict[str, int]:
     return {found.name: found.nbytes for found in sections(checkpoint) if found.name != taken} if section else {}
 
 
-def _notes(found: layouts.Found, options: Options) -> tuple[str, ...]:
+def _notes(found: layouts.Found, options: OFAOptions) -> tuple[str, ...]:
     notes = []
     if found.has_ema and not options.ema:
         notes.append(

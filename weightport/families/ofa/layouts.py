@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightport.checkpoints import Checkpoint, TensorRef
+from weightport.checkpoints.types import NamedTensors
 from weightport.errors import CheckpointError
 from weightport.families.ofa.fairseq_options import fairseq_options
 from weightport.families.ofa.rules import PORT_TO_FAIRSEQ
@@ -43,7 +44,7 @@ class Found:
 
     layout: str
     section: str
-    tensors: Mapping[str, TensorRef]
+    tensors: NamedTensors
     model_options: Mapping[str, Any] | None
     task_options: Mapping[str, Any]
     has_ema: bool
@@ -64,7 +65,7 @@ def locate(checkpoint: Checkpoint, *, ema: bool) -> Found:
             "--store-ema; leave --ema out to convert the model's own weights."
         )
     section = _EMA if ema else "model" if in_training_file else ""
-    tensors = averaged if ema else checkpoint.section("model") if in_training_file else dict(checkpoint)
+    tensors = checkpoint.section(section)
     if _is_port(tensors):
         return Found(PORT, section, _fairseq_names(tensors), _port_options(checkpoint), {}, False)
     if not _has_options(checkpoint.document):
@@ -88,12 +89,12 @@ def _is_port(tensors: Mapping[str, TensorRef]) -> bool:
     return any(name.startswith("decoder.layers.0.cross_attn.") for name in tensors)
 
 
-def _fairseq_names(tensors: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
-    renamed = {}
-    for name, ref in tensors.items():
+def _fairseq_names(tensors: NamedTensors) -> NamedTensors:
+    def fairseq_name(name: str) -> str:
         claim = next(PORT_TO_FAIRSEQ.of_source(name), None)
-        renamed[claim[0].targets[0].fill(claim[2]) if claim else name] = ref
-    return renamed
+        return claim.rule.target_names(claim.captures)[0] if claim else name
+
+    return tensors.renamed(fairseq_name)
 
 
 def _port_options(checkpoint: Checkpoint) -> dict[str, Any] | None:

@@ -44,10 +44,11 @@ def _tower_output(model: Any, inputs: Mapping[str, torch.Tensor]) -> Features:
     return whole(tower(inputs["pixel_values"].to(tower.dtype)).last_hidden_state)
 
 
-class OFA:
+class OFATraining:
     """The family `ofa`. Its encoder holds the image tower."""
 
     name = "ofa"
+    full_precision = ("lm_head", "vision_tower", "image_proj")
     own_loss = True
     # Its tables of image codes serve other tasks.
     leaves_unused = True
@@ -177,3 +178,6 @@ def _task(batch: BatchSettings) -> Any:
     if batch.task not in TASKS:
         raise RecipeError(f"OFA has no task {batch.task!r} (it has {', '.join(TASKS)}): set batch.prompt.")
     return TASKS[batch.task]
+
+
+TRAINING = OFATraining()

@@ -12,12 +12,13 @@ from weightport.errors import CheckpointError, RecipeError, UsageError
 from weightport.finetuning.data import open_data
 from weightport.finetuning.evaluation.answering import answers, chosen, write_predictions
 from weightport.finetuning.evaluation.predictions import Prediction
+from weightport.finetuning.family import Family
 from weightport.finetuning.metrics import metric_named, score_all
 from weightport.finetuning.recipes.recipe import plain
 from weightport.finetuning.recipes.settings import Recipe
 from weightport.finetuning.setup.length_limits import fitted
 from weightport.finetuning.setup.lora_layers import without_deprecations
-from weightport.finetuning.setup.model_loading import Loaded, family_of, load_model, load_processor
+from weightport.finetuning.setup.model_loading import Loaded, load_model, load_processor, require_processor
 from weightport.finetuning.setup.training_arguments import loader_workers
 from weightport.finetuning.training.saving import METRICS, base_dtype, write_json
 from weightport.writing import check_absent, whole_directory
@@ -35,6 +36,7 @@ class Evaluation:
 
 def evaluate(
     directory: Path,
+    family: Family,
     data: str,
     recipe: Recipe,
     *,
@@ -57,12 +59,12 @@ def evaluate(
         metric_named(name)
     if output is not None:
         check_absent(output, overwrite=overwrite)
-    family = family_of(directory)
+    require_processor(directory)
     samples = open_data(data, recipe.data, grouped=True)
     processor = load_processor(directory, family, recipe.batch)
     place = _device(device)
     dtype = base_dtype(directory) or torch.float32
-    model = load_model(directory, replace(recipe.model, method="full"), device=place, dtype=dtype).to(place)
+    model = load_model(directory, family, replace(recipe.model, method="full"), device=place, dtype=dtype).to(place)
     if adapter is not None:
         model = _with_adapter(model, adapter)
     recipe, _ = fitted(recipe, Loaded(directory, model, processor, family))

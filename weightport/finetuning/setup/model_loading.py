@@ -13,9 +13,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from weightport.checkpoints import open_checkpoint
-from weightport.checkpoints.formats.sharded import read_json
 from weightport.errors import CheckpointError, RecipeError, TrainingError
-from weightport.finetuning.families import FAMILIES
 from weightport.finetuning.family import Family
 from weightport.finetuning.recipes.settings import BatchSettings, ModelSettings
 
@@ -33,28 +31,13 @@ class Loaded:
     family: Family
 
 
-def family_of(directory: Path) -> Family:
-    """The family of a model directory. Raises CheckpointError when it is none, or none that can be trained."""
-    if (directory / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f"{directory} is an adapter, not a model directory: merge it first (port-merge-lora BASE {directory} OUT)."
-        )
-    if not (directory / "config.json").is_file():
-        raise CheckpointError(
-            f"{directory} is not a model directory: it has no config.json. Give what port-ofa or port-florence2 wrote."
-        )
-    config = read_json(directory / "config.json")
-    model_type = config.get("model_type") if isinstance(config, dict) else None
-    if model_type not in FAMILIES:
-        raise CheckpointError(
-            f"{directory} holds a {model_type!r} model; weightport fine-tunes {', '.join(FAMILIES)}."
-        )
+def require_processor(directory: Path) -> None:
+    """Raise CheckpointError for a directory that can neither read nor write text."""
     if not (directory / "processor_config.json").is_file():
         raise CheckpointError(
             f"{directory} has no processor (processor_config.json), so that text cannot be read or written.\n"
             "  Convert the checkpoint again with --vocab to write one."
         )
-    return FAMILIES[model_type]
 
 
 def load_processor(directory: Path, family: Family, batch: BatchSettings) -> Any:
@@ -74,6 +57,7 @@ def load_processor(directory: Path, family: Family, batch: BatchSettings) -> Any
 
 def load_model(
     directory: Path,
+    family: Family,
     settings: ModelSettings,
     *,
     device: str | torch.device | None = None,
@@ -98,7 +82,7 @@ def load_model(
     if settings.attention is not None:
         options["attn_implementation"] = settings.attention
     if settings.method == "qlora":
-        options |= {"quantization_config": four_bits(settings), "device_map": {"": device}}
+        options |= {"quantization_config": four_bits(family), "device_map": {"": device}}
     logging.disable_progress_bar()
     # Our reader says what is wrong with a damaged file, and what to do.
     open_checkpoint(directory)
@@ -136,7 +120,7 @@ def _set_config(config: Any, name: str, value: Any) -> None:
         raise RecipeError(f"model.config.{name} cannot be {value!r}: {reason}") from error
 
 
-def four_bits(settings: ModelSettings) -> Any:
+def four_bits(family: Family) -> Any:
     """QLoRA's quantisation: NF4 with double quantisation, computing in bfloat16. Raises TrainingError without it."""
     try:
         import bitsandbytes  # noqa: F401
@@ -152,5 +136,5 @@ def four_bits(settings: ModelSettings) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=["lm_head", "vision_tower", "multi_modal_projector", "image_proj"],
+        llm_int8_skip_modules=list(family.full_precision),
     )

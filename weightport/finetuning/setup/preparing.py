@@ -23,7 +23,7 @@ from weightport.finetuning.recipes.settings import Recipe
 from weightport.finetuning.setup.freezing import Share, freeze, frozen_parts, shares
 from weightport.finetuning.setup.length_limits import fitted
 from weightport.finetuning.setup.lora_layers import with_lora
-from weightport.finetuning.setup.model_loading import Loaded, family_of, load_model, load_processor
+from weightport.finetuning.setup.model_loading import Loaded, load_model, load_processor, require_processor
 from weightport.finetuning.setup.training_arguments import planned_steps, training_arguments
 from weightport.finetuning.training.resuming import RECIPE, changed_inputs, last_checkpoint, require_same
 from weightport.formatting import samples as in_words
@@ -38,6 +38,7 @@ class Job:
     """What a run is asked for. `explicit`: settings given by hand; `command`: how, for the records."""
 
     model: Path
+    family: Family
     data: str
     output: Path
     recipe: Recipe
@@ -69,9 +70,8 @@ class Prepared:
     features: FeaturePlan | None = None
 
 
-def resolved(recipe: Recipe, model: Path, *, as_published: bool) -> tuple[Recipe, tuple[str, ...]]:
+def resolved(recipe: Recipe, family: str, *, as_published: bool) -> tuple[Recipe, tuple[str, ...]]:
     """(the recipe for the model's family, what its guide does wrong). Raises RecipeError, CheckpointError."""
-    family = family_of(model).name
     mistakes = recipe.published[family].mistakes if as_published and family in recipe.published else ()
     if as_published and family not in recipe.published:
         raise RecipeError(f"The recipe {recipe.name!r} follows no published guide for {family!r}.")
@@ -81,7 +81,8 @@ def resolved(recipe: Recipe, model: Path, *, as_published: bool) -> tuple[Recipe
 def prepare(job: Job) -> Prepared:
     """Open and check everything: recipe and model, data, output, space. Writes nothing."""
     recipe = job.recipe
-    family = family_of(job.model)
+    family = job.family
+    require_processor(job.model)
     if family.name not in recipe.families:
         recipe = for_family(recipe, family.name)
     frozen = frozen_parts(family.parts, recipe.model.freeze)
@@ -135,7 +136,7 @@ def _trainable(
     """The model as it is trained: frozen parts still, adapters in place, drawn from the recipe's seed."""
     set_seed(arguments.seed)
     processor = load_processor(directory, family, recipe.batch)
-    model = load_model(directory, recipe.model, device=arguments.device)
+    model = load_model(directory, family, recipe.model, device=arguments.device)
     generation_options(model, recipe.evaluation.generation)
     if arguments.activation_checkpointing:
         # Keys are not kept while activations are computed again; transformers would say so at every start.

@@ -1,0 +1,63 @@
+"""`weightport families`: what can be converted, by what is built in and by what other packages offer."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from weightport.cli.display import Lines
+from weightport.cli.running import command_body, json_option
+from weightport.converters.options import declared_options
+from weightport.errors import FamilyError
+from weightport.families.registry import Offer, registry
+
+if TYPE_CHECKING:
+    from weightport.families.declaration import Family
+
+
+@click.command("families")
+@json_option
+@command_body
+def families_command(as_json: bool) -> None:
+    """List the families of models that can be converted, with their options and sources."""
+    found = [_described(offer) for offer in registry().offers]
+    if as_json:
+        click.echo(json.dumps(found, ensure_ascii=False))
+        return
+    lines = Lines(quiet=False)
+    for family in found:
+        lines.heading(f"{family['name']} · {family.get('title', '')} · {family['package']}")
+        if "error" in family:
+            lines.line("broken", family["error"])
+            continue
+        lines.line("converts", f"{family['converts']} → {', '.join(family['native'])}")
+        lines.line("command", family["command"])
+        for kind in ("options", "sources"):
+            for flag, help_text in family[kind].items():
+                lines.line(kind.removesuffix("s"), f"{flag}: {help_text}")
+        lines.line("stages", " · ".join(family["stages"]))
+
+
+def _described(offer: Offer) -> dict[str, Any]:
+    try:
+        family = registry()[offer.name]
+    except FamilyError as error:
+        return {"name": offer.name, "package": offer.package, "error": str(error)}
+    return {
+        "name": family.name,
+        "package": offer.package,
+        "title": family.title,
+        "converts": family.original,
+        "native": list(family.model_types),
+        "command": family.command if offer.package == "weightport" else f"weightport convert --family {family.name}",
+        "options": {declared.flag: declared.help for _, declared in declared_options(family.options)},
+        "sources": {source.flag: source.help for source in family.sources},
+        "stages": _stages(family),
+    }
+
+
+def _stages(family: Family) -> list[str]:
+    stages = {"conversion": family.conversion_stage, "parity": family.parity_stage, "training": family.training_stage}
+    return [name for name, reference in stages.items() if reference is not None]

@@ -1,0 +1,178 @@
+"""The families that weightport knows: the built-in ones, and those of installed packages, through one door.
+
+Another package offers a family through the entry point group `weightport.families`. A declaration is imported when it
+is asked for by name or when a checkpoint is to be recognised, never because a file names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from weightport.errors import CheckpointError, FamilyError, UnknownFamilyError
+from weightport.families.declaration import INTERFACE, Family
+from weightport.families.signature import Signature
+
+if TYPE_CHECKING:
+    from weightport.checkpoints import Checkpoint
+
+GROUP = "weightport.families"
+
+BUILT_IN = {
+    "ofa": "weightport.families.ofa:FAMILY",
+    "florence2": "weightport.families.florence2:FAMILY",
+}
+"""A new built-in family is a folder, and a line here."""
+
+STRANGERS = (
+    Signature(
+        "Moondream2",
+        r"(.+\.)?(text_model\.transformer\.h\.0\.mixer\.Wqkv\.weight|text\.blocks\.0\.attn\.qkv\.weight)",
+    ),
+    Signature("PaliGemma (big_vision)", r"(params/|opt/target/)?llm/layers/attn/(q|qkv)_einsum/w"),
+    Signature("BLIP-2 (LAVIS)", r"(model\.)?Qformer\.bert\.encoder\.layer\.0\..+"),
+    Signature("a native BLIP-2 model", r"qformer\.encoder\.layer\.0\..+"),
+    Signature("BART (fairseq)", r"(model\.)?encoder\.sentence_encoder\..+|(model\.)?encoder\.layers\.0\.fc1\.weight"),
+    Signature("a LoRA adapter", r".+\.lora_A\.(.+\.)?weight"),
+)
+"""Checkpoints that people hand over and no family converts: for error messages."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A family that can be had: its name, who offers it, and how its declaration is imported."""
+
+    name: str
+    package: str
+    load: Callable[[], object]
+
+
+class FamilyRegistry:
+    """Families by name, the built-in ones first. Declarations are loaded once, when they are needed."""
+
+    def __init__(self, built_in: Mapping[str, str], group: str | None = GROUP) -> None:
+        self._built_in = dict(built_in)
+        self._group = group
+        self._loaded: dict[str, Family] = {}
+
+    @property
+    def offers(self) -> tuple[Offer, ...]:
+        """What can be had, without loading it. Raises FamilyError where two packages offer one name."""
+        found = [Offer(name, "weightport", _importer(reference)) for name, reference in self._built_in.items()]
+        for point in sorted(entry_points(group=self._group), key=lambda each: each.name) if self._group else ():
+            package = point.dist.name if point.dist else point.value
+            if any(offer.name == point.name for offer in found):
+                raise FamilyError(f"{package} offers a family {point.name!r}, which there is already: uninstall one.")
+            found.append(Offer(point.name, package, point.load))
+        return tuple(found)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(offer.name for offer in self.offers)
+
+    def __iter__(self) -> Iterator[Family]:
+        return (self[name] for name in self.names)
+
+    def __getitem__(self, name: str) -> Family:
+        """The family called `name`. Raises UnknownFamilyError, FamilyError for a declaration that cannot be used."""
+        if name not in self._loaded:
+            offer = next((each for each in self.offers if each.name == name), None)
+            if offer is None:
+                raise UnknownFamilyError(f"There is no family {name!r}; there are {', '.join(self.names)}.")
+            self._loaded[name] = _declared(offer)
+        return self._loaded[name]
+
+    def of_model_type(self, model_type: object) -> Family | None:
+        """The family whose native model has this `model_type` in config.json."""
+        return next((family for family in self if model_type in family.model_types), None)
+
+    def of_directory(self, directory: Path) -> Family:
+        """The family of a native model directory, by its config.json. Raises CheckpointError where there is no model
+        directory, UnknownFamilyError for a model of no family."""
+        from weightport.checkpoints.formats.sharded import read_json
+
+        path = directory / "config.json"
+        if (directory / "adapter_config.json").is_file():
+            raise CheckpointError(
+                f"{directory} is an adapter, not a model directory: merge it first (port-merge-lora BASE {directory} "
+                "OUT)."
+            )
+        if not path.is_file():
+            raise CheckpointError(
+                f"{directory} is not a model directory: it has no config.json. Give what {self.commands} wrote."
+            )
+        config = read_json(path)
+        model_type = config.get("model_type") if isinstance(config, dict) else None
+        family = self.of_model_type(model_type)
+        if family is None:
+            known = ", ".join(name for each in self for name in each.model_types)
+            raise UnknownFamilyError(f"{path} has the model_type {model_type!r}; known are {known}.")
+        return family
+
+    @property
+    def commands(self) -> str:
+        """The commands that convert, in words."""
+        *first, last = [f"port-{name}" for name in self._built_in]
+        return f"{', '.join(first)} or {last}" if first else last
+
+    def looks_like(self, names: Iterable[str]) -> str | None:
+        """The kind of checkpoint that tensors with these names are, or None."""
+        known = tuple(names)
+        kinds = (family.looks_like(known) for family in self)
+        strangers = (signature.kind for signature in STRANGERS if signature.fits(known))
+        return next((kind for kind in kinds if kind), None) or next(strangers, None)
+
+    def recognised(self, checkpoint: Checkpoint) -> Family | None:
+        """The family that recognises the checkpoint, None where none does."""
+        return next((family for family in self if family.conversion.recognises(checkpoint)), None)
+
+    def recognise(self, checkpoint: Checkpoint, name: str | None = None) -> Family:
+        """The family of the checkpoint. Raises UnknownFamilyError, also when it is not the one asked for."""
+        if not checkpoint:
+            raise UnknownFamilyError(f"{checkpoint.path} holds no tensors, so it is not a model's checkpoint.")
+        if name is not None and self[name].conversion.recognises(checkpoint):
+            return self[name]
+        matching = self.recognised(checkpoint)
+        if name is None and matching is not None:
+            return matching
+        kind = matching.title if matching is not None else self.looks_like(checkpoint)
+        wanted = self[name].title if name is not None else " or ".join(family.title for family in self)
+        shown = ", ".join(list(checkpoint)[:3])
+        raise UnknownFamilyError(
+            f"{checkpoint.path} is not a checkpoint of {wanted}: it looks like {kind or 'none that weightport knows'} "
+            f"({len(checkpoint)} tensors: {shown}, …).\n"
+            "  `weightport inspect` lists what is in it."
+        )
+
+
+def _importer(reference: str) -> Callable[[], object]:
+    module, _, attribute = reference.partition(":")
+    return lambda: getattr(import_module(module), attribute)
+
+
+def _declared(offer: Offer) -> Family:
+    try:
+        family = offer.load()
+    except Exception as error:
+        raise FamilyError(f"The family {offer.name!r} of {offer.package} cannot be loaded: {error!r}.") from error
+    if not isinstance(family, Family):
+        raise FamilyError(f"The family {offer.name!r} of {offer.package} is no weightport Family, but {family!r}.")
+    if family.interface != INTERFACE:
+        raise FamilyError(
+            f"The family {offer.name!r} of {offer.package} was written for version {family.interface} of the family "
+            f"interface; this weightport has version {INTERFACE}."
+        )
+    if family.name != offer.name:
+        raise FamilyError(f"{offer.package} offers {offer.name!r}, but its family calls itself {family.name!r}.")
+    return family
+
+
+@cache
+def registry() -> FamilyRegistry:
+    """The families of this installation."""
+    return FamilyRegistry(BUILT_IN)
