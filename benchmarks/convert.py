@@ -32,11 +32,11 @@ def write_checkpoint(path: Path, layers: int) -> int:
 
     from weightport.checkpoints import Checkpoint, TensorRef
     from weightport.converters.export import original_tensors
-    from weightport.families import FAMILIES
+    from weightport.families.registry import registry
     from weightport.modeling.ofa.configuration_ofa import OFAConfig
     from weightport.writing.torch_archive import StreamedTensor, write_torch_archive
 
-    family = FAMILIES["ofa"]
+    family = registry()["ofa"].conversion
     config = OFAConfig(
         vocab_size=30325,
         d_model=1024,

@@ -195,10 +195,11 @@ def _by_hand(
     from transformers import AutoModelForImageTextToText
     from transformers.utils import logging
 
+    from weightport.families.registry import registry
     from weightport.finetuning.recipes.settings import BatchSettings
-    from weightport.finetuning.setup.model_loading import family_of, load_processor
+    from weightport.finetuning.setup.model_loading import load_processor
 
-    family = family_of(folder / "model")
+    family = registry().of_directory(folder / "model").training
     processor = load_processor(folder / "model", family, BatchSettings(image_size=size.pixels))
     logging.disable_progress_bar()
     model = AutoModelForImageTextToText.from_pretrained(folder / "model")
@@ -211,6 +212,7 @@ def _by_hand(
 def _by_weightport(
     workload: Workload, size: Size, folder: Path, data: Path, trainer: str, gpu: bool, steps: int
 ) -> tuple[list[float], float]:
+    from weightport.families.registry import registry
     from weightport.finetuning.recipes.recipe import for_family, load_recipe, with_settings
     from weightport.finetuning.setup.preparing import Job
     from weightport.finetuning.training import run as running
@@ -225,8 +227,8 @@ def _by_weightport(
     }  # fmt: skip
     model = folder / "model"
     recipe = load_recipe(workload.recipe)
-    family = json.loads((model / "config.json").read_text())["model_type"]
-    recipe = with_settings(for_family(recipe, family), settings, "benchmark")
+    family = registry().of_directory(model).training
+    recipe = with_settings(for_family(recipe, family.name), settings, "benchmark")
     times: list[float] = []
     filling = [0.0]
     step, fill = PortTrainer.training_step, running.filled_store
@@ -245,7 +247,7 @@ def _by_weightport(
 
     PortTrainer.training_step = timed_step
     running.filled_store = timed_fill
-    job = Job(model, str(data), folder / "run", recipe, overwrite=True)
+    job = Job(model, family, str(data), folder / "run", recipe, overwrite=True)
     running.finetune(job, quiet=True)
     return times, filling[0]
 

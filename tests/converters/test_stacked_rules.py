@@ -13,7 +13,7 @@ from weightport.converters.export import original_tensors
 from weightport.converters.native import NativeTensors
 from weightport.converters.operations import Chain, Permute, Reshape, Unstack
 from weightport.converters.plan import plan
-from weightport.converters.rules import RuleTable, gated_mlp, move, table, unstack
+from weightport.converters.rules import gated_mlp, move, table, unstack
 from weightport.errors import CheckpointError, CoverageError
 from weightport.writing.npz import write_npz
 from weightport.writing.safetensors_shards import lay_out, write_shards
@@ -198,6 +198,5 @@ def test_two_tensors_of_one_name_are_no_set_of_tensors():
 
 
 def test_a_rule_table_can_be_read_backwards_only_where_layers_stand_on_one_side():
-    with pytest.raises(ValueError, match="has no . for the layer"):
+    with pytest.raises(ValueError, match=r"has no \* for the layer"):
         unstack("llm/scale", "model.norm.weight")
-    assert isinstance(GEMMA, RuleTable)

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import FIXED_RATE, assigned, job_of, losses, run, still
 
 from weightport.errors import DataError, OutputError, RecipeError
+from weightport.families.registry import registry
 from weightport.finetuning.data.collation import FEATURE_LENGTHS, FEATURES
 from weightport.finetuning.data.samples import Picture
-from weightport.finetuning.families import FAMILIES
 from weightport.finetuning.features.store import STATES, FeatureStore, Layout, RecordFile, StoreWriter, open_store
 from weightport.finetuning.setup.preparing import prepare
 from weightport.finetuning.training.trainer import PortTrainer
@@ -299,7 +299,7 @@ def test_two_processes_fill_and_read_one_store(tiny: Callable[[str], Path], ques
 
 
 def test_every_beginning_holds_the_parts_that_it_runs_through() -> None:
-    for family in FAMILIES.values():
+    for family in (each.training for each in registry()):
         for part in family.cached:
             assert set(part.frozen) <= set(family.parts.prefixes)
         sizes = [len(part.frozen) for part in family.cached]

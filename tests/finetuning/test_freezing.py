@@ -13,7 +13,7 @@ from tiny_runs import run, still, trained_model
 from torch import nn
 
 from weightport.errors import RecipeError, TrainingError
-from weightport.finetuning.families import FAMILIES
+from weightport.families.registry import registry
 from weightport.finetuning.recipes.settings import ModelSettings
 from weightport.finetuning.setup.freezing import freeze, frozen_parts, shares
 from weightport.finetuning.setup.model_loading import load_model
@@ -31,12 +31,12 @@ DROPOUT = (nn.Dropout, nn.Dropout2d)
 
 
 def load(directory: Path) -> Any:
-    return load_model(directory, ModelSettings())
+    return load_model(directory, registry().of_directory(directory).training, ModelSettings())
 
 
 def frozen_model(directory: Path, family: str, targets: tuple[str, ...], *, keep_still: bool = True) -> Any:
     model = load(directory)
-    parts = FAMILIES[family].parts
+    parts = registry()[family].training.parts
     freeze(model, parts, frozen_parts(parts, targets), still=keep_still)
     return model.train()
 
@@ -54,7 +54,7 @@ def test_frozen_parameters_have_the_same_bits_after_training(
     trained = trained_model(monkeypatch)
     settings = {"batch.image_size": 64} if name == "ofa" else {}
     run(tiny(name), "default", pairs, tmp_path / "run", more={**STEPS, **settings, "model.freeze": [target]})
-    parts = FAMILIES[name].parts
+    parts = registry()[name].training.parts
     frozen = frozen_parts(parts, (target,))
     before, after = load(tiny(name)).state_dict(), trained[0].state_dict()
     assert before.keys() == after.keys()
@@ -125,7 +125,7 @@ def test_shares_cover_the_model_and_count_tied_weights_once(
     name: str, family: str, tiny: Callable[[str], Path]
 ) -> None:
     model = load(tiny(name))
-    parts = FAMILIES[family].parts
+    parts = registry()[family].training.parts
     found = {share.part: share for share in shares(model, parts)}
     assert "other" not in found, "parameters belong to no part"
     distinct = {parameter.data_ptr(): parameter.numel() for parameter in model.parameters()}
@@ -142,7 +142,7 @@ def test_shares_cover_the_model_and_count_tied_weights_once(
 
 def test_unknown_target_is_refused_with_those_there_are() -> None:
     with pytest.raises(RecipeError, match=r"no freeze target 'tower'.*vision, projector"):
-        frozen_parts(FAMILIES["florence2"].parts, ("vision", "tower"))
+        frozen_parts(registry()["florence2"].training.parts, ("vision", "tower"))
 
 
 def test_nothing_left_to_train_is_refused(tiny: Callable[[str], Path], pairs: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from weightport.adapters import MergeOptions
 from weightport.adapters.base_record import recorded_quantization
 from weightport.api import merge_lora
 from weightport.errors import UsageError
+from weightport.families.registry import registry
 from weightport.finetuning.evaluation.evaluate import evaluate
 from weightport.finetuning.recipes.recipe import load_recipe, with_settings
 from weightport.finetuning.setup.preparing import resolved
@@ -57,7 +58,9 @@ def test_merge_into_the_4_bit_base_is_the_model_that_was_measured(even: Path, mu
     with pytest.raises(UsageError, match="nf4-double"):
         merge_lora(even, [(out.directory, 1.0)], tmp_path / "other", MergeOptions(quantized_base="nf4"))
     merge_lora(even, [(out.directory, 1.0)], tmp_path / "merged", MergeOptions(quantized_base="nf4-double"))
-    recipe, _ = resolved(load_recipe("muge-caption"), even, as_published=False)
-    measured = evaluate(tmp_path / "merged", str(muge), with_settings(recipe, SETTINGS, "here")).metrics
+    recipe, _ = resolved(load_recipe("muge-caption"), "ofa", as_published=False)
+    measured = evaluate(
+        tmp_path / "merged", registry()["ofa"].training, str(muge), with_settings(recipe, SETTINGS, "here")
+    ).metrics
     assert out.metrics["rouge-l"] > 0.2, "nothing was learned"
     assert measured["rouge-l"] == pytest.approx(out.metrics["rouge-l"], abs=0.05)

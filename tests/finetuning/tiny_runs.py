@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from weightport.api import convert
+from weightport.families.registry import registry
 from weightport.finetuning.recipes.recipe import load_recipe, qualified, with_settings
 from weightport.finetuning.setup.preparing import Job, resolved
 from weightport.finetuning.training.results import Outcome
@@ -98,11 +99,13 @@ def job_of(
     **settings: Any,
 ) -> Job:
     """A job as the command line makes it; `settings` by name, `__` for the dot of a dotted one."""
-    found, mistakes = resolved(load_recipe(str(recipe)), model, as_published=as_published)
+    family = registry().of_directory(model).training
+    found, mistakes = resolved(load_recipe(str(recipe)), family.name, as_published=as_published)
     assigned = {key.replace("__", "."): value for key, value in settings.items()}
     assigned |= assigned.pop("more", {})
     return Job(
         model=model,
+        family=family,
         data=str(data),
         output=output,
         recipe=with_settings(found, assigned, "--set"),

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import nn
 
+from weightport.families.registry import registry
 from weightport.parity import read_reference
-from weightport.parity.families import FAMILIES
 
 SCRIPTS = Path(__file__).parents[2] / "scripts" / "reference"
 BATCH, SOURCE, TARGET, WIDTH, VOCABULARY = 2, 4, 3, 8, 11
@@ -143,7 +143,7 @@ def florence2(tmp_path) -> Path:
 @pytest.mark.parametrize("name", ["ofa", "florence2"])
 def test_what_a_script_writes_is_a_reference_that_the_family_knows(name: str, request) -> None:
     reference = read_reference(request.getfixturevalue(name))
-    family = FAMILIES[name]
+    family = registry()[name].parity
     assert reference.family == name
     assert {run.kind for run in reference.runs} == {"forward", "train", "generate"}
     seams = {each.seam for run in reference.runs for each in run.outputs}

@@ -17,7 +17,8 @@ from reference_subsets import subset
 from test_planted_mistakes import Mistake, attribute, on, roll, scale, swap, transpose
 
 from weightport.api import check_parity, convert
-from weightport.parity import ParityReport, loading
+from weightport.families.registry import registry
+from weightport.parity import ParityReport
 
 CASE = Case(Path(__file__).parents[1] / "golden/cases/florence2/tiny-main", "tiny-main")
 TOWER, PROJECTOR, TEXT = "model.vision_tower", "model.multi_modal_projector", "model.language_model"
@@ -100,13 +101,13 @@ def test_the_same_runs_agree_without_a_mistake(judged) -> None:
 
 def changed(monkeypatch: pytest.MonkeyPatch, **changes: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Make the family's arguments wrong."""
-    family = loading.FAMILIES["florence2"]
+    family = registry()["florence2"].parity
 
     def complete(*args):
         arguments = family.complete(*args)
         return arguments | {name: change(arguments[name]) for name, change in changes.items() if name in arguments}
 
-    monkeypatch.setitem(loading.FAMILIES, "florence2", replace(family, complete=complete))
+    monkeypatch.setattr("weightport.families.florence2.parity.FLORENCE2", replace(family, complete=complete))
 
 
 def test_inverted_mask_shows_in_the_encoder(judged, monkeypatch) -> None:

@@ -149,26 +149,26 @@ def test_error_below_float32_noise_is_found_in_float64(native, reference, plant)
 
 
 def test_dropped_patch_masks_show_in_the_source_mask(native, reference, monkeypatch) -> None:
-    family = loading.FAMILIES["ofa"]
+    family = registry()["ofa"].parity
 
     def without_masks(*args):
         arguments = family.complete(*args)
         arguments.pop("patch_masks", None)
         return arguments
 
-    monkeypatch.setitem(loading.FAMILIES, "ofa", replace(family, complete=without_masks))
+    monkeypatch.setattr("weightport.families.ofa.parity.OFA", replace(family, complete=without_masks))
     report = check_parity(native, reference("patch_masks"), dtypes=[torch.float32])
     assert report.first_departure.seam == "encoder.mask"
 
 
 def test_inverted_padding_mask_shows_in_the_source_mask(native, reference, monkeypatch) -> None:
-    family = loading.FAMILIES["ofa"]
+    family = registry()["ofa"].parity
 
     def inverted(*args):
         arguments = family.complete(*args)
         return {**arguments, "attention_mask": 1 - arguments["attention_mask"]}
 
-    monkeypatch.setitem(loading.FAMILIES, "ofa", replace(family, complete=inverted))
+    monkeypatch.setattr("weightport.families.ofa.parity.OFA", replace(family, complete=inverted))
     report = check_parity(native, reference("patch_masks"), dtypes=[torch.float32])
     assert report.first_departure.seam == "encoder.mask"
     assert report.localisation.modules == ("model.encoder (masks)",)

@@ -10,7 +10,7 @@ from weightport.cli.comparing import compare_command
 from weightport.cli.conversion import convert_command
 from weightport.cli.evaluation import evaluate_command
 from weightport.cli.exporting import export_command
-from weightport.cli.families import families_command
+from weightport.cli.families import families_command, family_check_command
 from weightport.cli.finetuning import finetune_command, recipes_command
 from weightport.cli.generation import generate_command
 from weightport.cli.inspection import inspect_command
@@ -41,6 +41,7 @@ def main() -> None:
 
 for command in (
     families_command,
+    family_check_command,
     inspect_command,
     export_command,
     parity_command,

@@ -1,8 +1,10 @@
-"""`weightport families`: what can be converted, by what is built in and by what other packages offer."""
+"""`weightport families` and `weightport family-check`: what can be converted, and whether a family keeps its word."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +16,7 @@ from weightport.errors import FamilyError
 from weightport.families.registry import Offer, registry
 
 if TYPE_CHECKING:
+    from weightport.families.conformance import Check
     from weightport.families.declaration import Family
 
 
@@ -61,3 +64,33 @@ def _described(offer: Offer) -> dict[str, Any]:
 def _stages(family: Family) -> list[str]:
     stages = {"conversion": family.conversion_stage, "parity": family.parity_stage, "training": family.training_stage}
     return [name for name, reference in stages.items() if reference is not None]
+
+
+@click.command("family-check")
+@click.argument("family")
+@click.argument("cases", nargs=-1, required=True, type=click.Path(path_type=Path))
+@json_option
+@command_body
+def family_check_command(family: str, cases: tuple[Path, ...], as_json: bool) -> None:
+    """Hold FAMILY to its interface on CASES: folders with an original checkpoint and reference.safetensors, what the
+    original computed on it. The exit status is 1 when a check fails."""
+    from weightport.families.conformance import check_family, read_case
+
+    lines = Lines(quiet=as_json)
+    found = check_family(
+        registry()[family],
+        registry(),
+        [read_case(folder) for folder in cases],
+        lambda check: lines.line(_STATES[check.passed], f"{check.case}{': ' if check.case else ''}{_said(check)}"),
+    )
+    if as_json:
+        click.echo(json.dumps([asdict(check) for check in found], ensure_ascii=False))
+    if any(check.passed is False for check in found):
+        click.get_current_context().exit(1)
+
+
+_STATES = {True: "holds", False: "fails", None: "not run"}
+
+
+def _said(check: Check) -> str:
+    return f"{check.name} · {check.detail}"
