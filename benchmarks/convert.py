@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from processes import Timing, timed
@@ -31,10 +31,11 @@ def write_checkpoint(path: Path, layers: int) -> int:
     import torch
 
     from weightport.checkpoints import Checkpoint, TensorRef
+    from weightport.checkpoints.types import NamedTensors
     from weightport.converters.export import original_tensors
     from weightport.families.registry import registry
     from weightport.modeling.ofa.configuration_ofa import OFAConfig
-    from weightport.writing.torch_archive import StreamedTensor, write_torch_archive
+    from weightport.writing.torch_archive import write_torch_archive
 
     family = registry()["ofa"].conversion
     config = OFAConfig(
@@ -61,22 +62,17 @@ def write_checkpoint(path: Path, layers: int) -> int:
         return noise.repeat(-(-count // noise.numel()))[:count].reshape(shape).to(dtype)
 
     shapes = family.targets(config).shapes
-    refs = {
-        name: TensorRef(name, shape, dtype, lambda shape=shape, dtype=dtype: values(shape, dtype), (name,))
+    refs = NamedTensors(
+        TensorRef(name, shape, dtype, lambda shape=shape, dtype=dtype: values(shape, dtype), (name,))
         for name, shape in shapes.items()
         for dtype in (torch.int64 if name.endswith("num_batches_tracked") else torch.float32,)
-    }
+    )
     native = Checkpoint(path, "generated", (), refs)
-    tensors = original_tensors(native, family.rules_of(config, "fairseq"), config, None)
-
-    def parts(tensor: object) -> Iterator[torch.Tensor]:
-        yield tensor.values().contiguous()
+    tensors, _ = original_tensors(native, family.rules_of(config, "fairseq"), config, {})
 
     def stored(prefix: str) -> OrderedDict:
         # As the trainer writes them: tied matrices in three storages, one per name.
-        return OrderedDict(
-            (t.name, StreamedTensor(f"{prefix}{t.name}", t.shape, t.dtype, lambda t=t: parts(t))) for t in tensors
-        )
+        return OrderedDict((t.name, replace(t, storage=f"{prefix}{t.name}")) for t in tensors)
 
     model = stored("model.")
     document = family.original_document(config, {"task": {"bpe": "bert"}, "language": "zh"}, model)

@@ -61,7 +61,7 @@ def test_convert_recognises_the_family_and_records_what_it_did(checkpoint, tmp_p
     summary = json.loads(result.stdout)
     assert (summary["family"], summary["layout"], summary["dtype"]) == ("ofa", "fairseq", "float32")
     record = json.loads((tmp_path / "out" / "conversion.json").read_text())
-    assert record["source"]["files"][0]["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    assert record["sources"]["checkpoint"]["files"][0]["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     for file in record["files"]:
         content = (tmp_path / "out" / file["file"]).read_bytes()
         assert file["sha256"] == hashlib.sha256(content).hexdigest()

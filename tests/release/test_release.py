@@ -76,7 +76,7 @@ def test_card_has_metadata_that_the_hub_reads(model: Path) -> None:
 
 
 def test_card_says_what_the_records_say_and_nothing_else(model: Path) -> None:
-    source = json.loads((model / "conversion.json").read_text())["source"]["files"][0]["sha256"]
+    source = json.loads((model / "conversion.json").read_text())["sources"]["checkpoint"]["files"][0]["sha256"]
     card = release(model, ReleaseOptions(REPO, dry_run=True)).card
     assert source in card and "trust_remote_code=True" in card
     assert "Not measured here: parity with the original and quality on a task" in card
