@@ -19,7 +19,7 @@ from original_stand_ins import (
     ids,
     script,
     zeroes_gradients_in_place,
-)  # fmt: skip
+)
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn

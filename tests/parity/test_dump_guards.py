@@ -148,7 +148,7 @@ class Casts(nn.Module):
 def test_nothing_that_is_float64_becomes_narrower(name: str) -> None:
     dump = script(name)
     x, half = torch.linspace(-2, 2, 12, dtype=torch.float64).reshape(3, 4).exp(), torch.ones(1, dtype=torch.float16)
-    before = {key: value for key, value in vars(torch.Tensor).items()}
+    before = dict(vars(torch.Tensor))
     with dump.keeping_float64():
         found = Casts()(x, half)
         assert half.float().dtype == torch.float32
@@ -200,8 +200,10 @@ def test_model_that_does_not_compute_with_the_files_weights_is_refused(name: str
 def test_what_the_scripts_repeat_is_the_same_in_all_of_them() -> None:
     trees = {name: ast.parse((SCRIPTS / f"{name}.py").read_text(encoding="utf-8")) for name in NAMES}
     repeated: dict[str, dict[str, set[str]]] = {}
-    shared = ("DumpError", "array_of", "keeping_float64", "refuse_other_weights", "float64_runs", "load_pickle",
-              "matches", "listed", "free_memory", "refuse_wrong", "rounded", "write", "commit_of", "shared_options")  # fmt: skip
+    shared = [
+        "DumpError", "array_of", "keeping_float64", "refuse_other_weights", "float64_runs", "load_pickle", "matches",
+        "listed", "free_memory", "refuse_wrong", "rounded", "write", "commit_of", "shared_options",
+    ]  # fmt: skip
     for name, tree in trees.items():
         for node in tree.body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in shared:

@@ -19,7 +19,7 @@ from original_stand_ins import (
     imports_undone,
     script,
     zeroes_gradients_in_place,
-)  # fmt: skip
+)
 from PIL import Image
 from torch import nn
 
@@ -175,7 +175,7 @@ def test_installed_package_comes_before_its_stand_in(repository: Path) -> None:
 
 def test_package_nobody_named_is_said_with_the_option_that_stands_in_for_it(run, checkpoint, repository) -> None:
     (repository / "tasks_of_ofa.py").write_text("import wandb_of_a_fork as register")
-    with pytest.raises(SystemExit, match="wandb_of_a_fork.*--stand-in wandb_of_a_fork"):
+    with pytest.raises(SystemExit, match=r"wandb_of_a_fork.*--stand-in wandb_of_a_fork"):
         run(checkpoint())
     assert run(checkpoint(), "--stand-in", "wandb_of_a_fork").is_file()
 
@@ -292,14 +292,14 @@ class CastingOFA(StandInOFA):
 
 def test_float64_run_is_one_although_the_original_casts_softmax_and_gelu() -> None:
     dump, model = script("dump_ofa"), CastingOFA().double()
-    for found, name in ((dump.forward(model, INPUTS, float64=True), "forward/out/logits@float64"),
-                        (dump.train(model, INPUTS, ids(TARGET), 0.1, float64=True), "train/out/loss@float64")):  # fmt: skip
-        model.casting = False
-        exact = {
-            **dump.forward(model, INPUTS, float64=True),
-            **dump.train(model, INPUTS, ids(TARGET), 0.1, float64=True),
-        }
-        model.casting = True
+
+    def dumped(*, casting: bool) -> dict[str, np.ndarray]:
+        model.casting = casting
+        trained = dump.train(model, INPUTS, ids(TARGET), 0.1, float64=True)
+        return {**dump.forward(model, INPUTS, float64=True), **trained}
+
+    found, exact = dumped(casting=True), dumped(casting=False)
+    for name in ("forward/out/logits@float64", "train/out/loss@float64"):
         assert np.abs(found[name] - exact[name]).max() <= 1e-15
 
 
