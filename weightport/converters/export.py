@@ -19,6 +19,7 @@ from weightport.converters.record import read_record
 from weightport.converters.rules import Rule, RuleTable
 from weightport.errors import CheckpointError, CoverageError, UnknownFamilyError
 from weightport.families import FAMILIES
+from weightport.model_directory import check_converted
 from weightport.writing.safetensors_shards import HashedFile, as_bytes, chunks, safetensors_header
 from weightport.writing.torch_archive import StreamedTensor, write_torch_archive
 from weightport.writing.whole_output import check_absent, whole_directory, whole_file
@@ -184,11 +185,10 @@ def load_config(directory: Path) -> PreTrainedConfig:
     from weightport import modeling  # noqa: F401 - registers the families that transformers lacks
 
     path = directory / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{directory} is not a model directory: it has no config.json.")
+    check_converted(directory)
     try:
         json.loads(path.read_text(encoding="utf-8"))
-        return transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read as a model configuration: {error}") from error
 

@@ -19,6 +19,14 @@ class Signature:
     kind: str
     name: re.Pattern[str]
 
+    @property
+    def native(self) -> bool:
+        """Whether it is what a conversion gives."""
+        return self.kind.startswith(NATIVE)
+
+
+NATIVE = "a native "
+
 
 # For the error message: what a checkpoint that the asked-for family does not recognise looks like.
 SIGNATURES = tuple(
@@ -43,8 +51,13 @@ SIGNATURES = tuple(
 
 def looks_like(names: Iterable[str]) -> str | None:
     """The kind of checkpoint that tensors with these names are, or None."""
+    found = _signature(names)
+    return found.kind if found is not None else None
+
+
+def _signature(names: Iterable[str]) -> Signature | None:
     known = tuple(names)
-    return next((s.kind for s in SIGNATURES if any(s.name.fullmatch(name) for name in known)), None)
+    return next((s for s in SIGNATURES if any(s.name.fullmatch(name) for name in known)), None)
 
 
 def recognise(checkpoint: Checkpoint, family: str | None = None) -> Family:
@@ -56,6 +69,13 @@ def recognise(checkpoint: Checkpoint, family: str | None = None) -> Family:
     matching = next((f for f in FAMILIES.values() if f.recognises(checkpoint)), None)
     if family is None and matching is not None:
         return matching
+    signature = _signature(checkpoint)
+    if signature is not None and signature.native:
+        raise UnknownFamilyError(
+            f"{checkpoint.path} is {signature.kind} already: there is nothing to convert. `weightport generate "
+            f"{checkpoint.path} IMAGE` tries it, `weightport export {checkpoint.path} TARGET` gives the original "
+            "format back."
+        )
     kind = matching.title if matching is not None else looks_like(checkpoint)
     wanted = FAMILIES[family].title if family is not None else " or ".join(f.title for f in FAMILIES.values())
     shown = ", ".join(list(checkpoint)[:3])

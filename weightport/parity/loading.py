@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from weightport.errors import CheckpointError, ConfigurationError, CoverageError, UnknownFamilyError
+from weightport.model_directory import check_converted
 from weightport.parity.families import FAMILIES
 from weightport.parity.family import Family
 
@@ -21,10 +22,7 @@ from weightport.parity.family import Family
 def family_of(directory: Path) -> Family:
     """The family of a model directory, by its config.json. Raises CheckpointError or UnknownFamilyError."""
     path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{directory} is not a model directory: it has no config.json. Expected what a conversion wrote."
-        )
+    check_converted(Path(directory))
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

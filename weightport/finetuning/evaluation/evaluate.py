@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from weightport.errors import CheckpointError, RecipeError, UsageError
+from weightport.devices import usable_device
+from weightport.errors import CheckpointError, RecipeError
 from weightport.finetuning.data import open_data
 from weightport.finetuning.evaluation.answering import answers, chosen, write_predictions
 from weightport.finetuning.evaluation.predictions import Prediction
@@ -60,7 +61,7 @@ def evaluate(
     family = family_of(directory)
     samples = open_data(data, recipe.data, grouped=True)
     processor = load_processor(directory, family, recipe.batch)
-    place = _device(device)
+    place = usable_device(device)
     dtype = base_dtype(directory) or torch.float32
     model = load_model(directory, replace(recipe.model, method="full"), device=place, dtype=dtype).to(place)
     if adapter is not None:
@@ -87,15 +88,6 @@ def evaluate(
             write_json(work / EVALUATION, {"data": samples.name, "samples": len(predictions), "recipe": plain(recipe)})
             write_predictions(work / PREDICTIONS, predictions)
     return result
-
-
-def _device(named: str | None) -> torch.device:
-    try:
-        place = torch.device(named or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device {named} cannot be used here: {str(error).splitlines()[0]}") from error
-    return place
 
 
 def _with_adapter(model: torch.nn.Module, adapter: Path) -> torch.nn.Module:

@@ -18,6 +18,7 @@ from weightport.errors import CheckpointError, RecipeError, TrainingError
 from weightport.finetuning.families import FAMILIES
 from weightport.finetuning.family import Family
 from weightport.finetuning.recipes.settings import BatchSettings, ModelSettings
+from weightport.model_directory import check_converted, check_processor
 
 _LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """Nothing is fetched, and no code of the directory is run."""
@@ -35,25 +36,14 @@ class Loaded:
 
 def family_of(directory: Path) -> Family:
     """The family of a model directory. Raises CheckpointError when it is none, or none that can be trained."""
-    if (directory / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f"{directory} is an adapter, not a model directory: merge it first (port-merge-lora BASE {directory} OUT)."
-        )
-    if not (directory / "config.json").is_file():
-        raise CheckpointError(
-            f"{directory} is not a model directory: it has no config.json. Give what port-ofa or port-florence2 wrote."
-        )
+    check_converted(directory)
     config = read_json(directory / "config.json")
     model_type = config.get("model_type") if isinstance(config, dict) else None
     if model_type not in FAMILIES:
         raise CheckpointError(
             f"{directory} holds a {model_type!r} model; weightport fine-tunes {', '.join(FAMILIES)}."
         )
-    if not (directory / "processor_config.json").is_file():
-        raise CheckpointError(
-            f"{directory} has no processor (processor_config.json), so that text cannot be read or written.\n"
-            "  Convert the checkpoint again with --vocab to write one."
-        )
+    check_processor(directory)
     return FAMILIES[model_type]
 
 
