@@ -15,20 +15,26 @@ from weightport.checkpoints.hashing import BackgroundDigests
 from weightport.converters.dropping import check_patterns, given_up
 from weightport.converters.family import Family, Options, SourceModel, check_accepted
 from weightport.converters.plan import Plan, plan
+from weightport.converters.processor import Processor, check_processor, image_sides
 from weightport.converters.record import conversion_record, write_record
 from weightport.errors import ConfigurationError, OutputError
 from weightport.families.recognition import recognise
+from weightport.tokenizers.provenance import Provenance
 from weightport.writing.safetensors_shards import lay_out, same_bits, write_shards
 from weightport.writing.whole_output import check_absent, whole_directory
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What a conversion will do: for a command line to show before the work begins."""
+    """What a conversion will do: for a command line to show before the work begins.
+
+    `vocabulary` is what the processor's tokenizer was made of, None where no processor is written.
+    """
 
     checkpoint: Checkpoint
     model: SourceModel
     plan: Plan
+    vocabulary: Provenance | None
 
 
 @dataclass(frozen=True)
@@ -69,10 +75,14 @@ def convert(
         model = reader.read(checkpoint, options)
         made = make_plan(reader, model, options)
         check_derived(made, model)
-        announce(Planned(checkpoint, model, made))
+        # A vocabulary or an image size that does not fit is found in a second, not after gigabytes.
+        built = checked_processor(reader, model, checkpoint, options)
+        vocabulary = built.vocabulary if built is not None else None
+        announce(Planned(checkpoint, model, made, vocabulary))
         with whole_directory(out, overwrite=options.overwrite, needs=made.nbytes) as folder:
-            # Before the weights: a vocabulary that does not fit is found in a second, not after gigabytes.
-            reader.write_companions(model, checkpoint, made, folder, options)
+            if built is not None:
+                built.processor.save_pretrained(folder)
+            reader.write_companions(model, made, folder, options)
             files = write_shards(
                 made,
                 lay_out(made, options.max_shard_bytes),
@@ -80,7 +90,7 @@ def convert(
                 allow_nonfinite=options.allow_nonfinite,
                 advance=advance,
             )
-            record = conversion_record(checkpoint, model, made, files, hashed.result())
+            record = conversion_record(checkpoint, model, made, files, hashed.result(), vocabulary)
             write_record(folder, record)
     return Conversion(out, made, model, record)
 
@@ -102,6 +112,20 @@ def make_plan(family: Family, model: SourceModel, options: Options) -> Plan:
     check_patterns(model.tensors, options.drop)
     dropped = given_up(model.tensors, options.drop)
     return plan(model.tensors, model.rules, family.targets(model.config), options.dtype, dropped)
+
+
+def checked_processor(
+    family: Family, model: SourceModel, checkpoint: Checkpoint, options: Options
+) -> Processor | None:
+    """The model's processor, which makes what the model takes; None where none is asked for.
+
+    Raises VocabularyError and ConfigurationError.
+    """
+    built = family.build_processor(model, checkpoint, options)
+    if built is not None:
+        use = family.image_use(model.config, *image_sides(built.processor))
+        check_processor(built.processor, model.config, use)
+    return built
 
 
 def check_derived(made: Plan, model: SourceModel) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from weightport.converters.native import NativeTensors
     from weightport.converters.plan import Plan
+    from weightport.converters.processor import ImageUse, Processor
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,14 @@ class Family(Protocol):
     def targets(self, config: PreTrainedConfig) -> NativeTensors:
         """What the native model of this configuration loads; no memory is used."""
 
-    def write_companions(
-        self, model: SourceModel, checkpoint: Checkpoint, plan: Plan, folder: Path, options: Options
-    ) -> None:
-        """Write config.json, generation_config.json, tokenizer and processor into `folder`."""
+    def build_processor(self, model: SourceModel, checkpoint: Checkpoint, options: Options) -> Processor | None:
+        """The processor of the model, None where it is to be written without one. Raises WeightportError."""
+
+    def image_use(self, config: PreTrainedConfig, height: int, width: int) -> ImageUse:
+        """What the native model makes of a picture of height × width pixels."""
+
+    def write_companions(self, model: SourceModel, plan: Plan, folder: Path, options: Options) -> None:
+        """Write config.json, generation_config.json and the like into `folder`, where the processor is saved."""
 
     def rules_of(self, config: PreTrainedConfig, layout: str) -> RuleTable:
         """The rule table of a converted model, for the way back."""

@@ -17,6 +17,7 @@ from weightport.checkpoints.hashing import FileDigest
 from weightport.converters.family import SourceModel
 from weightport.converters.plan import Plan, main_dtype
 from weightport.errors import CheckpointError
+from weightport.tokenizers.provenance import Provenance
 from weightport.writing.safetensors_shards import WrittenFile
 from weightport.writing.whole_output import whole_file
 
@@ -30,6 +31,7 @@ def conversion_record(
     plan: Plan,
     files: Sequence[WrittenFile],
     digests: Sequence[FileDigest],
+    vocabulary: Provenance | None = None,
 ) -> dict[str, Any]:
     """The record of one conversion, as plain data."""
     return {
@@ -43,6 +45,7 @@ def conversion_record(
             "files": [asdict(digest) for digest in digests],
             "options": dict(model.options),
         },
+        "vocabulary": asdict(vocabulary) if vocabulary is not None else None,
         "dtype": _name(main_dtype(plan)),
         "parameters": plan.parameters,
         "files": [asdict(file) for file in files],

@@ -42,6 +42,17 @@ class Registration:
             register(config, **{self.argument: _resolve(self.implementation)}, exist_ok=True)
 
 
+@dataclass(frozen=True)
+class Completion:
+    """A call of our function `implementation` once transformers' module `auto_module` exists."""
+
+    auto_module: str
+    implementation: str
+
+    def apply(self) -> None:
+        _resolve(self.implementation)()
+
+
 def _resolve(reference: str):
     module, _, name = reference.partition(":")
     return getattr(import_module(module), name)
@@ -72,12 +83,20 @@ REGISTRATIONS = (
 )
 
 
+COMPLETIONS = (
+    Completion(
+        "transformers.models.florence2.processing_florence2",
+        "weightport.modeling.florence2.chat_templates:accept_chat_templates",
+    ),
+)
+
+
 class AutoRegistrar(MetaPathFinder):
     """Finds transformers' and our modules as the other finders do, and registers when such an import has ended."""
 
     watched = ("transformers.", "weightport.modeling.")
 
-    def __init__(self, registrations: Sequence[Registration]):
+    def __init__(self, registrations: Sequence[Registration | Completion]):
         self.pending = list(registrations)
         self.executing: set[str] = set()
 
@@ -131,9 +150,9 @@ class _AnnouncingLoader(Loader):
 def install() -> None:
     """Registers with the Auto classes that exist, and waits for the others. Calling it again does nothing."""
     if not any(isinstance(finder, AutoRegistrar) for finder in sys.meta_path):
-        registrar = AutoRegistrar(REGISTRATIONS)
+        registrar = AutoRegistrar((*REGISTRATIONS, *COMPLETIONS))
         sys.meta_path.insert(0, registrar)
         registrar.register()
 
 
-__all__ = ["REGISTRATIONS", "AutoRegistrar", "Registration", "install"]
+__all__ = ["COMPLETIONS", "REGISTRATIONS", "AutoRegistrar", "Completion", "Registration", "install"]
