@@ -13,6 +13,7 @@ _PUBLIC = (
     "convert",
     "export",
     "extract_lora",
+    "generate",
     "load_native",
     "merge_lora",
     "plan_conversion",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from weightport.checkpoints.sources import Sources
     from weightport.converters.conversion import Conversion, Planned
     from weightport.converters.export import Export
+    from weightport.generation import Answer
     from weightport.hashing import BackgroundDigests
     from weightport.parity.report import ParityReport
 
@@ -191,3 +192,11 @@ def extract_lora(tuned: str | Path, base: str | Path, out: str | Path, rank: int
     from weightport.adapters.extraction import extract_lora as run
 
     return run(tuned, base, out, rank, **settings)
+
+
+def generate(directory: str | Path, image: str | Path | None = None, **settings: Any) -> Answer:
+    """Ask the model in `directory` about `image`: see `weightport.generation.generate` for the settings."""
+    from weightport.generation import generate as run
+
+    registry().check_converted(Path(directory))
+    return run(directory, image, **settings)

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from safetensors import SafetensorError
 
-from weightport.errors import CheckpointError, UsageError
+from weightport.checkpoints import open_checkpoint
+from weightport.devices import usable_device
+from weightport.errors import CheckpointError, DataError, UsageError
+from weightport.model_directory import check_model_directory, check_processor
+
+LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""Nothing is fetched, and no code of the directory is run or asked about."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,8 @@ def generate(
     """Run the model directory on `image` (a file that Pillow reads) and `prompt`, by default the task's own.
 
     Decoding follows the directory's generation_config.json unless `beams` or `max_new_tokens` say otherwise. Raises
-    UsageError when there is nothing to ask about, CheckpointError when the directory has no processor.
+    UsageError when there is nothing to ask about, for an unknown task and for a device that cannot be used, DataError
+    for what is no picture, CheckpointError for what is no converted directory with a processor.
     """
     if image is None and prompt is None:
         raise UsageError("Nothing to ask about: give an image, or a --prompt.")
@@ -45,22 +56,20 @@ def generate(
     from weightport import modeling  # noqa: F401 - registers the families that transformers lacks
 
     directory = Path(directory)
-    if (directory / "adapter_config.json").is_file():
-        raise CheckpointError(f"{directory} is an adapter: merge it first (port-merge-lora BASE {directory} OUT).")
-    if not (directory / "config.json").is_file():
-        raise CheckpointError(f"{directory} is not a model directory: it has no config.json.")
-    if not (directory / "processor_config.json").is_file():
-        raise CheckpointError(
-            f"{directory} has no processor (processor_config.json), so text cannot be read or written.\n"
-            "  Convert the checkpoint again with --vocab to write one."
-        )
+    check_model_directory(directory)
+    check_processor(directory)
+    place = usable_device(device)
     picture = read_image(Path(image)) if image is not None else None
-    processor = AutoProcessor.from_pretrained(directory)
+    with _loading(directory):
+        processor = AutoProcessor.from_pretrained(directory, **LOCAL)
     asked = prompt if prompt is not None else task_prompt(processor, task)
     logging.disable_progress_bar()
-    model: Any = AutoModelForImageTextToText.from_pretrained(directory, dtype="auto")
-    model = model.to(device).eval()
-    inputs = processor(text=asked, images=picture, return_tensors="pt").to(device)
+    # Our reader says what is wrong with a damaged file, and what to do.
+    open_checkpoint(directory)
+    with _loading(directory):
+        model: Any = AutoModelForImageTextToText.from_pretrained(directory, dtype="auto", **LOCAL)
+    model = model.to(place).eval()
+    inputs = processor(text=asked, images=picture, return_tensors="pt").to(place)
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     settings: dict[str, Any] = {}
@@ -74,12 +83,33 @@ def generate(
     return Answer(asked, answer_text(processor, ids[0], asked, picture), ids[0].tolist())
 
 
+@contextmanager
+def _loading(directory: Path) -> Iterator[None]:
+    """What transformers raises for a directory that it cannot load, as CheckpointError."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(
+                f"{directory} can only be loaded by running code that stands in it, which weightport never does.\n"
+                "  `weightport convert` makes a native model of an original checkpoint without running its code."
+            ) from error
+        raise CheckpointError(f"{directory} cannot be loaded: {error}") from error
+
+
 def task_prompt(processor: Any, task: str) -> str:
-    """What a processor asks for a task: its own prompt, or the task's token (<OD> for od). Raises UsageError."""
+    """What a processor asks for a task, named as `od` or `<OD>`: its own prompt, or the task's token. Raises
+    UsageError for a task that it does not have, or that asks for more than a picture."""
+    name = task.strip("<>").lower()
     if hasattr(processor, "prompt"):
-        return str(processor.prompt(task))
-    token = f"<{task.upper()}>"
+        try:
+            return str(processor.prompt(name))
+        except ValueError as error:
+            raise UsageError(f"--task {task}: {error}\n  Or give the whole question as --prompt.") from error
+    token = f"<{name.upper()}>"
     known = getattr(processor, "task_prompts_without_inputs", {})
+    if token in getattr(processor, "task_prompts_with_input", {}):
+        raise UsageError(f"--task {task} asks about a text as well: give both as --prompt '{token}the text'.")
     if token not in known:
         names = ", ".join(each.strip("<>").lower() for each in known) or "none"
         raise UsageError(f"The model has no prompt for the task {task!r} (it has {names}). Give a --prompt.")
@@ -97,12 +127,21 @@ def answer_text(processor: Any, ids: torch.Tensor, asked: str, picture: Image.Im
     return answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
 
 
+# What Pillow's decoders raise beside OSError (of which UnidentifiedImageError and a failing disk's EIO are kinds).
+BROKEN_PICTURE = (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, OverflowError, struct.error)
+
+
 def read_image(path: Path) -> Image.Image:
-    """The picture in RGB. Raises UsageError when the file is missing or no picture."""
+    """The picture in RGB. Raises DataError when the file is missing, no picture, broken, or so large that decoding it
+    could fill the memory."""
     try:
         with Image.open(path) as picture:
             return picture.convert("RGB")
     except FileNotFoundError as error:
-        raise UsageError(f"{path} does not exist.") from error
-    except (UnidentifiedImageError, OSError) as error:
-        raise UsageError(f"{path} cannot be read as a picture: {error}.") from error
+        raise DataError(f"{path} does not exist.") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(
+            f"{path} is too large a picture to be decoded safely: {error} Make it smaller first."
+        ) from error
+    except BROKEN_PICTURE as error:
+        raise DataError(f"{path} cannot be read as a picture: {error}.") from error

@@ -157,7 +157,7 @@ def test_generate_says_something_about_a_picture(converted, picture):
 def test_generate_refuses_what_is_no_picture(converted, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     result = weightport("generate", converted, tmp_path / "text.png")
-    assert (result.exit_code, "cannot be read as a picture" in result.stderr) == (2, True)
+    assert (result.exit_code, "cannot be read as a picture" in result.stderr) == (1, True)
     assert weightport("generate", converted).exit_code == 2
     assert weightport("generate", tmp_path, "--prompt", "x").exit_code == 1
 

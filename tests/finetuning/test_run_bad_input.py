@@ -178,7 +178,7 @@ def missing_tensor(folder: Path) -> None:
 
 
 MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "nothing": (spoil_nothing, "not a model directory"),
+    "nothing": (spoil_nothing, "does not exist"),
     "no config": (spoil_config, "config.json"),
     "broken config": (break_config, "config.json"),
     "other family": (other_family, "'bert'"),

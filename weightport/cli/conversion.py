@@ -224,7 +224,19 @@ def _show_dry_run(lines: Lines, planned: Planned, *, as_json: bool) -> None:
 
 def summary(result: Conversion) -> dict[str, Any]:
     """What --json prints: the record without its lists of tensors."""
-    kept = ("family", "layout", "title", "sources", "options", "dtype", "parameters", "files", "notes", "versions")
+    kept = (
+        "family",
+        "layout",
+        "title",
+        "sources",
+        "options",
+        "vocabulary",
+        "dtype",
+        "parameters",
+        "files",
+        "notes",
+        "versions",
+    )
     record = {key: result.record[key] for key in kept}
     # Without the list of every tensor.
     record["sources"] = {
@@ -250,6 +262,10 @@ def _show_plan(lines: Lines, planned: Planned) -> None:
     )
     for note in model.notes:
         lines.line("note", note)
+    if planned.vocabulary is not None:
+        lines.line("vocab", planned.vocabulary.sentence)
+        if planned.vocabulary.warning is not None:
+            lines.line("warning", planned.vocabulary.warning)
     counts = tensor_counts(plan)
     became = [f"{counts[what]} {said}" for what, said in _BECAME.items() if counts[what]]
     read = counts["read"] + counts["dropped"]
@@ -281,4 +297,5 @@ def _show_result(lines: Lines, result: Conversion, seconds: float) -> None:
     names = sorted(path.name for path in result.directory.iterdir())
     lines.line(f"{result.directory}/", " · ".join(names))
     made = shlex.quote(str(result.directory))
-    lines.line("next", f"port-parity {made} --reference … · weightport generate {made} IMAGE")
+    tried = f" · weightport generate {made} IMAGE" if "processor_config.json" in names else ""
+    lines.line("next", f"port-parity {made} --reference …{tried}")

@@ -31,7 +31,7 @@ def generate_command(
     as_json: bool,
 ) -> None:
     """Print what the converted model in DIRECTORY says about IMAGE (or about the prompt alone)."""
-    from weightport.generation import generate
+    from weightport.api import generate
 
     answer = generate(
         directory, image, prompt=prompt, task=task, beams=beams, max_new_tokens=max_new_tokens, device=device

@@ -82,13 +82,14 @@ def port_parity(
     # A reference's generation settings stand beside the directory's own: transformers warns of each pair.
     logging.set_verbosity_error()
     from weightport.api import check_parity
+    from weightport.devices import usable_device
     from weightport.parity import render
 
     report = check_parity(
         directory,
         reference,
         dtypes=[getattr(torch, name) for name in dtypes] or None,
-        device=device,
+        device=str(usable_device(device)),
         attn_implementation=attn,
         use_cache=not no_cache,
         invariance=invariance,

@@ -16,20 +16,31 @@ from weightport.converters.dropping import check_patterns, given_up
 from weightport.converters.family import ConversionStage, SourceModel
 from weightport.converters.options import ConversionOptions
 from weightport.converters.plan import Plan, plan
+from weightport.converters.processor import Processor, check_processor, image_sides
 from weightport.converters.record import conversion_record, write_record
 from weightport.errors import ConfigurationError, OutputError
 from weightport.hashing import BackgroundDigests
+from weightport.tokenizers.provenance import Provenance
 from weightport.writing import check_absent, whole_directory
 from weightport.writing.safetensors_shards import lay_out, write_shards
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What a conversion will do: for a command line to show before the work begins."""
+    """What a conversion will do: for a command line to show before the work begins.
+
+    `processor` is what is written beside the weights, None where none is.
+    """
 
     sources: Sources
     model: SourceModel
     plan: Plan
+    processor: Processor | None
+
+    @property
+    def vocabulary(self) -> Provenance | None:
+        """What the processor's tokenizer was made of."""
+        return self.processor.vocabulary if self.processor is not None else None
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,8 @@ def prepare(sources: Sources, family: ConversionStage, options: ConversionOption
     model = family.read(sources, options)
     made = make_plan(family, model, options)
     check_derived(made, model)
-    return Planned(sources, model, made)
+    # A vocabulary or an image size that does not fit is found in a second, not after gigabytes.
+    return Planned(sources, model, made, checked_processor(family, model, sources, options))
 
 
 def convert(
@@ -74,8 +86,9 @@ def convert(
         model, made = planned.model, planned.plan
         announce(planned)
         with whole_directory(out, overwrite=options.overwrite, needs=made.nbytes) as folder:
-            # Before the weights: a vocabulary that does not fit is found in a second, not after gigabytes.
-            family.write_companions(model, sources, made, folder, options)
+            if planned.processor is not None:
+                planned.processor.processor.save_pretrained(folder)
+            family.write_companions(model, made, folder, options)
             files = write_shards(
                 lay_out(made.targets, options.max_shard_bytes),
                 folder,
@@ -83,7 +96,7 @@ def convert(
                 allow_nonfinite=options.allow_nonfinite,
                 advance=advance,
             )
-            record = conversion_record(sources, model, made, files, hashed.result())
+            record = conversion_record(sources, model, made, files, hashed.result(), planned.vocabulary)
             write_record(folder, record)
     return Conversion(out, made, model, record)
 
@@ -106,6 +119,20 @@ def make_plan(family: ConversionStage, model: SourceModel, options: ConversionOp
     check_patterns(model.tensors, options.drop, section)
     dropped = given_up(model.tensors, options.drop, section)
     return plan(model.tensors, model.rules, family.targets(model.config), options.dtype, dropped)
+
+
+def checked_processor(
+    family: ConversionStage, model: SourceModel, sources: Sources, options: ConversionOptions
+) -> Processor | None:
+    """The model's processor, which makes what the model takes; None where none is asked for.
+
+    Raises VocabularyError and ConfigurationError.
+    """
+    built = family.build_processor(model, sources, options)
+    if built is not None:
+        use = family.image_use(model.config, *image_sides(built.processor))
+        check_processor(built.processor, model.config, use)
+    return built
 
 
 def check_derived(made: Plan, model: SourceModel) -> None:

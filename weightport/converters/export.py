@@ -19,6 +19,7 @@ from weightport.converters.patterns import Capture
 from weightport.converters.record import read_record
 from weightport.converters.rules import Claim, RuleTable
 from weightport.errors import CheckpointError, CoverageError, UsageError
+from weightport.model_directory import check_model_directory
 from weightport.writing import check_absent, whole_directory, whole_file
 from weightport.writing.npz import write_npz
 from weightport.writing.outgoing import Outgoing
@@ -231,10 +232,9 @@ def load_config(directory: Path) -> PreTrainedConfig:
     from weightport import modeling  # noqa: F401 - registers the families that transformers lacks
 
     path = directory / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{directory} is not a model directory: it has no config.json.")
+    check_model_directory(directory)
     try:
         json.loads(path.read_text(encoding="utf-8"))
-        return transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read as a model configuration: {error}") from error

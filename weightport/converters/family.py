@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from weightport.converters.native import NativeTensors
     from weightport.converters.plan import Plan
+    from weightport.converters.processor import ImageUse, Processor
 
 OriginalForm = Literal["torch", "folder", "npz"]
 """What an export writes: one file of torch.save, a folder as the Hub has it, or an .npz."""
@@ -76,10 +77,14 @@ class ConversionStage(Protocol):
     def targets(self, config: PreTrainedConfig) -> NativeTensors:
         """What the native model of this configuration stores on disk; no memory is used."""
 
-    def write_companions(
-        self, model: SourceModel, sources: Sources, plan: Plan, folder: Path, options: ConversionOptions
-    ) -> None:
-        """Write config.json, generation_config.json, tokenizer and processor into `folder`."""
+    def build_processor(self, model: SourceModel, sources: Sources, options: ConversionOptions) -> Processor | None:
+        """The processor of the model, None where it is to be written without one. Raises WeightportError."""
+
+    def image_use(self, config: PreTrainedConfig, height: int, width: int) -> ImageUse:
+        """What the native model makes of a picture of height × width pixels."""
+
+    def write_companions(self, model: SourceModel, plan: Plan, folder: Path, options: ConversionOptions) -> None:
+        """Write config.json, generation_config.json and the like into `folder`, where the processor is saved."""
 
     def rules_of(self, config: PreTrainedConfig, layout: str) -> RuleTable:
         """The rule table of a converted model, for the way back."""

@@ -17,6 +17,7 @@ from weightport.converters.family import SourceModel
 from weightport.converters.plan import Plan
 from weightport.errors import CheckpointError
 from weightport.hashing import FileDigest
+from weightport.tokenizers.provenance import Provenance
 from weightport.writing import whole_file
 from weightport.writing.safetensors_shards import WrittenFile
 
@@ -30,6 +31,7 @@ def conversion_record(
     plan: Plan,
     files: Sequence[WrittenFile],
     digests: Sequence[FileDigest],
+    vocabulary: Provenance | None = None,
 ) -> dict[str, Any]:
     """The record of one conversion, as plain data. `digests` are of the sources' files, in their order."""
     digest_of = dict(zip(sources.files, digests, strict=True))
@@ -49,6 +51,7 @@ def conversion_record(
             for name, checkpoint in sources.checkpoints.items()
         },
         "options": dict(model.options),
+        "vocabulary": asdict(vocabulary) if vocabulary is not None else None,
         "dtype": _name(plan.dtype),
         "parameters": plan.parameters,
         "files": [asdict(file) for file in files],

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from weightport.errors import CheckpointError, FamilyError, UnknownFamilyError
 from weightport.families.declaration import INTERFACE, Family
 from weightport.families.signature import Signature
+from weightport.model_directory import check_model_directory
 
 if TYPE_CHECKING:
     from weightport.checkpoints import Checkpoint
@@ -28,6 +29,9 @@ BUILT_IN = {
     "florence2": "weightport.families.florence2:FAMILY",
 }
 """A new built-in family is a folder, and a line here."""
+
+NATIVE = "a native "
+"""How the kinds of signatures begin that are what a conversion gives."""
 
 STRANGERS = (
     Signature(
@@ -91,21 +95,33 @@ class FamilyRegistry:
         """The family whose native model has this `model_type` in config.json."""
         return next((family for family in self if model_type in family.model_types), None)
 
+    def check_converted(self, directory: Path) -> None:
+        """Raise CheckpointError, saying what to do, unless `directory` can be a native model: it is not there, an
+        adapter, an original checkpoint that is not converted yet, or has no config.json. No weights are read."""
+        family = self.original(directory) if directory.exists() else None
+        if family is not None:
+            raise CheckpointError(
+                f"{directory} holds an original checkpoint of {family.title}, not a converted one. Convert it first: "
+                f"{family.command} {directory} OUT"
+            )
+        check_model_directory(directory)
+
+    def original(self, path: Path) -> Family | None:
+        """The family of an original checkpoint; None for anything else."""
+        from weightport.checkpoints import open_checkpoint
+
+        try:
+            return self.recognised(open_checkpoint(path))
+        except CheckpointError:
+            return None
+
     def of_directory(self, directory: Path) -> Family:
-        """The family of a native model directory, by its config.json. Raises CheckpointError where there is no model
-        directory, UnknownFamilyError for a model of no family."""
+        """The family of a native model directory, by its config.json. Raises CheckpointError for what is none,
+        UnknownFamilyError for a model of no family."""
         from weightport.checkpoints.formats.sharded import read_json
 
+        self.check_converted(directory)
         path = directory / "config.json"
-        if (directory / "adapter_config.json").is_file():
-            raise CheckpointError(
-                f"{directory} is an adapter, not a model directory: merge it first (port-merge-lora BASE {directory} "
-                "OUT)."
-            )
-        if not path.is_file():
-            raise CheckpointError(
-                f"{directory} is not a model directory: it has no config.json. Give what {self.commands} wrote."
-            )
         config = read_json(path)
         model_type = config.get("model_type") if isinstance(config, dict) else None
         family = self.of_model_type(model_type)
@@ -113,12 +129,6 @@ class FamilyRegistry:
             known = ", ".join(name for each in self for name in each.model_types)
             raise UnknownFamilyError(f"{path} has the model_type {model_type!r}; known are {known}.")
         return family
-
-    @property
-    def commands(self) -> str:
-        """The commands that convert, in words."""
-        *first, last = [f"port-{name}" for name in self._built_in]
-        return f"{', '.join(first)} or {last}" if first else last
 
     def looks_like(self, names: Iterable[str]) -> str | None:
         """The kind of checkpoint that tensors with these names are, or None."""
@@ -141,6 +151,12 @@ class FamilyRegistry:
         if name is None and matching is not None:
             return matching
         kind = matching.title if matching is not None else self.looks_like(checkpoint)
+        if kind is not None and kind.startswith(NATIVE):
+            raise UnknownFamilyError(
+                f"{checkpoint.path} is {kind} already: there is nothing to convert. `weightport generate "
+                f"{checkpoint.path} IMAGE` tries it, `weightport export {checkpoint.path} TARGET` gives the original "
+                "format back."
+            )
         wanted = self[name].title if name is not None else " or ".join(family.title for family in self)
         shown = ", ".join(list(checkpoint)[:3])
         raise UnknownFamilyError(

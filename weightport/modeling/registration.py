@@ -10,6 +10,7 @@ from transformers import (
     AutoProcessor,
 )
 
+from .florence2.chat_templates import accept_chat_templates
 from .ofa.configuration_ofa import OFAConfig, OFAVisionConfig
 from .ofa.image_processing_ofa import OFAImageProcessor
 from .ofa.modeling_ofa import OFAForConditionalGeneration, OFAModel
@@ -41,3 +42,4 @@ def register() -> None:
         AutoImageProcessor.register(config, slow_image_processor_class=image_processor, exist_ok=True)
     for config, processor in PROCESSORS:
         AutoProcessor.register(config, processor, exist_ok=True)
+    accept_chat_templates()

@@ -1,5 +1,5 @@
-"""Writes the golden case in cases/tiny: a checkpoint with weights that are a formula of their names, and what the original
-computes on it in float32 and float64. Run `python original/dump.py` in this folder; it needs torch and safetensors."""
+"""Writes the golden case in cases/tiny: a checkpoint with weights that are a formula of their names, and what the
+original computes on it in float32 and float64. `python original/dump.py` needs torch and safetensors."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ SIZES = {
     "side": 24, "patch": 8, "image_width": 16, "image_layers": 2, "image_heads": 2, "vocabulary": 40, "positions": 24,
     "width": 24, "layers": 3, "heads": 4,
 }  # fmt: skip
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz", "red", "blue", "disk", "box", "on", "the", "of",
-         "two", ".", ","]  # fmt: skip
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz", "red", "blue", "disk", "box", "on", "the",
+         "of", "two", ".", ","]  # fmt: skip
 
 
 def formula(name: str, shape: torch.Size) -> torch.Tensor:

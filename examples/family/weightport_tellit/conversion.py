@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,10 @@ from weightport.checkpoints import TensorRef
 from weightport.checkpoints.sources import MAIN, Sources
 from weightport.converters.family import OriginalForm, SourceModel
 from weightport.converters.native import NativeTensors, loadable_tensors
+from weightport.converters.processor import ImageUse, Processor
 from weightport.converters.rules import RuleTable
 from weightport.errors import ConfigurationError
+from weightport.tokenizers.provenance import Provenance, VocabularyFile
 from weightport_tellit.options import TellitOptions
 from weightport_tellit.rules import tellit_rules
 
@@ -63,15 +66,24 @@ class TellitConversion:
 
         return loadable_tensors(GitForCausalLM, config)
 
-    def write_companions(
-        self, model: SourceModel, sources: Sources, plan: Plan, folder: Path, options: TellitOptions
-    ) -> None:
+    def build_processor(self, model: SourceModel, sources: Sources, options: TellitOptions) -> Processor | None:
+        if not options.processor:
+            return None
+        words = "\n".join(model.options["words"]).encode()
+        content = VocabularyFile("words", hashlib.sha256(words).hexdigest(), origin=None)
+        made = _processor(model, lower_case=options.lower_case)
+        return Processor(made, Provenance(sources.main.path.name, (content,)))
+
+    def image_use(self, config: GitConfig, height: int, width: int) -> ImageUse:
+        vision = config.vision_config
+        rows, columns = height // vision.patch_size, width // vision.patch_size
+        return ImageUse(rows, columns, vision.image_size // vision.patch_size, placeholders=0)
+
+    def write_companions(self, model: SourceModel, plan: Plan, folder: Path, options: TellitOptions) -> None:
         config: Any = model.config
         config.architectures = ["GitForCausalLM"]
         config.dtype = plan.dtype
         config.save_pretrained(folder)
-        if options.processor:
-            _processor(model, lower_case=options.lower_case).save_pretrained(folder)
 
     def rules_of(self, config: GitConfig, layout: str) -> RuleTable:
         return tellit_rules(config)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any
 
-import torch
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 from weightport.parity.family import Argument, Family, Generation, Seam, Tensors

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from weightport.checkpoints import Checkpoint
 from weightport.converters.family import SourceModel
 from weightport.converters.plan import Plan
+from weightport.converters.processor import Processor
 from weightport.errors import CheckpointError, ConfigurationError
 from weightport.families.florence2.generation_config import generation_settings
 from weightport.families.florence2.grounding import post_processor_config
-from weightport.families.florence2.images import image_settings
+from weightport.families.florence2.images import PREPROCESSOR, image_settings
 from weightport.families.florence2.options import Florence2Options
 
 NO_VOCABULARY = "none"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message.content is string %}{{ message.content | trim }}"
+    "{% else %}{% for part in message.content if part.type == 'text' %}{{ part.text | trim }}{% endfor %}"
+    "{% endif %}{% endfor %}"
+)
+"""A chat's prompt is its text, as the task token or question that the processor takes; the processor itself writes the
+image's placeholders before it."""
 _LARGEST_KEPT = 20_000  # characters; a fork's tokenizer_config.json lists its 1024 tokens a second time
 
 
 def companion(checkpoint: Checkpoint, name: str) -> Any:
     """The JSON file `name` beside the weights, None when there is none. Raises CheckpointError for a malformed one."""
-    path = checkpoint.folder / name
+    return read_companion(checkpoint.folder / name)
+
+
+def read_companion(path: Path) -> Any:
+    """A JSON file, None when there is none. Raises CheckpointError for a malformed one."""
     if not path.is_file():
         return None
     try:
@@ -48,8 +61,8 @@ def source_files(checkpoint: Checkpoint) -> dict[str, Any]:
     return {name: data for name, data in found.items() if data is not None and len(json.dumps(data)) <= _LARGEST_KEPT}
 
 
-def write(model: SourceModel, checkpoint: Checkpoint, plan: Plan, folder: Path, options: Florence2Options) -> None:
-    """Write every companion of `model` into `folder`."""
+def write(model: SourceModel, plan: Plan, folder: Path) -> None:
+    """Write the companions of `model` into `folder`, where the processor, if any, is saved already."""
     from transformers import Florence2ForConditionalGeneration
 
     config: Any = model.config
@@ -58,16 +71,19 @@ def write(model: SourceModel, checkpoint: Checkpoint, plan: Plan, folder: Path, 
     config.save_pretrained(folder)
     settings = generation_settings(model.options["config"]["text_config"])
     (folder / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def build_processor(model: SourceModel, checkpoint: Checkpoint, options: Florence2Options) -> Processor | None:
+    """The processor of `model`, None where there is no tokenizer. Raises VocabularyError when the tokenizer does not
+    fit, ConfigurationError for image settings that cannot be, or that nothing tells."""
     source = vocabulary_source(checkpoint, options)
-    if source is not None:
-        _write_processor(source, model, checkpoint, folder)
-
-
-def _write_processor(source: str | Path, model: SourceModel, checkpoint: Checkpoint, folder: Path) -> None:
+    if source is None:
+        return None
     from transformers import Florence2Processor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     from weightport.families.florence2.tokenizer import build_florence2_tokenizer, check_fit, read_florence2_vocabulary
+    from weightport.tokenizers.provenance import florence2_provenance
 
     config: Any = model.config
     vocabulary = read_florence2_vocabulary(source)
@@ -75,13 +91,29 @@ def _write_processor(source: str | Path, model: SourceModel, checkpoint: Checkpo
     tokenizer = build_florence2_tokenizer(
         vocabulary, config.image_token_id, config.text_config.max_position_embeddings
     )
-    settings = image_settings(companion(checkpoint, "preprocessor_config.json"), config.vision_config)
+    settings = image_settings(_stated_images(checkpoint, source), config.vision_config, str(checkpoint.path))
     try:
         image_processor = CLIPImageProcessorPil(**settings)
     except (TypeError, ValueError, LookupError) as error:
         raise ConfigurationError(f"preprocessor_config.json cannot be used: {error}.") from error
-    Florence2Processor(
+    processor = Florence2Processor(
         image_processor=image_processor,
         tokenizer=tokenizer,
+        chat_template=CHAT_TEMPLATE,
         post_processor_config=post_processor_config(),
-    ).save_pretrained(folder)
+    )
+    return Processor(processor, florence2_provenance(source))
+
+
+def _stated_images(checkpoint: Checkpoint, source: str | Path) -> Any:
+    """The image settings beside the weights, or where the tokenizer is from; None when neither has any."""
+    folders = [checkpoint.folder, *([Path(source)] if Path(source).is_dir() else [])]
+    for folder in folders:
+        stated = read_companion(folder / PREPROCESSOR)
+        if stated is not None:
+            return stated
+        # transformers 5 saves all settings of a processor in one file.
+        whole = read_companion(folder / "processor_config.json")
+        if isinstance(whole, Mapping) and whole.get("image_processor") is not None:
+            return whole["image_processor"]
+    return None

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from weightport.converters.native import NativeTensors
     from weightport.converters.plan import Plan
+    from weightport.converters.processor import ImageUse, Processor
 
 LAYOUT = "remote-code"
 
@@ -86,13 +87,26 @@ class Florence2Conversion:
 
         return loadable_tensors(Florence2ForConditionalGeneration, config)
 
-    def write_companions(
-        self, model: SourceModel, sources: Sources, plan: Plan, folder: Path, options: Florence2Options
-    ) -> None:
-        """Write config.json, generation_config.json and the processor into `folder`."""
+    def build_processor(self, model: SourceModel, sources: Sources, options: Florence2Options) -> Processor | None:
+        """Florence2Processor; None without a tokenizer."""
+        from weightport.families.florence2.companions import build_processor
+
+        return build_processor(model, sources.main, options)
+
+    def image_use(self, config: PreTrainedConfig, height: int, width: int) -> ImageUse:
+        """Features of the vision tower's last stage; with their average they take the places of <image> tokens."""
+        from weightport.converters.processor import ImageUse
+        from weightport.families.florence2.images import feature_grid, image_vectors
+
+        vision = config.vision_config
+        rows, columns = feature_grid(vision, height, width)
+        return ImageUse(rows, columns, vision.max_position_embeddings, image_vectors(vision, height, width))
+
+    def write_companions(self, model: SourceModel, plan: Plan, folder: Path, options: Florence2Options) -> None:
+        """Write config.json and generation_config.json into `folder`."""
         from weightport.families.florence2.companions import write
 
-        write(model, sources.main, plan, folder, options)
+        write(model, plan, folder)
 
     def rules_of(self, config: PreTrainedConfig, layout: str) -> RuleTable:
         """The rule table of a converted model: the released files' set of names."""

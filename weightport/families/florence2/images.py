@@ -7,6 +7,7 @@ from typing import Any
 
 from weightport.errors import ConfigurationError
 
+PREPROCESSOR = "preprocessor_config.json"
 # preprocessor_config.json of every release.
 RELEASED = {
     "do_resize": True,
@@ -20,6 +21,27 @@ RELEASED = {
     "image_mean": [0.485, 0.456, 0.406],
     "image_std": [0.229, 0.224, 0.225],
 }
+
+
+# The vision towers of the releases, which all take those settings: widths of base and large, and what they share.
+RELEASED_WIDTHS = ([128, 256, 512, 1024], [256, 512, 1024, 2048])
+RELEASED_TOWER = {
+    "depths": [1, 1, 9, 1],
+    "patch_size": [7, 3, 3, 3],
+    "patch_stride": [4, 2, 2, 2],
+    "patch_padding": [3, 1, 1, 1],
+    "max_position_embeddings": 50,
+}
+
+
+def is_released(vision: Any) -> bool:
+    """Whether a vision configuration is that of a release, base or large."""
+    same = all(_plain(getattr(vision, name)) == value for name, value in RELEASED_TOWER.items())
+    return same and _plain(vision.embed_dim) in RELEASED_WIDTHS
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (list, tuple)) else value
 
 
 def feature_grid(vision: Any, height: int, width: int) -> tuple[int, int]:
@@ -36,11 +58,21 @@ def image_vectors(vision: Any, height: int, width: int) -> int:
     return 1 + rows * columns
 
 
-def image_settings(stated: Mapping[str, Any] | None, vision: Any) -> dict[str, Any]:
-    """Arguments of CLIPImageProcessor, image_seq_length among them. None: the releases' own settings.
+def image_settings(stated: Mapping[str, Any] | None, vision: Any, where: str) -> dict[str, Any]:
+    """Arguments of CLIPImageProcessor, image_seq_length among them. None: those of the releases, for their vision
+    towers; of another tower the checkpoint at `where` does not tell them.
 
-    Raises ConfigurationError when the size does not give a square grid that the position embeddings cover.
+    Raises ConfigurationError when nothing tells the size of pictures, or when it does not give a square grid that the
+    position embeddings cover.
     """
+    if stated is None and not is_released(vision):
+        raise ConfigurationError(
+            f"No {PREPROCESSOR} beside {where}: the size of its pictures does not show in the tensors (any that gives "
+            f"a square of at most {vision.max_position_embeddings} × {vision.max_position_embeddings} features would "
+            "fit), and the vision tower is not a release's.\n"
+            f"  Put the {PREPROCESSOR} of the model that was trained into the folder (or into that of --vocab), or "
+            "pass --vocab none to convert without a processor."
+        )
     stated = RELEASED if stated is None else stated
     if not isinstance(stated, Mapping):
         raise ConfigurationError(f"preprocessor_config.json should be a JSON object; found {type(stated).__name__}.")

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from weightport.errors import CheckpointError
+from weightport.families.florence2.companions import read_companion
 from weightport.families.florence2.configuration import FEATURE_SOURCES
+from weightport.families.florence2.images import PREPROCESSOR
 from weightport.families.florence2.rules import original_rows
 from weightport.families.florence2.tokenizer import original_tokenizer
 
@@ -41,6 +43,9 @@ def write_companions(directory: Path, config: Any, options: Mapping[str, Any], f
         # Names come out of conversion.json: nothing but a file name in the folder is written.
         if Path(name).name == name and name.endswith(".json"):
             _write(folder / name, data)
+    processor = directory / "processor_config.json"
+    if processor.is_file() and not (folder / PREPROCESSOR).exists():
+        _write(folder / PREPROCESSOR, original_images(read_companion(processor)))
     tokenizer = directory / "tokenizer.json"
     if tokenizer.is_file():
         data = _read(tokenizer)
@@ -51,6 +56,14 @@ def write_companions(directory: Path, config: Any, options: Mapping[str, Any], f
         _write(folder / "vocab.json", data["model"]["vocab"])
         if not (folder / "tokenizer_config.json").exists():
             _write(folder / "tokenizer_config.json", {"tokenizer_class": "BartTokenizerFast"})
+
+
+def original_images(processor: Any) -> dict[str, Any]:
+    """The remote code's preprocessor_config.json of a native processor's settings. Raises CheckpointError."""
+    settings = processor.get("image_processor") if isinstance(processor, Mapping) else None
+    if not isinstance(settings, Mapping):
+        raise CheckpointError("processor_config.json holds no image_processor, so the size of pictures is not known.")
+    return {**settings, "processor_class": "Florence2Processor", "do_convert_rgb": None}
 
 
 def original_config(config: Any) -> dict[str, Any]:

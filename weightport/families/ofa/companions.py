@@ -1,4 +1,4 @@
-"""What stands beside the weights of a converted OFA: configuration, generation settings, tokenizer, processor."""
+"""What stands beside the weights of a converted OFA: configuration, generation settings, processor."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from weightport.checkpoints import Checkpoint
 from weightport.converters.family import SourceModel
 from weightport.converters.plan import Plan
 from weightport.converters.portable import write_portable_code
+from weightport.converters.processor import Processor
 from weightport.errors import VocabularyError
 from weightport.families.ofa.generation_config import beam_of, generation_config
 from weightport.families.ofa.options import OFAOptions
@@ -22,8 +23,8 @@ MAX_IMAGE_SIZE = 512
 VOCABULARY_FILES = ("dict.txt", "vocab.txt", "encoder.json", "vocab.json")
 
 
-def write(model: SourceModel, checkpoint: Checkpoint, plan: Plan, folder: Path, options: OFAOptions) -> None:
-    """Write every companion of `model` into `folder`. Raises VocabularyError when the vocabulary does not fit."""
+def write(model: SourceModel, plan: Plan, folder: Path, options: OFAOptions) -> None:
+    """Write the companions of `model` into `folder`, where the processor, if any, is saved already."""
     from weightport.modeling.ofa.modeling_ofa import OFAForConditionalGeneration
 
     config = model.config
@@ -33,20 +34,23 @@ def write(model: SourceModel, checkpoint: Checkpoint, plan: Plan, folder: Path, 
     task = model.options["task"]
     settings = generation_config(task, beam_of(task, model.options["language"]))
     (folder / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    if options.vocabulary != "none":
-        _write_processor(model, checkpoint, folder, options)
     if options.portable:
         write_portable_code(folder, "weightport.modeling.ofa", AUTO_MAPS)
 
 
-def _write_processor(model: SourceModel, checkpoint: Checkpoint, folder: Path, options: OFAOptions) -> None:
+def build_processor(model: SourceModel, checkpoint: Checkpoint, options: OFAOptions) -> Processor | None:
+    """The processor of `model`, None for --vocab none. Raises VocabularyError when the vocabulary does not fit."""
+    if options.vocabulary == "none":
+        return None
+    from weightport.families.ofa.tokenizer import build_ofa_tokenizer
     from weightport.modeling.ofa.image_processing_ofa import OFAImageProcessor
     from weightport.modeling.ofa.processing_ofa import OFAProcessor
-    from weightport.tokenizers import build_ofa_tokenizer
+    from weightport.tokenizers.provenance import ofa_provenance
 
     task = model.options["task"]
+    source = options.vocabulary or _vocabulary_beside(checkpoint)
     tokenizer = build_ofa_tokenizer(
-        options.vocabulary or _vocabulary_beside(checkpoint),
+        source,
         model.config.vocab_size,
         bpe=task.get("bpe"),
         num_bins=task.get("num_bins"),
@@ -63,7 +67,8 @@ def _write_processor(model: SourceModel, checkpoint: Checkpoint, folder: Path, o
         settings["keep_aspect_ratio"] = True
     images = OFAImageProcessor(**settings)
     largest = int(task.get("max_image_size") or MAX_IMAGE_SIZE)
-    OFAProcessor(image_processor=images, tokenizer=tokenizer, max_image_size=largest).save_pretrained(folder)
+    processor = OFAProcessor(image_processor=images, tokenizer=tokenizer, max_image_size=largest)
+    return Processor(processor, ofa_provenance(source))
 
 
 def _vocabulary_beside(checkpoint: Checkpoint) -> Path:

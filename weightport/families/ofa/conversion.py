@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from weightport.converters.native import NativeTensors
     from weightport.converters.plan import Plan
+    from weightport.converters.processor import ImageUse, Processor
 
 # Options that are kept in conversion.json: what the architecture and the task are. The rest is the trainer's own
 # business (paths, machines, schedules) and does not belong into a published directory.
@@ -101,13 +102,27 @@ class OFAConversion:
 
         return loadable_tensors(OFAForConditionalGeneration, config)
 
-    def write_companions(
-        self, model: SourceModel, sources: Sources, plan: Plan, folder: Path, options: OFAOptions
-    ) -> None:
-        """Write config.json, generation_config.json, tokenizer and processor into `folder`."""
+    def build_processor(self, model: SourceModel, sources: Sources, options: OFAOptions) -> Processor | None:
+        """OFAProcessor with the tokenizer of the vocabulary; None for --vocab none."""
+        from weightport.families.ofa.companions import build_processor
+
+        return build_processor(model, sources.main, options)
+
+    def image_use(self, config: PreTrainedConfig, height: int, width: int) -> ImageUse:
+        """Patches of the image tower; they stand before the text without placeholders."""
+        from weightport.converters.processor import ImageUse
+        from weightport.modeling.ofa.modeling_ofa import PATCH_STRIDE
+
+        # The vision transformer leaves out a last patch that is not whole, the ResNet pads it.
+        spare = 0 if config.vision_config.model_type == "ofa_vit" else PATCH_STRIDE - 1
+        rows, columns = ((side + spare) // PATCH_STRIDE for side in (height, width))
+        return ImageUse(rows, columns, config.image_bucket_size, placeholders=0)
+
+    def write_companions(self, model: SourceModel, plan: Plan, folder: Path, options: OFAOptions) -> None:
+        """Write config.json, generation_config.json and, for --portable, the model's code into `folder`."""
         from weightport.families.ofa.companions import write
 
-        write(model, sources.main, plan, folder, options)
+        write(model, plan, folder, options)
 
     def rules_of(self, config: PreTrainedConfig, layout: str) -> RuleTable:
         """The rule table of a converted model; exports are always fairseq's layout."""

@@ -16,6 +16,7 @@ FAIRSEQ = "fairseq"
 PORT = "transformers-port"
 
 _MARKS = ("encoder.embed_image_positions.weight", "decoder.embed_image_positions.weight", "encoder.image_proj.weight")
+_NATIVE = "encoder.image_rel_pos_tables.0.weight"  # the native model has the marks too, and calls this one otherwise
 _EMA = "extra_state.ema"
 
 # config.json of the existing ports → options as fairseq names them. One flag stands for three there.
@@ -52,7 +53,9 @@ class Found:
 
 def is_ofa(names: Mapping[str, Any]) -> bool:
     """Whether these tensor names are an OFA model's, at the top level or below `model`."""
-    return any(all(prefix + mark in names for mark in _MARKS) for prefix in ("", "model."))
+    return any(
+        all(prefix + mark in names for mark in _MARKS) and prefix + _NATIVE not in names for prefix in ("", "model.")
+    )
 
 
 def locate(checkpoint: Checkpoint, *, ema: bool) -> Found:

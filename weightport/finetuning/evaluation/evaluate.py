@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from weightport.errors import CheckpointError, RecipeError, UsageError
+from weightport.devices import usable_device
+from weightport.errors import CheckpointError, RecipeError
 from weightport.finetuning.data import open_data
 from weightport.finetuning.evaluation.answering import answers, chosen, write_predictions
 from weightport.finetuning.evaluation.predictions import Prediction
@@ -18,7 +19,7 @@ from weightport.finetuning.recipes.recipe import plain
 from weightport.finetuning.recipes.settings import Recipe
 from weightport.finetuning.setup.length_limits import fitted
 from weightport.finetuning.setup.lora_layers import without_deprecations
-from weightport.finetuning.setup.model_loading import Loaded, load_model, load_processor, require_processor
+from weightport.finetuning.setup.model_loading import Loaded, load_model, load_processor
 from weightport.finetuning.setup.training_arguments import loader_workers
 from weightport.finetuning.training.saving import METRICS, base_dtype, write_json
 from weightport.writing import check_absent, whole_directory
@@ -59,10 +60,10 @@ def evaluate(
         metric_named(name)
     if output is not None:
         check_absent(output, overwrite=overwrite)
-    require_processor(directory)
+    check_processor(directory)
     samples = open_data(data, recipe.data, grouped=True)
     processor = load_processor(directory, family, recipe.batch)
-    place = _device(device)
+    place = usable_device(device)
     dtype = base_dtype(directory) or torch.float32
     model = load_model(directory, family, replace(recipe.model, method="full"), device=place, dtype=dtype).to(place)
     if adapter is not None:
@@ -89,15 +90,6 @@ def evaluate(
             write_json(work / EVALUATION, {"data": samples.name, "samples": len(predictions), "recipe": plain(recipe)})
             write_predictions(work / PREDICTIONS, predictions)
     return result
-
-
-def _device(named: str | None) -> torch.device:
-    try:
-        place = torch.device(named or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device {named} cannot be used here: {str(error).splitlines()[0]}") from error
-    return place
 
 
 def _with_adapter(model: torch.nn.Module, adapter: Path) -> torch.nn.Module:

@@ -31,15 +31,6 @@ class Loaded:
     family: Family
 
 
-def require_processor(directory: Path) -> None:
-    """Raise CheckpointError for a directory that can neither read nor write text."""
-    if not (directory / "processor_config.json").is_file():
-        raise CheckpointError(
-            f"{directory} has no processor (processor_config.json), so that text cannot be read or written.\n"
-            "  Convert the checkpoint again with --vocab to write one."
-        )
-
-
 def load_processor(directory: Path, family: Family, batch: BatchSettings) -> Any:
     """The directory's processor, making images of `batch.image_size`."""
     from transformers import AutoConfig, AutoProcessor

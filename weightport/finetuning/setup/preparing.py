@@ -23,11 +23,12 @@ from weightport.finetuning.recipes.settings import Recipe
 from weightport.finetuning.setup.freezing import Share, freeze, frozen_parts, shares
 from weightport.finetuning.setup.length_limits import fitted
 from weightport.finetuning.setup.lora_layers import with_lora
-from weightport.finetuning.setup.model_loading import Loaded, load_model, load_processor, require_processor
+from weightport.finetuning.setup.model_loading import Loaded, load_model, load_processor
 from weightport.finetuning.setup.training_arguments import planned_steps, training_arguments
 from weightport.finetuning.training.resuming import RECIPE, changed_inputs, last_checkpoint, require_same
 from weightport.formatting import samples as in_words
 from weightport.formatting import size
+from weightport.model_directory import check_processor
 
 RECONNAISSANCE = 64
 """Samples of the evaluation data that are scored before the first step."""
@@ -82,7 +83,7 @@ def prepare(job: Job) -> Prepared:
     """Open and check everything: recipe and model, data, output, space. Writes nothing."""
     recipe = job.recipe
     family = job.family
-    require_processor(job.model)
+    check_processor(job.model)
     if family.name not in recipe.families:
         recipe = for_family(recipe, family.name)
     frozen = frozen_parts(family.parts, recipe.model.freeze)

@@ -52,9 +52,20 @@ class Florence2OriginalProcessor(Florence2Processor):
     """Florence2Processor with the original's behaviour. Takes and returns what it does."""
 
     def __init__(
-        self, image_processor: Any = None, tokenizer: Any = None, post_processor_config: Any = None, **kwargs: Any
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        post_processor_config: Any = None,
+        chat_template: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(image_processor, tokenizer, post_processor_config=post_processor_config, **kwargs)
+        super().__init__(
+            image_processor,
+            tokenizer,
+            post_processor_config=post_processor_config,
+            chat_template=chat_template,
+            **kwargs,
+        )
         self.post_processor = OriginalPostProcessor(config=post_processor_config, tokenizer=tokenizer)
 
     def __call__(

@@ -1,0 +1,97 @@
+"""The processor beside a model: what a family builds, and whether model and processor belong together.
+
+Checked before anything is written: a processor that makes other pictures, other ids or another number of placeholders
+than the model takes would fail, or answer nonsense, when the directory is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from weightport.errors import ConfigurationError, VocabularyError
+from weightport.tokenizers.provenance import Provenance
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+SPECIAL_TOKENS = ("bos_token_id", "pad_token_id", "eos_token_id")
+
+
+@dataclass(frozen=True)
+class Processor:
+    """A processor of transformers, not yet saved, and the vocabulary that its tokenizer was made of."""
+
+    processor: Any
+    vocabulary: Provenance
+
+
+@dataclass(frozen=True)
+class ImageUse:
+    """What a model makes of a picture: `rows` × `columns` features, at most `limit` a side, `placeholders` of which
+    stand in the prompt (0 where the model puts features before the text itself)."""
+
+    rows: int
+    columns: int
+    limit: int
+    placeholders: int
+
+
+def image_sides(processor: Any) -> tuple[int, int]:
+    """(height, width) in pixels of the pictures that a processor makes. Raises ConfigurationError."""
+    size = processor.image_processor.size
+    sides = [size.get(side) for side in ("height", "width")]
+    if not all(type(side) is int and side > 0 for side in sides):
+        raise ConfigurationError(f"The image processor's size is {dict(size)!r}; expected a height and a width.")
+    return sides[0], sides[1]
+
+
+def check_processor(processor: Any, config: PreTrainedConfig, use: ImageUse) -> None:
+    """Raise VocabularyError or ConfigurationError unless `processor` makes what the model of `config` takes.
+
+    `use` is what the model makes of the processor's pictures. Compared are ids with rows of the embedding, special
+    tokens with their ids, pictures with the grid of positions, and placeholders with features and text positions.
+    """
+    text: Any = config.get_text_config()
+    _check_ids(processor.tokenizer, text.vocab_size)
+    _check_special_tokens(processor, config, text)
+    height, width = image_sides(processor)
+    pixels = f"Pictures of {height} × {width} pixels give {use.rows} × {use.columns} features"
+    if not (0 < use.rows <= use.limit and 0 < use.columns <= use.limit):
+        raise ConfigurationError(f"{pixels}; the model has positions for {use.limit} × {use.limit}.")
+    if not use.placeholders:
+        return
+    stated = getattr(processor.image_processor, "image_seq_length", use.placeholders)
+    if stated != use.placeholders:
+        raise ConfigurationError(
+            f"{pixels}, {use.placeholders} vectors in all, but the processor writes {stated} placeholders."
+        )
+    needed = use.placeholders + len(processor.tokenizer("").input_ids)
+    if needed > text.max_position_embeddings:
+        raise ConfigurationError(
+            f"{pixels}, {needed} positions with an empty prompt; the text model has {text.max_position_embeddings}."
+        )
+
+
+def _check_ids(tokenizer: Any, rows: int) -> None:
+    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if last >= rows:
+        raise VocabularyError(
+            f"The tokenizer gives ids up to {last} ({token!r}); the model's embedding has {rows} rows."
+        )
+
+
+def _check_special_tokens(processor: Any, config: Any, text: Any) -> None:
+    pairs = [(name, getattr(processor.tokenizer, name, None), getattr(text, name, None)) for name in SPECIAL_TOKENS]
+    image = getattr(processor, "image_token_id", None)
+    pairs.append(("image_token_id", image, getattr(config, "image_token_id", None) if image is not None else None))
+    wrong = [
+        f"{name} {given} ({processor.tokenizer.convert_ids_to_tokens(given)!r}), the model {wanted}"
+        for name, given, wanted in pairs
+        if given is not None and wanted is not None and given != wanted
+    ]
+    if wrong:
+        raise VocabularyError(
+            f"The tokenizer's special tokens are not the model's: the tokenizer has {'; '.join(wrong)}.\n"
+            "  The vocabulary belongs to another checkpoint, or config.json was changed."
+        )
