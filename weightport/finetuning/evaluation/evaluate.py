@@ -20,6 +20,7 @@ from weightport.finetuning.recipes.settings import Recipe
 from weightport.finetuning.setup.length_limits import fitted
 from weightport.finetuning.setup.lora_layers import without_deprecations
 from weightport.finetuning.setup.model_loading import Loaded, load_model, load_processor
+from weightport.model_directory import check_processor
 from weightport.finetuning.setup.training_arguments import loader_workers
 from weightport.finetuning.training.saving import METRICS, base_dtype, write_json
 from weightport.writing import check_absent, whole_directory
