@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import click
 
@@ -13,6 +14,11 @@ from weightport.formatting import size
 
 PLAIN_INTERVAL = 5.0
 """Seconds between progress lines when standard output is not a terminal."""
+
+
+def names_in(folder: Path) -> str:
+    """The names of an output's files on one line; not weightport's own record of them."""
+    return " · ".join(sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")))
 
 
 class Lines:

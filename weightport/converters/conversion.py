@@ -16,9 +16,9 @@ from weightport.converters.family import Family, Options, SourceModel
 from weightport.converters.patterns import Pattern
 from weightport.converters.plan import Plan, plan
 from weightport.converters.record import conversion_record, write_record
-from weightport.errors import ConfigurationError, OutputError
+from weightport.errors import ConfigurationError
 from weightport.families.recognition import recognise
-from weightport.writing import check_absent, whole_directory
+from weightport.writing import require_directory, whole_directory
 from weightport.writing.safetensors_shards import lay_out, same_bits, write_shards
 
 
@@ -59,9 +59,12 @@ def convert(
     """
     options = options or Options()
     out = Path(out)
-    check_absent(out, overwrite=options.overwrite)
+    # What is read stays: the source, and the vocabulary where it is a folder and no Hub id.
+    inputs: list[str | Path | None] = [source, options.vocabulary]
+    require_directory(out, overwrite=options.overwrite, inputs=inputs)
     checkpoint = open_checkpoint(Path(source))
-    _refuse_own_source(checkpoint, out)
+    inputs += checkpoint.files
+    require_directory(out, overwrite=options.overwrite, inputs=inputs)
     begun = nullcontext(digests) if digests and digests.files == checkpoint.files else None
     with begun or BackgroundDigests(checkpoint.files) as hashed, _one_thread():
         reader = recognise(checkpoint, family)
@@ -69,7 +72,7 @@ def convert(
         made = make_plan(reader, model, options)
         check_derived(made, model)
         announce(Planned(checkpoint, model, made))
-        with whole_directory(out, overwrite=options.overwrite, needs=made.nbytes) as folder:
+        with whole_directory(out, overwrite=options.overwrite, inputs=inputs, needs=made.nbytes) as folder:
             # Before the weights: a vocabulary that does not fit is found in a second, not after gigabytes.
             reader.write_companions(model, checkpoint, made, folder, options)
             files = write_shards(
@@ -120,13 +123,6 @@ def check_derived(made: Plan, model: SourceModel) -> None:
                 f"({list(expected.shape)}, {item.because}).\n"
                 "  The checkpoint is of a variant that this family does not know; converting would change its results."
             )
-
-
-def _refuse_own_source(checkpoint: Checkpoint, out: Path) -> None:
-    target = out.resolve()
-    for file in checkpoint.files:
-        if target == file.resolve() or target in file.resolve().parents:
-            raise OutputError(f"{out} holds the source checkpoint ({file.name}). Choose another output.")
 
 
 def parse_dtype(text: str | None) -> torch.dtype | None:

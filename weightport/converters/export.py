@@ -19,7 +19,7 @@ from weightport.converters.record import read_record
 from weightport.converters.rules import Rule, RuleTable
 from weightport.errors import CheckpointError, CoverageError, UnknownFamilyError
 from weightport.families import FAMILIES
-from weightport.writing import check_absent, whole_directory, whole_file
+from weightport.writing import require_directory, require_file, whole_directory, whole_file
 from weightport.writing.safetensors_shards import HashedFile, as_bytes, chunks, safetensors_header
 from weightport.writing.torch_archive import StreamedTensor, write_torch_archive
 
@@ -61,10 +61,11 @@ def export(
     ones included; without one (a directory that a trainer saved) the layout's full set is written.
     """
     directory, target = Path(directory), Path(target)
-    check_absent(target, overwrite=overwrite)
-    record = read_record(directory)
     config = load_config(directory)
     family = family_of(config, directory)
+    require = require_directory if isinstance(family, HubFamily) else require_file
+    require(target, overwrite=overwrite, inputs=[directory])
+    record = read_record(directory)
     checkpoint = open_checkpoint(directory)
     rules = family.rules_of(config, (record or {}).get("layout", ""))
     tensors = original_tensors(checkpoint, rules, config, record)
@@ -74,10 +75,10 @@ def export(
     source = (record or {}).get("source", {})
     document = family.original_document(config, source.get("options", {}), model)
     if not isinstance(family, HubFamily):
-        with whole_file(target, overwrite=overwrite, needs=total) as path:
+        with whole_file(target, overwrite=overwrite, inputs=[directory], needs=total) as path:
             write_torch_archive(document, path, advance=advance)
     else:
-        with whole_directory(target, overwrite=overwrite, needs=total) as folder:
+        with whole_directory(target, overwrite=overwrite, inputs=[directory], needs=total) as folder:
             family.write_original_companions(directory, config, source.get("options", {}), folder)
             if str(source.get("format", "")).startswith("safetensors"):
                 _write_safetensors(tensors, folder / "model.safetensors", advance)

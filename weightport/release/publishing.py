@@ -13,7 +13,7 @@ from weightport.converters.portable import write_portable_code
 from weightport.errors import OutputError, UsageError
 from weightport.release.card import LICENCES, CardOptions, model_card
 from weightport.release.checking import CheckedDirectory, check_directory
-from weightport.writing import whole_file
+from weightport.writing import own_file
 
 _REPO = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
@@ -64,7 +64,7 @@ def release(
     announce(checked)
     if options.dry_run:
         return Release(checked, card, files, None)
-    with whole_file(checked.path / "README.md", overwrite=True) as path:
+    with own_file(checked.path / "README.md") as path:
         path.write_text(card, encoding="utf-8")
     if code:
         write_portable_code(checked.path, str(checked.config["model_type"]))

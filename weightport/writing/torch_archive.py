@@ -17,6 +17,8 @@ from typing import IO, Any
 
 import torch
 
+from weightport.writing.ownership import MADE_BY
+
 ALIGNMENT = 64
 LOCAL_HEADER, ZIP64_EXTRA = 30, 20  # bytes, of the zip format
 ZIP64_BYTES = 1 << 31  # records from this size on get 64-bit sizes
@@ -76,6 +78,8 @@ def write_torch_archive(document: Any, path: Path, *, advance: Callable[[int], N
                     out.write(memoryview(part.detach().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
                     advance(part.numel() * part.element_size())
         archive.writestr(_aligned(file, f"{ROOT}/version"), b"3\n")
+        # Behind the archive's end, where no reader of checkpoints looks: by this --overwrite knows the file again.
+        archive.comment = MADE_BY.encode()
 
 
 def _aligned(file: IO[bytes], name: str, large: bool = False) -> zipfile.ZipInfo:
