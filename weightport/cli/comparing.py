@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from weightport.cli.paths import ExistingPath
 from weightport.cli.running import command_body, json_option, quiet_option
 
 if TYPE_CHECKING:
@@ -19,8 +20,8 @@ PIPED = 200
 
 
 @click.command("compare")
-@click.argument("a", type=click.Path(path_type=Path))
-@click.argument("b", type=click.Path(path_type=Path))
+@click.argument("a", type=ExistingPath())
+@click.argument("b", type=ExistingPath())
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0),
