@@ -30,7 +30,7 @@ def main() -> None:
     run("weightport", "inspect", checkpoint)
     run("port-ofa", checkpoint, out, "--overwrite")
     reports = ("--json", out / "parity.json", "--report", FOLDER / "parity.html")
-    run("port-parity", out, "--reference", FOLDER / "reference.safetensors", *reports)
+    run("port-parity", out, "--reference", FOLDER / "reference.safetensors", *reports, "--overwrite")
     photograph(FOLDER / "parity.html", FOLDER / "parity.png")
     run("weightport", "generate", out, FOLDER / "picture.png", "--beams", "3", "--max-new-tokens", "12")
     run("weightport", "export", out, back, "--overwrite")

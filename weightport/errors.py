@@ -72,6 +72,14 @@ class DataError(WeightportError):
     """A data set cannot be read: a file or image is missing, broken or empty, or its columns do not fit."""
 
 
+class MissingDataError(DataError, UsageError):
+    """There is nothing at the path that was given for a data set."""
+
+
+class MissingVocabularyError(VocabularyError, UsageError):
+    """There is nothing at the path that was given for a vocabulary."""
+
+
 class RecipeError(UsageError):
     """A recipe or a setting on the command line names what does not exist, or has a value that cannot be meant."""
 

@@ -151,7 +151,8 @@ def test_companions_are_kept_and_what_would_be_wrong_is_not(base: Path, adapter:
     for name in (*kept, "README.md", "pytorch_model.bin", "optimizer.pt", ".gitattributes", "parity.json"):
         (own / name).write_text("{}")
     out = merge_lora(own, [(adapter, 1.0)], tmp_path / "out").directory
-    assert {path.name for path in out.iterdir()} == {*kept, "config.json", "model.safetensors", "merge.json"}
+    written = {*kept, "config.json", "model.safetensors", "merge.json", ".weightport.json"}
+    assert {path.name for path in out.iterdir()} == written
 
 
 def test_processor_and_records_of_the_training_follow_the_adapter(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -376,13 +377,19 @@ def test_interrupted_merge_and_refused_check_leave_what_was_there(base: Path, ad
     with pytest.raises(OutputError, match="exists"):
         merge_lora(base, [(adapter, 1.0)], out)
 
+    with pytest.raises(OutputError, match="not written by weightport"):
+        merge_lora(base, [(adapter, 1.0)], out, MergeOptions(overwrite=True))
+    (out / "mine.txt").unlink()
+    merge_lora(base, [(adapter, 1.0)], out)
+    before = sorted(path.name for path in (tmp_path / "target").rglob("*"))
+
     def interrupt(written: Written) -> None:
         assert (written.folder / "merge.json").is_file()
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         merge_lora(base, [(adapter, 1.0)], out, MergeOptions(overwrite=True), check=interrupt)
-    assert [path.name for path in (tmp_path / "target").rglob("*")] == ["out", "mine.txt"]
+    assert sorted(path.name for path in (tmp_path / "target").rglob("*")) == before
 
 
 def test_keys_with_the_adapters_own_name_are_read(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def refused(result, *expected: str, status: int = 1) -> str:
 
 
 def test_a_missing_file(port, tmp_path):
-    refused(port(tmp_path / "absent.pt"), "absent.pt", "No such file")
+    refused(port(tmp_path / "absent.pt"), "absent.pt", "does not exist", status=2)
 
 
 def test_an_empty_file(port, tmp_path):
@@ -179,7 +179,7 @@ def test_a_checkpoint_without_its_vocabulary(port, checkpoint, tmp_path):
 
 
 def test_a_vocabulary_folder_that_is_not_there(port, checkpoint, tmp_path):
-    refused(port(checkpoint, "--vocab", str(tmp_path / "absent")), "absent")
+    refused(port(checkpoint, "--vocab", str(tmp_path / "absent")), "absent", status=2)
 
 
 def test_averaged_weights_that_are_not_there(port, checkpoint):
@@ -196,7 +196,7 @@ def test_an_existing_output_is_not_touched(port, checkpoint, tmp_path):
 
 def test_an_output_that_holds_the_source_is_refused(port, spoiled):
     source = spoiled(lambda model: None)
-    refused(port(source, "--overwrite", out=source.parent), "holds the source")
+    refused(port(source, "--overwrite", out=source.parent), "holds", "which is read")
     assert source.exists()
 
 
@@ -211,6 +211,11 @@ def test_a_full_disk(port, checkpoint, monkeypatch):
 def test_usage_errors_end_with_status_2(port, checkpoint):
     refused(port(checkpoint, "--dtype", "int4"), "int4", status=2)
     refused(port(checkpoint, "--max-shard-size", "lots"), "not a size", status=2)
+
+
+@pytest.mark.parametrize("size", ["2", "5000", "1.5"])
+def test_a_size_without_a_unit_is_asked_about(port, checkpoint, size):
+    refused(port(checkpoint, "--max-shard-size", size), f"'{size}' has no unit", f"{size}GB, {size}MB", status=2)
 
 
 def test_a_defect_of_ours_is_one_line_unless_debugging(port, checkpoint, monkeypatch):

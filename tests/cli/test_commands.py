@@ -204,6 +204,37 @@ def test_parity_passes_and_writes_its_report(converted, reference, tmp_path):
     assert (converted / linked["json"]).resolve() == (tmp_path / "report.json").resolve()
 
 
+def test_a_report_on_standard_output_is_all_that_stands_there(converted, reference):
+    for name in ("-", "/dev/stdout"):
+        result = weightport("parity", converted, "--reference", reference, "--dtype", "float32", "--json", name)
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["made_by"].startswith("weightport ")
+    assert not Path("-").exists()
+
+
+def test_reports_within_the_model_directory_are_its_own_and_are_replaced_only_when_asked(
+    checkpoint, reference, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    assert weightport("convert", checkpoint, out, "--quiet").exit_code == 0
+    words = ("parity", out, "--reference", reference, "--dtype", "float32", "--json", out / "parity.json")
+    words += ("--report", out / "parity.html")
+    for more in ((), ("--overwrite",)):
+        result = weightport(*words, *more)
+        assert result.exit_code == 0, result.output
+    with monkeypatch.context() as patched:
+        patched.setattr("weightport.parity.check_parity", None)  # looked at first, not after minutes of work
+        result = weightport(*words)
+        assert result.exit_code == 1 and "parity.json exists" in result.stderr, result.output
+        for name in ("config.json", "conversion.json", "model.safetensors"):
+            result = weightport(*words[:-3], out / name, "--overwrite")
+            assert result.exit_code == 1 and "not written by weightport" in result.stderr, result.output
+        result = weightport(*words[:-1], out / "parity.json")
+        assert result.exit_code == 2 and "a file of its own" in result.stderr, result.output
+    assert weightport("convert", checkpoint, out, "--quiet", "--overwrite").exit_code == 0
+    assert not (out / "parity.json").exists()
+
+
 def test_parity_fails_on_a_spoiled_model(converted, reference, tmp_path):
     from safetensors.torch import save_file
 

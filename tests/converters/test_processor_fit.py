@@ -50,8 +50,8 @@ def test_image_settings_are_found_where_processors_and_vocabularies_keep_them(fo
     bare, vocabulary = tmp_path / "bare", folder
     shutil.copytree(folder, bare)
     (bare / "preprocessor_config.json").unlink()
-    for source, options in ((whole), (bare, vocabulary=str(vocabulary))):
-        out = convert(source, tmp_path / "out" / source.name, None, options).directory
+    for source, options in ((whole, {}), (bare, {"vocabulary": str(vocabulary)})):
+        out = convert(source, tmp_path / "out" / source.name, None, **options).directory
         settings = json.loads((out / "processor_config.json").read_text())["image_processor"]
         assert (settings["size"], settings["image_seq_length"]) == (expected["size"], expected["image_seq_length"])
 

@@ -268,7 +268,7 @@ def test_output_that_exists_is_kept(finetune: Callable[..., Result], tmp_path: P
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
     refused(finetune(), 1, "exists", "--overwrite")
-    refused(finetune("--overwrite"), 1, "is not a run")
+    refused(finetune("--overwrite"), 1, "was not written by weightport", "thesis.txt")
     refused(finetune("--resume"), 1, "is not a run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,16 @@ def start(job: Job, environment: Mapping[str, str] | None = None) -> BaseProcess
 
 def killed_at(job: Job, step: int) -> None:
     """Run the job until its checkpoint of `step` is whole, and end it by SIGKILL."""
-    process = start(job)
     state = job.output / "checkpoints" / f"checkpoint-{step}" / "trainer_state.json"
+    killed_when(job, lambda: _readable(state))
+
+
+def killed_when(job: Job, reached: Callable[[], bool]) -> None:
+    """Run the job until `reached` says that it has come as far as it should, and end it by SIGKILL."""
+    process = start(job)
     end = time.monotonic() + LIMIT
-    while not _readable(state):
-        assert process.is_alive() and time.monotonic() < end, f"the run ended before its checkpoint {step}"
+    while not reached():
+        assert process.is_alive() and time.monotonic() < end, "the run ended before it was to be killed"
         time.sleep(0.005)
     os.kill(process.pid or 0, signal.SIGKILL)
     process.join()

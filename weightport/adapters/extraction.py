@@ -28,7 +28,7 @@ from weightport.adapters.ties import is_head_module, tied_head
 from weightport.checkpoints import TensorRef
 from weightport.checkpoints.lazy_tensors import chunks, same_bits
 from weightport.errors import CoverageError, NonFiniteError, UsageError
-from weightport.writing import HashedFile, check_absent, whole_directory
+from weightport.writing import HashedFile, require_directory, whole_directory
 from weightport.writing.outgoing import Outgoing
 from weightport.writing.safetensors_shards import as_bytes, safetensors_header
 
@@ -67,7 +67,8 @@ def extract_lora(
     architecture, UsageError when nothing differs, NonFiniteError, OutputError.
     """
     tuned, base, out = Path(tuned), Path(base), Path(out)
-    check_absent(out, overwrite=overwrite)
+    inputs = [tuned, base]
+    require_directory(out, overwrite=overwrite, inputs=inputs)
     if rank < 1:
         raise UsageError(f"The rank is {rank}; expected at least 1.")
     before, after = open_base(base), open_base(tuned)
@@ -79,7 +80,7 @@ def extract_lora(
     ranks = {pair.module: pair.rank for pair in pairs}
     whole, modules = _whole_tensors(saved, ranks, after)
     tied, places = _tied_tensors(saved, after)
-    with whole_directory(out, overwrite=overwrite) as folder:
+    with whole_directory(out, overwrite=overwrite, inputs=inputs) as folder:
         changes = _write(folder / WEIGHTS, pairs, {**whole, **tied}, advance)
         total, lost = (sum(values) for values in zip(*changes.values())) if changes else (0.0, 0.0)
         kept = {name: 1 - left / change if change else 1.0 for name, (change, left) in changes.items()}

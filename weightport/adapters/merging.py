@@ -43,9 +43,13 @@ from weightport.checkpoints.formats.sharded import read_json
 from weightport.checkpoints.lazy_tensors import blocks
 from weightport.errors import AdapterError, UsageError
 from weightport.hashing import BackgroundDigests, FileDigest
-from weightport.writing import check_absent, whole_directory
+from weightport.writing import require_directory, whole_directory
 from weightport.writing.outgoing import Outgoing
-from weightport.writing.safetensors_shards import Advance, WrittenFile, write_safetensors
+from weightport.writing.safetensors_shards import (
+    Advance,
+    WrittenFile,
+    write_safetensors,
+)
 
 FORMAT = 1
 
@@ -102,7 +106,8 @@ def merge_lora(
     """
     options = options or MergeOptions()
     base, out = Path(base), Path(out)
-    check_absent(out, overwrite=options.overwrite)
+    inputs = [base, *(path for path, _ in adapters)]
+    require_directory(out, overwrite=options.overwrite, inputs=inputs)
     _require_options(adapters, options)
     source = open_base(base)
     with ExitStack() as stack:
@@ -129,7 +134,7 @@ def merge_lora(
         others = processor | adapter_records(list(zip(folders, weights)))
         announce(plan)
         needs = plan.nbytes + (1 << 20)
-        with whole_directory(out, overwrite=options.overwrite, needs=needs) as folder:
+        with whole_directory(out, overwrite=options.overwrite, inputs=inputs, needs=needs) as folder:
             with one_thread():
                 files, tensors = _write(plan, source, folder, advance)
             write_companions(folder, base, tokenizer, others, source.config, config_changes)

@@ -28,7 +28,7 @@ from weightport.converters.operations import applied
 from weightport.converters.record import read_record
 from weightport.converters.rules import Rule, RuleTable
 from weightport.errors import AdapterError, CheckpointError, UnknownFamilyError
-from weightport.writing import check_absent, whole_directory
+from weightport.writing import require_directory, whole_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -78,7 +78,8 @@ def port_adapter(
     AdapterError naming every module that cannot be carried; nothing is written then.
     """
     adapter, out = Path(adapter), Path(out)
-    check_absent(out, overwrite=overwrite)
+    inputs = [adapter, base]
+    require_directory(out, overwrite=overwrite, inputs=inputs)
     settings = read_settings(adapter)
     target = read_base(Path(base), families)
     tensors = dict(open_checkpoint(_weights(adapter)))
@@ -123,7 +124,7 @@ def port_adapter(
         raise AdapterError(f"{adapter} cannot be carried to the native model:\n      {shown}")
     wholes = sorted({owner for owners in kept.values() for owner in owners})
     config = _native_settings(settings, ranks, alphas, wholes, target)
-    with whole_directory(out, overwrite=overwrite) as folder:
+    with whole_directory(out, overwrite=overwrite, inputs=inputs) as folder:
         (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         save_file({name: t.contiguous().clone() for name, t in ported.items()}, folder / WEIGHTS, {"format": "pt"})
     return PortedAdapter(out, modules, kept, _notes(modules, unused, target))

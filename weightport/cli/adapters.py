@@ -7,17 +7,18 @@ from pathlib import Path
 
 import click
 
-from weightport.cli.display import Lines
+from weightport.cli.display import Lines, names_in
+from weightport.cli.paths import ExistingPath
 from weightport.cli.running import command_body, json_option, quiet_option
 
 
 @click.command("port-adapter")
-@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("adapter", type=ExistingPath())
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--base",
     required=True,
-    type=click.Path(path_type=Path),
+    type=ExistingPath(),
     help="The original checkpoint that the adapter was trained on, or the directory converted from it.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
@@ -45,4 +46,4 @@ def port_adapter_command(adapter: Path, out: Path, base: Path, overwrite: bool, 
     lines.heading(f"{adapter} · {len(result.modules)} modules → {natives}{saved}")
     for note in result.notes:
         lines.line("note", note)
-    lines.line(f"{out}/", " · ".join(sorted(path.name for path in out.iterdir())))
+    lines.line(f"{out}/", names_in(out))

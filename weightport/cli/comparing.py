@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from weightport.cli.display import output_console
+from weightport.cli.paths import ExistingPath
 from weightport.cli.running import command_body, json_option, quiet_option
 
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ SHOWN = 40
 
 
 @click.command("compare")
-@click.argument("a", type=click.Path(path_type=Path))
-@click.argument("b", type=click.Path(path_type=Path))
+@click.argument("a", type=ExistingPath())
+@click.argument("b", type=ExistingPath())
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0),

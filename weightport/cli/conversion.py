@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from weightport.cli.display import Lines
+from weightport.cli.display import Lines, names_in
+from weightport.cli.paths import ExistingPath
 from weightport.cli.running import command_body, json_option, quiet_option, uncollected
 from weightport.converters.options import CommandOption, ConversionOptions, declared_options
 from weightport.families.registry import registry
@@ -35,6 +36,8 @@ class ByteSize(click.ParamType):
     """5GB, 500MB, 200000000: bytes, in decimal units as transformers reads them."""
 
     name = "size"
+    likely_bytes = 10**6
+    """A smaller number without a unit was meant to have one."""
     _units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
@@ -46,13 +49,17 @@ class ByteSize(click.ParamType):
         unit = unit if unit in self._units else unit + "B"
         if not found or not float(found.group(1)):
             self.fail(f"{value!r} is not a size: write 5GB or 500MB.", param, ctx)
-        return int(float(found.group(1)) * self._units[unit])
+        nbytes = int(float(found.group(1)) * self._units[unit])
+        if not found.group(2) and nbytes < self.likely_bytes:
+            said = f"{value!r} has no unit, and would be {nbytes:,} bytes: write {value}GB, {value}MB or {value}B."
+            self.fail(said, param, ctx)
+        return nbytes
 
 
 def common_options() -> list[Callable[..., Any]]:
     """The arguments and options that every conversion takes."""
     return [
-        click.argument("source", type=click.Path(path_type=Path)),
+        click.argument("source", type=ExistingPath()),
         click.argument("out", type=click.Path(path_type=Path)),
         click.option(
             "--dtype",
@@ -294,8 +301,7 @@ _SECTIONS = {"last_optimizer_state": "optimizer state", "extra_state": "training
 def _show_result(lines: Lines, result: Conversion, seconds: float) -> None:
     written = sum(file["size"] for file in result.record["files"])
     lines.line("written", f"{size(written)} in {seconds:.1f} s")
-    names = sorted(path.name for path in result.directory.iterdir())
-    lines.line(f"{result.directory}/", " · ".join(names))
+    lines.line(f"{result.directory}/", names_in(result.directory))
     made = shlex.quote(str(result.directory))
-    tried = f" · weightport generate {made} IMAGE" if "processor_config.json" in names else ""
+    tried = f" · weightport generate {made} IMAGE" if (result.directory / "processor_config.json").is_file() else ""
     lines.line("next", f"port-parity {made} --reference …{tried}")

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -30,6 +31,11 @@ def output_console() -> Console:
     console = Console()
     stated = os.environ.get("COLUMNS", "")
     return console if console.is_terminal or stated.isdecimal() else Console(width=PIPED)
+
+
+def names_in(folder: Path) -> str:
+    """The names of an output's files on one line; not weightport's own record of them."""
+    return " · ".join(sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")))
 
 
 class Lines:

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import click
 
-from weightport.cli.display import Lines
+from weightport.cli.display import Lines, names_in
 from weightport.cli.finetuning import DEFAULT_RECIPE, require_extra
+from weightport.cli.paths import ExistingPath
 from weightport.cli.running import command_body, json_option, quiet_option, uncollected
 from weightport.families.registry import registry
 from weightport.formatting import samples
 
 
 @click.command("evaluate")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=ExistingPath())
 @click.option(
     "--data", required=True, metavar="PATH[:SPLIT]", help="Data to measure on: a file, a folder or a Hub data set."
 )
@@ -34,7 +35,7 @@ from weightport.formatting import samples
     metavar="NAME|FILE.yaml",
     help="Whose prompts, data layout and generation settings are used.",
 )
-@click.option("--adapter", type=click.Path(path_type=Path), help="A LoRA adapter on MODEL.")
+@click.option("--adapter", type=ExistingPath(), help="A LoRA adapter on MODEL.")
 @click.option(
     "--output",
     "-o",
@@ -92,4 +93,4 @@ def evaluate_command(
     for name, value in result.metrics.items():
         lines.line("measured", f"{name} {value:.4g}")
     if output is not None:
-        lines.line(f"{output}/", " · ".join(sorted(path.name for path in output.iterdir())))
+        lines.line(f"{output}/", names_in(output))

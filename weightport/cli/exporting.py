@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from weightport.cli.display import Lines
+from weightport.cli.paths import ExistingPath
 from weightport.cli.running import command_body, json_option, quiet_option
 from weightport.formatting import size
 
@@ -16,7 +17,7 @@ SHOWN = 8
 
 
 @click.command("export")
-@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("directory", type=ExistingPath())
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--part", help="Which source to write, where the model was made of several; by default the main one.")
 @click.option("--overwrite", is_flag=True, help="Replace TARGET if it exists.")

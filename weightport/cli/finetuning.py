@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from weightport.cli.display import Lines
+from weightport.cli.display import Lines, names_in
+from weightport.cli.paths import ExistingPath
 from weightport.cli.running import INTERRUPTED, Terminated, command_body, fail, json_option, quiet_option, uncollected
 from weightport.errors import UsageError
 from weightport.families.registry import registry
@@ -25,7 +26,7 @@ DEFAULT_RECIPE = "default"
 
 
 @click.command("port-finetune", context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=ExistingPath())
 @click.option(
     "--data",
     required=True,
@@ -148,7 +149,7 @@ def port_finetune(
     for note in outcome.notes:
         if note not in told:
             lines.line("note", note)
-    lines.line(f"{outcome.directory}/", " · ".join(sorted(path.name for path in outcome.directory.iterdir())))
+    lines.line(f"{outcome.directory}/", names_in(outcome.directory))
     lines.line("report", str(outcome.report))
     lines.line("next", _next(model, outcome.directory))
 

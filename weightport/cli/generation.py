@@ -7,12 +7,13 @@ from pathlib import Path
 
 import click
 
+from weightport.cli.paths import ExistingPath
 from weightport.cli.running import command_body, json_option
 
 
 @click.command("generate")
-@click.argument("directory", type=click.Path(path_type=Path))
-@click.argument("image", required=False, type=click.Path(path_type=Path))
+@click.argument("directory", type=ExistingPath())
+@click.argument("image", required=False, type=ExistingPath())
 @click.option("--prompt", help="What to ask. By default the model's own captioning prompt.")
 @click.option("--task", default="caption", show_default=True, help="Prompt by task name, when --prompt is not given.")
 @click.option("--beams", type=click.IntRange(min=1), help="Beams; by default what the model's generation_config says.")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weightport.cli.display import Lines
+from weightport.cli.paths import ExistingPath
 from weightport.cli.running import command_body, json_option
 from weightport.formatting import count, size
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command("inspect")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=ExistingPath())
 @click.option("--tensors", is_flag=True, help="List every tensor with its shape and type.")
 @json_option
 @command_body

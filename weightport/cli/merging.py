@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weightport.cli.conversion import DTYPES
-from weightport.cli.display import Lines
+from weightport.cli.display import Lines, names_in
+from weightport.cli.paths import ExistingPath
 from weightport.cli.running import command_body, json_option, quiet_option, uncollected
 from weightport.formatting import count, size
 from weightport.hashing import BackgroundDigests, likely_weights
@@ -36,15 +37,15 @@ class WeightedAdapter(click.ParamType):
             return value
         folder, equals, weight = str(value).rpartition("=")
         if not equals or Path(str(value)).exists():
-            return Path(str(value)), 1.0
+            return ExistingPath().convert(value, param, ctx), 1.0
         try:
-            return Path(folder), float(weight)
+            return ExistingPath().convert(folder, param, ctx), float(weight)
         except ValueError:
             self.fail(f"{value!r} should be a folder, or a folder and its weight: adapter=0.7.", param, ctx)
 
 
 @click.command("port-merge-lora", context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("base", type=ExistingPath())
 @click.argument("adapters", metavar="ADAPTER[=WEIGHT]...", nargs=-1, required=True, type=WeightedAdapter())
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
@@ -142,7 +143,7 @@ def port_merge_lora(
         if as_json:
             click.echo(json.dumps({"directory": str(result.directory), **result.record}, ensure_ascii=False))
             return
-        lines.line(f"{out}/", " · ".join(sorted(path.name for path in out.iterdir())))
+        lines.line(f"{out}/", names_in(out))
         made = shlex.quote(str(out))
         lines.line("next", f"weightport generate {made} IMAGE · port-release {made} --repo ORG/NAME --dry-run")
 
@@ -195,8 +196,8 @@ merge_lora_command = click.Command(
 
 
 @click.command("extract-lora")
-@click.argument("tuned", type=click.Path(path_type=Path))
-@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("tuned", type=ExistingPath())
+@click.argument("base", type=ExistingPath())
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--rank", required=True, type=click.IntRange(min=1), help="Largest rank of a pair.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")

@@ -7,7 +7,9 @@ from pathlib import Path
 import click
 
 from weightport.cli.display import output_console
+from weightport.cli.paths import ExistingPath
 from weightport.cli.running import command_body, quiet_option
+from weightport.errors import UsageError
 
 FAILED = 1
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
@@ -23,11 +25,11 @@ def attention_names(value: str | None) -> tuple[str, ...]:
 
 
 @click.command("port-parity", context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("directory", type=ExistingPath())
 @click.option(
     "--reference",
     required=True,
-    type=click.Path(path_type=Path),
+    type=ExistingPath(),
     help="Inputs and outputs of the original implementation (a safetensors file of the reference format).",
 )
 @click.option(
@@ -54,12 +56,16 @@ def attention_names(value: str | None) -> tuple[str, ...]:
 @click.option(
     "--report",
     "page_file",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Also write the report as one HTML page to this file.",
+    type=click.Path(path_type=Path),
+    help="Also write the report as one HTML page to this file; - is standard output.",
 )
 @click.option(
-    "--json", "json_file", type=click.Path(path_type=Path), help="Also write the report as JSON to this file."
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path),
+    help="Also write the report as JSON to this file; - is standard output.",
 )
+@click.option("--overwrite", is_flag=True, help="Replace the reports of an earlier check.")
 @quiet_option
 @command_body
 def port_parity(
@@ -72,6 +78,7 @@ def port_parity(
     invariance: bool,
     page_file: Path | None,
     json_file: Path | None,
+    overwrite: bool,
     quiet: bool,
 ) -> None:
     """Run the converted model in DIRECTORY on the inputs of a reference file and compare every seam with what the
@@ -84,7 +91,15 @@ def port_parity(
     from weightport.api import check_parity
     from weightport.devices import usable_device
     from weightport.parity import render
+    from weightport.writing import require_text_output, write_text
+    from weightport.writing.text_output import is_stdout
 
+    wanted = {kind: file for kind, file in (("json", json_file), ("page", page_file)) if file is not None}
+    printed = [file for file in wanted.values() if is_stdout(file)]
+    if len(printed) == 2 or (json_file is not None and json_file == page_file):
+        raise UsageError(f"--json and --report both go to {json_file}: give each a file of its own.")
+    for file in wanted.values():
+        require_text_output(file, overwrite=overwrite, beside=[reference])
     report = check_parity(
         directory,
         reference,
@@ -96,15 +111,15 @@ def port_parity(
     )
     from weightport.converters.record import link_parity
     from weightport.reports.parity_page import page
-    from weightport.writing import whole_file
 
-    for file, write in ((json_file, lambda: report.to_json()), (page_file, lambda: page(report))):
-        if file is not None:
-            with whole_file(file, overwrite=True) as path:
-                path.write_text(write(), encoding="utf-8")
-    written = {"json": json_file, "page": page_file}
-    link_parity(directory, report.passed, report.verdict, {kind: file for kind, file in written.items() if file})
-    if not quiet:
+    files: dict[str, Path] = {}
+    for kind, file in wanted.items():
+        text = report.to_json() if kind == "json" else page(report)
+        if write_text(file, text, overwrite=overwrite, beside=[reference]):
+            files[kind] = file
+    link_parity(directory, report.passed, report.verdict, files)
+    # A report on standard output is all that stands there.
+    if not quiet and not printed:
         render(report, output_console())
     if not report.passed:
         click.get_current_context().exit(FAILED)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from weightport.cli.display import Lines
+from weightport.cli.paths import ExistingPath
 from weightport.cli.running import command_body, json_option, quiet_option
 from weightport.formatting import count, size
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command("port-release", context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("directory", type=ExistingPath())
 @click.option("--repo", required=True, metavar="ORG/NAME", help="Repository on the Hub; made when there is none.")
 @click.option("--licence", "--license", "licence", help="As the Hub names it; by default the family's own.")
 @click.option("--base-model", metavar="ORG/NAME", help="The model on the Hub that this one was made from.")

@@ -18,10 +18,10 @@ from weightport.converters.options import ConversionOptions
 from weightport.converters.plan import Plan, plan
 from weightport.converters.processor import Processor, check_processor, image_sides
 from weightport.converters.record import conversion_record, write_record
-from weightport.errors import ConfigurationError, OutputError
+from weightport.errors import ConfigurationError
 from weightport.hashing import BackgroundDigests
 from weightport.tokenizers.provenance import Provenance
-from weightport.writing import check_absent, whole_directory
+from weightport.writing import require_directory, whole_directory
 from weightport.writing.safetensors_shards import lay_out, write_shards
 
 
@@ -78,14 +78,15 @@ def convert(
     is called once with the plan before anything is written, `advance` with the number of bytes just written. Raises a
     WeightportError with nothing written.
     """
-    check_absent(out, overwrite=options.overwrite)
-    _refuse_own_source(sources, out)
+    # What is read stays: the sources, and folders that options name (a vocabulary).
+    inputs: list[str | Path | None] = [*(each.path for each in sources.checkpoints.values()), *sources.files, *options.paths]
+    require_directory(out, overwrite=options.overwrite, inputs=inputs)
     begun = nullcontext(digests) if digests and digests.files == sources.files else None
     with begun or BackgroundDigests(sources.files) as hashed, _one_thread():
         planned = prepare(sources, family, options)
         model, made = planned.model, planned.plan
         announce(planned)
-        with whole_directory(out, overwrite=options.overwrite, needs=made.nbytes) as folder:
+        with whole_directory(out, overwrite=options.overwrite, inputs=inputs, needs=made.nbytes) as folder:
             if planned.processor is not None:
                 planned.processor.processor.save_pretrained(folder)
             family.write_companions(model, made, folder, options)
@@ -148,13 +149,6 @@ def check_derived(made: Plan, model: SourceModel) -> None:
                 f"({list(expected.shape)}, {item.because}).\n"
                 "  The checkpoint is of a variant that this family does not know; converting would change its results."
             )
-
-
-def _refuse_own_source(sources: Sources, out: Path) -> None:
-    target = out.resolve()
-    for file in sources.files:
-        if target == file.resolve() or target in file.resolve().parents:
-            raise OutputError(f"{out} holds the source checkpoint ({file.name}). Choose another output.")
 
 
 def parse_dtype(text: str | None) -> torch.dtype | None:

@@ -20,7 +20,7 @@ from weightport.converters.record import read_record
 from weightport.converters.rules import Claim, RuleTable
 from weightport.errors import CheckpointError, CoverageError, UsageError
 from weightport.model_directory import check_model_directory
-from weightport.writing import check_absent, whole_directory, whole_file
+from weightport.writing import require_directory, require_file, whole_directory, whole_file
 from weightport.writing.npz import write_npz
 from weightport.writing.outgoing import Outgoing
 from weightport.writing.safetensors_shards import write_safetensors
@@ -57,7 +57,8 @@ def export(
     ones included; without one (a directory that a trainer saved) the layout's full set is written. `part` is the
     source whose tensors are written, where there were several. Nothing is written on failure.
     """
-    check_absent(target, overwrite=overwrite)
+    require = require_directory if family.original_form == "folder" else require_file
+    require(target, overwrite=overwrite, inputs=[directory])
     record = read_record(directory) or {}
     source = _source_of(record, part, directory)
     checkpoint = open_checkpoint(directory)
@@ -94,19 +95,19 @@ class _Job:
 
 
 def _write_torch(job: _Job) -> None:
-    with whole_file(job.target, overwrite=job.overwrite, needs=job.nbytes) as path:
+    with whole_file(job.target, overwrite=job.overwrite, inputs=[job.directory], needs=job.nbytes) as path:
         write_torch_archive(job.document(), path, advance=job.advance)
 
 
 def _write_npz(job: _Job) -> None:
     section = str(job.source.get("section") or "")
     before = f"{section}/" if section else ""
-    with whole_file(job.target, overwrite=job.overwrite, needs=job.nbytes) as path:
+    with whole_file(job.target, overwrite=job.overwrite, inputs=[job.directory], needs=job.nbytes) as path:
         write_npz([replace(tensor, name=before + tensor.name) for tensor in job.tensors], path, advance=job.advance)
 
 
 def _write_folder(job: _Job) -> None:
-    with whole_directory(job.target, overwrite=job.overwrite, needs=job.nbytes) as folder:
+    with whole_directory(job.target, overwrite=job.overwrite, inputs=[job.directory], needs=job.nbytes) as folder:
         job.family.write_original_companions(job.directory, job.config, job.options, folder)
         if str(job.source.get("format", "")).startswith("safetensors"):
             write_safetensors(job.tensors, folder / "model.safetensors", advance=job.advance)

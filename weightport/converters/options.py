@@ -45,6 +45,12 @@ class ConversionOptions:
     overwrite: bool = False
     max_shard_bytes: int = 5 * 10**9
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """What a family's options name that may be a folder or a file here: inputs, which no output replaces."""
+        values = (getattr(self, each.name) for each, _ in declared_options(type(self)))
+        return tuple(value for value in values if isinstance(value, str) and value)
+
 
 def declared_options(kind: type[ConversionOptions]) -> Iterator[tuple[Field[Any], CommandOption]]:
     """The family's own options: fields that stand on the command line."""

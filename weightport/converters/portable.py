@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from weightport.writing import own_file
+
 
 @dataclass(frozen=True)
 class AutoMap:
@@ -24,11 +26,13 @@ def write_portable_code(folder: Path, package: str, entries: Sequence[AutoMap]) 
     the settings files' auto_maps."""
     for source in files(package).iterdir():
         if source.name.endswith(".py") and source.name != "__init__.py":
-            (folder / source.name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+            with own_file(folder / source.name) as work:
+                work.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
     for entry in entries:
         path = folder / entry.file
         if path.is_file():
             settings = json.loads(path.read_text(encoding="utf-8"))
             owner = settings if entry.within is None else settings[entry.within]
             owner.setdefault("auto_map", {})[entry.auto_class] = entry.reference
-            path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            with own_file(path) as work:
+                work.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -18,7 +18,7 @@ from weightport.converters.plan import Plan
 from weightport.errors import CheckpointError
 from weightport.hashing import FileDigest
 from weightport.tokenizers.provenance import Provenance
-from weightport.writing import whole_file
+from weightport.writing import own_file
 from weightport.writing.safetensors_shards import WrittenFile
 
 FILE = "conversion.json"
@@ -104,7 +104,7 @@ def link_parity(folder: Path, passed: bool, verdict: str, files: Mapping[str, Pa
         return
     links = {kind: os.path.relpath(file, folder) for kind, file in files.items()}
     record["parity"] = {"passed": passed, "verdict": verdict, **links}
-    with whole_file(folder / FILE, overwrite=True) as path:
+    with own_file(folder / FILE) as path:
         path.write_text(_text(record), encoding="utf-8")
 
 

@@ -77,6 +77,7 @@ class ParityReport:
         """Plain data: everything that the table is made of."""
         first = self.first_departure
         return {
+            "made_by": f"weightport {self.versions.get('weightport', '')}",
             "passed": self.passed,
             "verdict": self.verdict,
             "first_departure": None if first is None else {"run": first.run, "seam": first.seam, "dtype": first.dtype},

@@ -14,7 +14,7 @@ from weightport.errors import OutputError, UsageError
 from weightport.release.card import CardOptions, model_card
 from weightport.release.checking import CheckedDirectory, check_directory
 from weightport.release.family import PublishedFamily
-from weightport.writing import whole_file
+from weightport.writing import own_file
 
 _REPO = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
@@ -67,7 +67,7 @@ def release(
     announce(checked)
     if options.dry_run:
         return Release(checked, card, files, None)
-    with whole_file(checked.path / "README.md", overwrite=True) as path:
+    with own_file(checked.path / "README.md") as path:
         path.write_text(card, encoding="utf-8")
     if code:
         _write_code(checked, checked.path)

@@ -17,7 +17,7 @@ from weightport.formatting import count
 from weightport.reports.curves import Curve, chart, curve, figure, legend, text
 from weightport.reports.gallery import gallery
 from weightport.reports.training_style import STYLE
-from weightport.writing import whole_file
+from weightport.writing import own_file
 
 FOLDED = 12
 """More notes than this are folded; a click opens them."""
@@ -57,7 +57,7 @@ def write_report(path: Path, summary: RunSummary) -> None:
     """Write the page to `path`, replacing an earlier one in a single step. Raises OutputError."""
     # Made before the file is touched: a page that cannot be made leaves the earlier one.
     page = report_page(summary).encode("utf-8")
-    with whole_file(Path(path), overwrite=True, needs=len(page)) as work:
+    with own_file(Path(path)) as work:
         work.write_bytes(page)
 
 

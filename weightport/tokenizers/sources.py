@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from weightport.errors import VocabularyError
+from weightport.errors import MissingVocabularyError, VocabularyError
 from weightport.tokenizers.dictionary import SPECIAL_SYMBOLS, Dictionary, parse_dictionary
 
 CHINESE_FILES = ("vocab.txt", "dict.txt")
@@ -165,8 +165,8 @@ def _from_dictionary(source: str, dictionary: Dictionary) -> ChineseVocabulary:
 
 
 def _read_from_hub(repository: str) -> ChineseVocabulary:
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository):
-        raise VocabularyError(f"There is no vocabulary at {repository}.\n{EXPECTED}")
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", repository):
+        raise MissingVocabularyError(f"There is no vocabulary at {repository}.\n{EXPECTED}")
     try:
         path = Path(hf_hub_download(repository, "vocab.txt"))
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -18,6 +18,7 @@ from typing import IO, Any
 import torch
 
 from weightport.writing.outgoing import Outgoing
+from weightport.writing.ownership import MADE_BY
 from weightport.writing.safetensors_shards import as_bytes
 
 ALIGNMENT = 64
@@ -65,6 +66,8 @@ def write_torch_archive(document: Any, path: Path, *, advance: Callable[[int], N
                     out.write(as_bytes(part))
                     advance(part.numel() * part.element_size())
         archive.writestr(_aligned(file, f"{ROOT}/version"), b"3\n")
+        # Behind the archive's end, where no reader of checkpoints looks: by this --overwrite knows the file again.
+        archive.comment = MADE_BY.encode()
 
 
 def _aligned(file: IO[bytes], name: str, large: bool = False) -> zipfile.ZipInfo:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -42,6 +43,14 @@ def open_data(path: str | Path, settings: DataSettings, *, grouped: bool = False
         left_out = "".join(f"\n  {reason}" for reason in source.skipped[:5])
         raise DataError(f"{source.name} has no samples." + (f" Skipped:{left_out}" if left_out else ""))
     return arrange(source, settings.answer, grouped)
+
+
+def local_place(path: str) -> Path:
+    """The file or folder that `open_data` would look at: without the split, and of a pattern the folder above it."""
+    place = Path(split_path(path)[0]).expanduser()
+    while glob.has_magic(str(place)):
+        place = place.parent
+    return place
 
 
 def split_path(path: str) -> tuple[str, str | None]:

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightport.errors import DataError
+from weightport.errors import DataError, MissingDataError
 from weightport.finetuning.data.columns import IMAGE_NAMES
 from weightport.finetuning.data.files import PinnedFile
 from weightport.finetuning.data.json_lines import first_object
@@ -61,7 +61,9 @@ def recognise(path: str, settings: DataSettings) -> Layout:
         return Layout("table", path)
     if settings.reader == "table" or (settings.reader == "auto" and _may_be_hub_id(path)):
         return Layout("table", path)
-    raise DataError(f"{path} does not exist. A file or folder with a data set was expected, or a Hub id owner/name.")
+    raise MissingDataError(
+        f"{path} does not exist. A file or folder with a data set was expected, or a Hub id owner/name."
+    )
 
 
 def _may_be_hub_id(path: str) -> bool:

@@ -19,7 +19,7 @@ from weightport.finetuning.data.samples import Samples, left_to_skip
 from weightport.finetuning.evaluation.predictions import Prediction
 from weightport.finetuning.family import Family
 from weightport.finetuning.recipes.settings import BatchSettings, EvaluationSettings
-from weightport.writing import whole_file
+from weightport.writing import own_file
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def evaluating(model: Any) -> Iterator[None]:
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
     """One JSON object a line."""
-    with whole_file(path, overwrite=True) as work:
+    with own_file(path) as work:
         lines = [json.dumps(asdict(each), ensure_ascii=False) for each in predictions]
         work.write_text("\n".join([*lines, ""]), encoding="utf-8")
 

@@ -10,7 +10,7 @@ import torch
 
 from weightport.devices import usable_device
 from weightport.errors import CheckpointError, RecipeError
-from weightport.finetuning.data import open_data
+from weightport.finetuning.data import local_place, open_data
 from weightport.finetuning.evaluation.answering import answers, chosen, write_predictions
 from weightport.finetuning.evaluation.predictions import Prediction
 from weightport.finetuning.family import Family
@@ -20,10 +20,10 @@ from weightport.finetuning.recipes.settings import Recipe
 from weightport.finetuning.setup.length_limits import fitted
 from weightport.finetuning.setup.lora_layers import without_deprecations
 from weightport.finetuning.setup.model_loading import Loaded, load_model, load_processor
-from weightport.model_directory import check_processor
 from weightport.finetuning.setup.training_arguments import loader_workers
 from weightport.finetuning.training.saving import METRICS, base_dtype, write_json
-from weightport.writing import check_absent, whole_directory
+from weightport.model_directory import check_processor
+from weightport.writing import require_directory, whole_directory
 
 PREDICTIONS, EVALUATION = "predictions.jsonl", "evaluation.json"
 
@@ -59,8 +59,9 @@ def evaluate(
         raise RecipeError(f"The recipe {recipe.name!r} measures nothing: give --metric.")
     for name in recipe.evaluation.metrics:
         metric_named(name)
+    inputs = [directory, adapter]
     if output is not None:
-        check_absent(output, overwrite=overwrite)
+        require_directory(output, overwrite=overwrite, inputs=inputs, beside=[local_place(data)])
     check_processor(directory)
     samples = open_data(data, recipe.data, grouped=True)
     processor = load_processor(directory, family, recipe.batch)
@@ -86,7 +87,7 @@ def evaluate(
     )
     result = Evaluation(score_all(recipe.evaluation.metrics, predictions), predictions)
     if output is not None:
-        with whole_directory(output, overwrite=overwrite) as work:
+        with whole_directory(output, overwrite=overwrite, inputs=inputs, beside=[local_place(data)]) as work:
             write_json(work / METRICS, dict(result.metrics))
             write_json(work / EVALUATION, {"data": samples.name, "samples": len(predictions), "recipe": plain(recipe)})
             write_predictions(work / PREDICTIONS, predictions)

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainingArguments, set_seed
 
 from weightport.errors import DataError, OutputError, RecipeError, TrainingError
-from weightport.finetuning.data import open_data
+from weightport.finetuning.data import local_place, open_data
 from weightport.finetuning.data.collation import FAILURE, BadSamples, Collator, Indexed
 from weightport.finetuning.data.samples import Samples
 from weightport.finetuning.evaluation.answering import chosen, generation_options
@@ -29,6 +29,7 @@ from weightport.finetuning.training.resuming import RECIPE, changed_inputs, last
 from weightport.formatting import samples as in_words
 from weightport.formatting import size
 from weightport.model_directory import check_processor
+from weightport.writing import remove_abandoned, require_directory
 
 RECONNAISSANCE = 64
 """Samples of the evaluation data that are scored before the first step."""
@@ -49,6 +50,17 @@ class Job:
     explicit: frozenset[str] = frozenset()
     command: str = ""
     mistakes: tuple[str, ...] = ()
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """What the run is made from, which its folder may neither hold nor lie in."""
+        return (self.model,)
+
+    @property
+    def data_places(self) -> tuple[Path, ...]:
+        """What else is read, which its folder may not hold."""
+        named = [each for each in (self.data, self.eval_data, self.recipe.data.images) if each is not None]
+        return tuple(local_place(str(each)) for each in named)
 
     def inputs(self, samples: Samples) -> dict[str, Any]:
         """What it is trained on, for the records of --resume."""
@@ -177,16 +189,20 @@ def _require_measurable(samples: Samples, recipe: Recipe, arguments: TrainingArg
 
 def _output_state(job: Job) -> Path | None:
     """The checkpoint to resume from, if any. Raises OutputError when the output may not be used."""
+    # A run that was killed before its first checkpoint gives way to the one that it was to replace.
+    remove_abandoned(job.output.absolute().parent)
     if job.resume:
         require_same(job.output, job.recipe)
+        # What the user made of the result is not replaced, and said before the training.
+        result = job.output / ("model" if job.recipe.model.method == "full" else "adapter")
+        require_directory(result, overwrite=True, inputs=job.sources, beside=job.data_places)
         return last_checkpoint(job.output)
-    if not job.output.exists() or (job.output.is_dir() and not any(job.output.iterdir())):
-        return None
-    if not job.overwrite:
-        resumable = " --resume to go on with it," if (job.output / RECIPE).is_file() else ""
-        raise OutputError(f"{job.output} exists. Pass{resumable} --overwrite to replace it, or choose another output.")
-    if not (job.output / RECIPE).is_file():
-        raise OutputError(f"{job.output} is not a run (it has no {RECIPE}), so that --overwrite does not touch it.")
+    if not job.overwrite and (job.output / RECIPE).is_file():
+        raise OutputError(
+            f"{job.output} exists. Pass --resume to go on with it, --overwrite to replace it, or choose another "
+            "output."
+        )
+    require_directory(job.output, overwrite=job.overwrite, inputs=job.sources, beside=job.data_places)
     return None
 
 

@@ -13,6 +13,18 @@ from weightport.finetuning.recipes.recipe import parse_recipe, plain
 from weightport.finetuning.recipes.settings import Recipe
 
 RECIPE, CHECKPOINTS, INPUTS = "recipe.yaml", "checkpoints", "inputs.json"
+OWN_FILES = (
+    f"{CHECKPOINTS}/checkpoint-*",
+    f"{CHECKPOINTS}/tmp-checkpoint-*",
+    f"{CHECKPOINTS}/final/*",
+    f"{CHECKPOINTS}/{INPUTS}",
+    "predictions/step-*.jsonl",
+    "features/*",
+    "tensorboard/*",
+    "metrics.json",
+    "history.json",
+)
+"""What a run writes into its folder beside its recipe, its report and its result, which are recorded one by one."""
 
 
 def last_checkpoint(run: Path) -> Path | None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import errno
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,10 @@ from weightport.finetuning.recipes.recipe import as_yaml
 from weightport.finetuning.recipes.settings import Recipe
 from weightport.finetuning.setup.preparing import Job, Prepared, prepare
 from weightport.finetuning.training.results import Outcome, finish
-from weightport.finetuning.training.resuming import RECIPE, last_checkpoint, write_inputs
-from weightport.finetuning.training.trainer import LogBeforeSaving, PortTrainer, loss_with_padding
+from weightport.finetuning.training.resuming import OWN_FILES, RECIPE, last_checkpoint, write_inputs
+from weightport.finetuning.training.trainer import FirstCheckpoint, LogBeforeSaving, PortTrainer, loss_with_padding
 from weightport.formatting import samples as in_words
+from weightport.writing import replaced_directory
 
 
 def finetune(
@@ -48,20 +48,21 @@ def finetune(
     main = prepared.arguments.process_index == 0
     # Every process has looked at the output before one makes it.
     PartialState().wait_for_everyone()
-    if main:
-        announce(prepared)
-        _begin(job, prepared)
-    PartialState().wait_for_everyone()
-    try:
+    with ExitStack() as stack:
+        keep: Callable[[], None] = _nothing
+        if main:
+            announce(prepared)
+            if not job.resume:
+                keep = stack.enter_context(_begun(job, prepared))
+        PartialState().wait_for_everyone()
         with _full_disk_named(job.output):
             return _train(
-                replace(job, recipe=prepared.recipe), prepared, say=say if main else _silent, quiet=quiet or not main
+                replace(job, recipe=prepared.recipe),
+                prepared,
+                keep,
+                say=say if main else _silent,
+                quiet=quiet or not main,
             )
-    except BaseException:
-        # A run that has nothing to resume from leaves nothing behind.
-        if main and not job.resume and last_checkpoint(job.output) is None:
-            shutil.rmtree(job.output, ignore_errors=True)
-        raise
 
 
 @contextmanager
@@ -81,36 +82,33 @@ _SIGNS_OF_A_FULL_DISK = ("No space left on device", "PytorchStreamWriter failed"
 """safetensors and torch.save say so in words only."""
 
 
-def _begin(job: Job, prepared: Prepared) -> None:
-    """Make the run's folder, with the recipe that gives the run again; features of a run before it stay if they are
-    used again."""
-    if job.resume:
-        return
-    kept = prepared.features.folder if prepared.features is not None else None
-    try:
-        _clear(job.output, kept)
-        job.output.mkdir(parents=True, exist_ok=True)
+def _begun(job: Job, prepared: Prepared) -> AbstractContextManager[Callable[[], None]]:
+    """The run's folder, with the recipe that gives the run again. An earlier run stays until this one has a
+    checkpoint, and comes back where it gets none; its features are taken over if they are used again."""
+
+    def fill(folder: Path) -> None:
         comments = [f"Fine-tuned by weightport {__version__}. The same run again:"]
         comments.append(f"{job.command}  (--recipe with this file in place of the settings)")
-        (job.output / RECIPE).write_text(as_yaml(job.recipe, comments), encoding="utf-8")
-        write_inputs(job.output, job.inputs(prepared.samples))
-    except OSError as error:
-        raise OutputError(f"{job.output} cannot be written: {error}.") from error
+        (folder / RECIPE).write_text(as_yaml(job.recipe, comments), encoding="utf-8")
+        write_inputs(folder, job.inputs(prepared.samples))
+
+    features, output = prepared.features, job.output.absolute()
+    within = features is not None and features.folder.absolute().is_relative_to(output)
+    carried = [str(features.folder.absolute().relative_to(output))] if features is not None and within else []
+    return replaced_directory(
+        job.output,
+        fill,
+        overwrite=job.overwrite,
+        inputs=job.sources,
+        beside=job.data_places,
+        also=OWN_FILES,
+        carried=carried,
+    )
 
 
-def _clear(folder: Path, kept: Path | None) -> None:
-    """Empty the folder of a run that is replaced, but for features that the new run will use."""
-    for path in folder.iterdir() if folder.exists() else ():
-        if kept is not None and kept.is_relative_to(path):
-            if path != kept:
-                _clear(path, kept)
-        elif path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-def _train(job: Job, prepared: Prepared, *, say: Callable[[str], None], quiet: bool) -> Outcome:
+def _train(
+    job: Job, prepared: Prepared, keep: Callable[[], None], *, say: Callable[[str], None], quiet: bool
+) -> Outcome:
     recipe, loaded, arguments = job.recipe, prepared.loaded, prepared.arguments
     family, eval_samples = loaded.family, prepared.eval_samples
     bad = BadSamples(prepared.samples, recipe.data.skip_bad)
@@ -132,7 +130,7 @@ def _train(job: Job, prepared: Prepared, *, say: Callable[[str], None], quiet: b
             train_dataset=Indexed(prepared.samples),
             eval_dataset=_subset(eval_samples, recipe) if eval_samples is not None else None,
             compute_loss_func=loss_with_padding if recipe.batch.count_padding and family.own_loss else None,
-            callbacks=[LogBeforeSaving(), progress],
+            callbacks=[LogBeforeSaving(), FirstCheckpoint(keep), progress],
             samples=prepared.samples,
             eval_collator=collator(BadSamples(eval_samples, recipe.data.skip_bad)) if eval_samples else None,
             measure=measuring,
@@ -170,4 +168,8 @@ def _subset(samples: Samples, recipe: Recipe) -> Any:
 
 
 def _silent(line: str) -> None:
+    return None
+
+
+def _nothing() -> None:
     return None

@@ -136,6 +136,19 @@ class LogBeforeSaving(TrainerCallback):
         return control
 
 
+class FirstCheckpoint(TrainerCallback):
+    """Calls `reached` when a checkpoint stands on the disk: from then on the run can be resumed."""
+
+    def __init__(self, reached: Callable[[], None]) -> None:
+        self._reached = reached
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        self._reached()
+        return control
+
+
 def loss_with_padding(
     outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
 ) -> torch.Tensor:
