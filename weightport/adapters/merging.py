@@ -47,8 +47,8 @@ from weightport.writing.safetensors_shards import (
     HashedFile,
     WrittenFile,
     as_bytes,
-    chunks,
     safetensors_header,
+    stored_chunks,
 )
 from weightport.writing.whole_output import check_absent, whole_directory
 
@@ -137,7 +137,9 @@ def merge_lora(
             with one_thread():
                 files, tensors = _write(plan, source, folder, advance)
             write_companions(folder, base, tokenizer, others, source.config, config_changes)
-            record = _record(source, opened, adapters, plan, options, files, tensors, hashed.result())
+            record = _record(
+                source, opened, adapters, plan, options, files, tensors, hashed.result(source.checkpoint.states)
+            )
             _write_record(folder, record)
             verification = check(Written(folder, base, tuple(opened), tuple(weights), plan, options))
             if verification is not None:
@@ -183,7 +185,7 @@ def _open(path: Path, base: Base, stack: ExitStack) -> LoraAdapter:
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="weightport-adapter-")))
     port_adapter(path, folder / "ported", base.path)
     ported = open_adapter(folder / "ported")
-    return replace(ported, path=path, files=adapter.files, ported=ported.path)
+    return replace(ported, path=path, files=adapter.files, states=adapter.states, ported=ported.path)
 
 
 def _originals_names(base: Base, names: Sequence[str]) -> bool:
@@ -270,7 +272,7 @@ def _write(
             file.write(safetensors_header([TensorSpec(out.name, out.shape, out.dtype) for out in outputs]))
             for out in outputs:
                 norms = Norms()
-                parts = chunks(out.base.read(), out.dtype) if out.edit is None else edited_chunks(out, norms)
+                parts = stored_chunks(out.base, out.dtype) if out.edit is None else edited_chunks(out, norms)
                 for part in parts:
                     file.write(as_bytes(part))
                     advance(part.numel() * part.element_size())
@@ -322,7 +324,7 @@ def _record(
             {
                 "name": adapter.path.resolve().name,
                 "weight": weight,
-                "files": [asdict(digest) for digest in _digests(adapter.files)],
+                "files": [asdict(digest) for digest in _digests(adapter)],
                 "rank": adapter.settings.default_rank,
                 "alpha": adapter.settings.default_alpha,
                 "rslora": adapter.settings.use_rslora,
@@ -349,9 +351,9 @@ def _record(
     }
 
 
-def _digests(files: Sequence[Path]) -> tuple[FileDigest, ...]:
-    with BackgroundDigests(files) as digests:
-        return digests.result()
+def _digests(adapter: LoraAdapter) -> tuple[FileDigest, ...]:
+    with BackgroundDigests(adapter.files) as digests:
+        return digests.result(adapter.states)
 
 
 def _write_record(folder: Path, record: Mapping[str, Any]) -> None:

@@ -79,7 +79,7 @@ def convert(
                 allow_nonfinite=options.allow_nonfinite,
                 advance=advance,
             )
-            record = conversion_record(checkpoint, model, made, files, hashed.result())
+            record = conversion_record(checkpoint, model, made, files, hashed.result(checkpoint.states))
             write_record(folder, record)
     return Conversion(out, made, model, record)
 

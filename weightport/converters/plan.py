@@ -14,6 +14,7 @@ import torch
 
 from weightport.checkpoints import TensorRef
 from weightport.converters.native import NativeTensors
+from weightport.converters.operations import Copy
 from weightport.converters.patterns import Capture
 from weightport.converters.rules import Derived, Filled, Rule, RuleTable
 from weightport.errors import CoverageError
@@ -50,8 +51,13 @@ class Step:
             return "compute" if self.rule.compute is not None else f"fill {self.rule.value:g}"
         return self.rule.operation.name
 
+    @property
+    def copies(self) -> bool:
+        """Whether the one target is the one source, value for value."""
+        return isinstance(self.rule, Rule) and isinstance(self.rule.operation, Copy)
+
     def produce(self) -> Sequence[torch.Tensor]:
-        """The targets' values, in the sources' dtype (views of mapped bytes where the operation allows)."""
+        """The targets' values, in the sources' dtype."""
         if isinstance(self.rule, Filled):
             if self.rule.compute is not None:
                 return [self.rule.compute(spec.shape) for spec in self.targets]

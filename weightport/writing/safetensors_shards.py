@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from weightport.checkpoints import TensorRef
 from weightport.converters.plan import Plan, Step, TensorSpec
 from weightport.errors import CoverageError, NonFiniteError
 from weightport.writing.hashed_file import HashedFile
@@ -115,7 +116,12 @@ def _write_shard(
             _check_ties(step)
             place = step.targets.index(spec)
             source = ", ".join(ref.name for ref in step.sources) or spec.name
-            for chunk in chunks(step.produce()[place], spec.dtype):
+            values = (
+                stored_chunks(step.sources[0], spec.dtype)
+                if step.copies
+                else chunks(step.produce()[place], spec.dtype)
+            )
+            for chunk in values:
                 if not allow_nonfinite:
                     check_finite(chunk, spec.name, source)
                 out.write(as_bytes(chunk))
@@ -153,6 +159,12 @@ def chunks(tensor: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         yield tensor[start : start + step].to(dtype).contiguous()
 
 
+def stored_chunks(ref: TensorRef, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """The values of a stored tensor in `dtype`, flat, about CHUNK_BYTES at a time: never all of them in memory."""
+    for piece in ref.pieces(CHUNK_BYTES):
+        yield piece.to(dtype)
+
+
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor, without a copy."""
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
@@ -180,11 +192,18 @@ def _check_ties(step: Step) -> None:
         first = step.sources[0]
         if alias.storage and alias.storage == first.storage:
             continue
-        if not same_bits(first.read(), alias.read()):
+        if not same_stored_bits(first, alias):
             raise CoverageError(
                 f"{alias.name} and {first.name} are one matrix in the model, but the checkpoint holds different "
                 "values for them. Converting would lose one of the two."
             )
+
+
+def same_stored_bits(a: TensorRef, b: TensorRef) -> bool:
+    """As `same_bits`, of stored tensors: never all of their values in memory."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return all(same_bits(x, y) for x, y in zip(a.pieces(CHUNK_BYTES), b.pieces(CHUNK_BYTES)))
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
