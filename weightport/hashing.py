@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import mmap
-import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-# Large: between blocks the thread waits for its turn with the interpreter.
-BLOCK_BYTES = 64 << 20
+from weightport.errors import CheckpointError
+from weightport.file_state import FileState, require_unchanged
+
+# Not smaller: between blocks the thread waits for its turn with the interpreter. Not larger: a block is to be hashed
+# while it is in the processor's cache.
+BLOCK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class BackgroundDigests:
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = tuple(files)
         self._digests: list[FileDigest] = []
-        self._error: OSError | None = None
+        self._states: dict[Path, FileState] = {}
+        self._error: CheckpointError | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -54,35 +57,47 @@ class BackgroundDigests:
         self._stop.set()
         self._thread.join()
 
-    def result(self) -> tuple[FileDigest, ...]:
-        """The digests, in the files' order. Raises OSError when a file could not be read."""
+    def result(self, opened: Mapping[Path, FileState] | None = None) -> tuple[FileDigest, ...]:
+        """The digests, in the files' order.
+
+        `opened` are the states in which the files were opened by whoever used their bytes: what was hashed is then
+        what was used. Raises CheckpointError when a file could not be read, or was not the same from its opening until
+        now.
+        """
         self._thread.join()
         if self._error is not None:
             raise self._error
+        for path, state in (opened or {}).items():
+            if path in self._states:
+                state.require_same(self._states[path], path)
+        require_unchanged({**self._states, **(opened or {})})
         return tuple(self._digests)
 
     def _run(self) -> None:
-        try:
-            for path in self.files:
+        for path in self.files:
+            try:
                 found = self._digest(path)
-                if found is None:
-                    return
-                self._digests.append(found)
-        except OSError as error:
-            self._error = error
+            except OSError as error:
+                self._error = CheckpointError(f"{path}: cannot be read ({error.strerror or error}).")
+                return
+            except CheckpointError as error:
+                self._error = error
+                return
+            if found is None:
+                return
+            self._digests.append(found)
 
     def _digest(self, path: Path) -> FileDigest | None:
-        """The digest of one file, from its pages in the system's cache (no copy is made); None when told to stop."""
+        """The digest of one file; None when told to stop. Read, not mapped: a file that shrinks is then an error."""
         digest = hashlib.sha256()
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size:
-                with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as content:
-                    for start in range(0, size, BLOCK_BYTES):
-                        if self._stop.is_set():
-                            return None
-                        # Touching a page that the file has lost since would kill the process, so ask first.
-                        if mapped.size() < size:
-                            raise OSError(f"{path} has shrunk from {size} to {mapped.size()} bytes while it was read")
-                        digest.update(content[start : start + BLOCK_BYTES])
+        block = memoryview(bytearray(BLOCK_BYTES))
+        size = 0
+        with path.open("rb", buffering=0) as file:
+            state = self._states[path] = FileState.of(file.fileno())
+            while count := file.readinto(block):
+                if self._stop.is_set():
+                    return None
+                digest.update(block[:count])
+                size += count
+            state.require_same(FileState.of(file.fileno()), path)
         return FileDigest(path.name, size, digest.hexdigest())

@@ -12,8 +12,8 @@ from florence2_checkpoints import originals
 from PIL import Image
 from transformers import pipeline
 
-from weightport.checkpoints import open_checkpoint
 from weightport.api import convert
+from weightport.checkpoints import open_checkpoint
 from weightport.converters.processor import ImageUse, check_processor
 from weightport.errors import ConfigurationError, VocabularyError
 from weightport.families import FAMILIES

@@ -27,9 +27,10 @@ class Quantization:
 def record_base(adapter: str | Path, base: str | Path, quantization: Quantization | None = None) -> None:
     """Write into the folder `adapter` which weight files of the model directory `base` it belongs to, and how it saw
     them."""
-    files = [file for file in open_checkpoint(base).files if file.suffix != ".json"]
+    checkpoint = open_checkpoint(base)
+    files = [file for file in checkpoint.files if file.suffix != ".json"]
     with BackgroundDigests(files) as digests:
-        found = [asdict(digest) for digest in digests.result()]
+        found = [asdict(digest) for digest in digests.result(checkpoint.states)]
     content: dict[str, Any] = {"format": 1, "files": found}
     if quantization is not None:
         content["quantization"] = {"kind": quantization.kind, "layers": sorted(quantization.layers)}

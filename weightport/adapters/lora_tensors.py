@@ -13,6 +13,7 @@ import torch
 from weightport.adapters.lora_config import MergeSettings, read_merge_settings
 from weightport.checkpoints import TensorRef, open_checkpoint
 from weightport.errors import AdapterError, CheckpointError, NonFiniteError
+from weightport.file_state import FileState
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIXES = ("base_model.model.", "module.", "_orig_mod.")
@@ -61,6 +62,7 @@ class LoraAdapter:
     whole: Mapping[str, TensorRef] = field(default_factory=dict)
     tokens: Mapping[str, TensorRef] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
+    states: Mapping[Path, FileState] = field(default_factory=dict)
     ported: Path | None = None
 
     @property
@@ -76,7 +78,8 @@ def open_adapter(folder: Path) -> LoraAdapter:
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise CheckpointError(f"{folder} holds {settings.where}, but neither {WEIGHTS[0]} nor {WEIGHTS[1]}.")
-    tensors = dict(open_checkpoint(path).items())
+    checkpoint = open_checkpoint(path)
+    tensors = dict(checkpoint.items())
     parts: dict[tuple[str, int], dict[str, TensorRef]] = {}
     whole: dict[str, TensorRef] = {}
     tokens: dict[str, TensorRef] = {}
@@ -107,7 +110,9 @@ def open_adapter(folder: Path) -> LoraAdapter:
     modules = tuple(_module(path, name, depth, found) for (name, depth), found in parts.items())
     if not modules and not whole and not tokens:
         raise AdapterError(f"{path} holds no tensors.")
-    adapter = LoraAdapter(folder, settings, modules, whole, tokens, (folder / "adapter_config.json", path))
+    adapter = LoraAdapter(
+        folder, settings, modules, whole, tokens, (folder / "adapter_config.json", path), checkpoint.states
+    )
     _check(adapter, tensors)
     return adapter
 

@@ -138,7 +138,9 @@ def merge_lora(
             with one_thread():
                 files, tensors = _write(plan, source, folder, advance)
             write_companions(folder, base, tokenizer, others, source.config, config_changes)
-            record = _record(source, opened, adapters, plan, options, files, tensors, hashed.result())
+            record = _record(
+                source, opened, adapters, plan, options, files, tensors, hashed.result(source.checkpoint.states)
+            )
             _write_record(folder, record)
             verification = check(Written(folder, base, tuple(opened), tuple(weights), plan, options))
             if verification is not None:
@@ -184,7 +186,7 @@ def _open(path: Path, base: Base, stack: ExitStack, families: FamilyLookup) -> L
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="weightport-adapter-")))
     port_adapter(path, folder / "ported", base.path, families)
     ported = open_adapter(folder / "ported")
-    return replace(ported, path=path, files=adapter.files, ported=ported.path)
+    return replace(ported, path=path, files=adapter.files, states=adapter.states, ported=ported.path)
 
 
 def _originals_names(base: Base, names: Sequence[str], families: FamilyLookup) -> bool:
@@ -323,7 +325,7 @@ def _record(
             {
                 "name": adapter.path.resolve().name,
                 "weight": weight,
-                "files": [asdict(digest) for digest in _digests(adapter.files)],
+                "files": [asdict(digest) for digest in _digests(adapter)],
                 "rank": adapter.settings.default_rank,
                 "alpha": adapter.settings.default_alpha,
                 "rslora": adapter.settings.use_rslora,
@@ -350,9 +352,9 @@ def _record(
     }
 
 
-def _digests(files: Sequence[Path]) -> tuple[FileDigest, ...]:
-    with BackgroundDigests(files) as digests:
-        return digests.result()
+def _digests(adapter: LoraAdapter) -> tuple[FileDigest, ...]:
+    with BackgroundDigests(adapter.files) as digests:
+        return digests.result(adapter.states)
 
 
 def _write_record(folder: Path, record: Mapping[str, Any]) -> None:

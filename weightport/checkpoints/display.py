@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from weightport.checkpoints.dtypes import dtype_name
-from weightport.checkpoints.mapped_file import shown
 from weightport.checkpoints.pickle.records import Record, Symbol
+from weightport.checkpoints.shown import printable, shown
 from weightport.checkpoints.types import Checkpoint, TensorRef
 
 _CUT = "…"
@@ -39,17 +39,18 @@ class Section:
 def sections(checkpoint: Checkpoint) -> tuple[Section, ...]:
     """The sections of `checkpoint` in file order: of a training checkpoint, its model, its optimizer's state, …."""
     document = checkpoint.document
-    keys = [
-        str(key)
+    keys = {
+        printable(key) if isinstance(key, str) else shown(key)
         for key, value in (document.items() if isinstance(document, dict) else ())
         if isinstance(value, (dict, list, tuple, Record))
-    ]
+    }
+    lengths = sorted({len(key) for key in keys}, reverse=True)
     found: dict[str, list[TensorRef]] = {}
     for name, ref in checkpoint.tensors.items():
         # The head of a name is the key up to a dot; keys that hold dots themselves are looked for among the keys.
         head = name.split(".", 1)[0]
         if head not in keys:
-            head = max((key for key in keys if name.startswith(key + ".")), key=len, default="")
+            head = _longest_start(name, keys, lengths)
         found.setdefault(head, []).append(ref)
     return tuple(
         Section(
@@ -61,6 +62,12 @@ def sections(checkpoint: Checkpoint) -> tuple[Section, ...]:
         )
         for name, refs in found.items()
     )
+
+
+def _longest_start(name: str, keys: set[str], lengths: list[int]) -> str:
+    """The longest key that `name` goes on from with a dot, or ""; `lengths` are those of the keys, longest first."""
+    starts = (name[:length] for length in lengths if name[length : length + 1] == ".")
+    return next((start for start in starts if start in keys), "")
 
 
 def _distinct_bytes(refs: list[TensorRef]) -> int:

@@ -13,6 +13,8 @@ from typing import Protocol
 
 import torch
 
+from weightport.checkpoints.types import TensorRef
+
 CHUNK_BYTES = 16 << 20
 """About how many bytes `blocks` yields at a time."""
 
@@ -68,6 +70,10 @@ def blocks(tensor: Lazy, dtype: torch.dtype | None = None) -> Iterator[torch.Ten
     Views where nothing changes. Memory is bounded by one block of rows; where rows are not independent, by the tensor.
     """
     dtype = dtype or tensor.dtype
+    if isinstance(tensor, TensorRef):
+        for piece in tensor.pieces(CHUNK_BYTES):
+            yield piece.to(dtype)
+        return
     if not tensor.shape or not prod(tensor.shape) or not getattr(tensor, "by_rows", True):
         yield from chunks(tensor.read(), dtype)
         return
@@ -100,3 +106,10 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
         else ((a.contiguous(), b.contiguous()),)
     )
     return all(torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8)) for x, y in pairs)
+
+
+def same_stored_bits(a: TensorRef, b: TensorRef) -> bool:
+    """As `same_bits`, of stored tensors: never all of their values in memory."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return all(same_bits(x, y) for x, y in zip(a.pieces(CHUNK_BYTES), b.pieces(CHUNK_BYTES)))

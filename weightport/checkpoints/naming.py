@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from weightport.checkpoints.mapped_file import shown
 from weightport.checkpoints.pickle.records import Record
+from weightport.checkpoints.shown import printable, shown
 from weightport.checkpoints.types import TensorRef
 from weightport.errors import CheckpointError
 
@@ -15,8 +15,17 @@ from weightport.errors import CheckpointError
 _MAX_REPEATS = 250_000
 _MAX_DEPTH = 1_000
 _MAX_NAME = 4_096
+# All names together, in characters: a name repeats the keys on its way, which a file holds once.
+_MAX_NAMES = 64_000_000
 # torch.nn.Module keeps its parts in dictionaries of these names, which its state_dict leaves out.
 _MODULE_FIELDS = frozenset({"_modules", "_parameters", "_buffers"})
+
+
+def tensor_name(name: str) -> str:
+    """A tensor's own name as it is called here: printable. Raises CheckpointError for an endless one."""
+    if len(name) > _MAX_NAME:
+        raise CheckpointError(f"a tensor has a name of {len(name)} characters; the longest have {_MAX_NAME}.")
+    return printable(name)
 
 
 def name_tensors(document: Any) -> dict[str, TensorRef]:
@@ -47,6 +56,7 @@ class _Walk:
         self.entered: set[int] = set()
         self.barren: set[int] = set()
         self.repeats = 0
+        self.named = 0
 
     def enter(self, name: str, container: Any) -> None:
         owner = id(container)
@@ -79,6 +89,9 @@ class _Walk:
         if self.repeats > _MAX_REPEATS:
             raise CheckpointError("holds the same data in itself over and over, as no checkpoint does.")
         if isinstance(value, TensorRef):
+            self.named += len(name)
+            if self.named > _MAX_NAMES:
+                raise CheckpointError(f"names its tensors with more than {_MAX_NAMES:,} characters in all.")
             _add(self.found, name, value)
         else:
             self.enter(name, value)
@@ -105,7 +118,7 @@ def _children(container: Any) -> Iterator[tuple[str, Any]]:
             yield str(position), value
     elif isinstance(container, Record):
         for name, value in container.fields.items():
-            yield "" if name in _MODULE_FIELDS else name, value
+            yield "" if name in _MODULE_FIELDS else printable(name[: _MAX_NAME + 1]), value
         yield from _children(dict(container.entries))
         yield from _children(container.elements)
         yield from (("args", container.args), ("state", container.state))
@@ -113,7 +126,7 @@ def _children(container: Any) -> Iterator[tuple[str, Any]]:
 
 def _segment(key: Any, position: int) -> str:
     if isinstance(key, str):
-        return key
+        return printable(key[: _MAX_NAME + 1])
     return str(key) if isinstance(key, (int, float, bool, type(None))) else str(position)
 
 

@@ -12,7 +12,8 @@ from weightport.checkpoints.formats.safetensors_file import MAX_HEADER, open_saf
 from weightport.checkpoints.formats.sharded import open_sharded
 from weightport.checkpoints.formats.torch_files import is_legacy, open_legacy, open_zip
 from weightport.checkpoints.formats.zip_archive import read_directory
-from weightport.checkpoints.mapped_file import MappedFile, shown
+from weightport.checkpoints.shown import shown
+from weightport.checkpoints.source_file import SourceFile
 from weightport.checkpoints.types import Checkpoint
 from weightport.errors import CheckpointError
 
@@ -58,7 +59,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 def open_file(path: Path) -> Checkpoint:
     """The checkpoint in one file, or in the shards that the index file `path` names."""
-    file = MappedFile(path)
+    file = SourceFile(path)
     start = file.read(0, min(_LOOK, file.size), "the file's beginning")
     for recognise, reader in _FORMATS:
         if recognise(start):
@@ -69,14 +70,14 @@ def open_file(path: Path) -> Checkpoint:
 
 
 def _open_shard(path: Path) -> Checkpoint:
-    file = MappedFile(path)
+    file = SourceFile(path)
     start = file.read(0, min(_LOOK, file.size), "the file's beginning")
     if start.lstrip().startswith(b"{"):
         raise CheckpointError(f"{path}: should be a shard with weights, but is JSON.")
     return open_file(path)
 
 
-def _open_archive(file: MappedFile) -> Checkpoint:
+def _open_archive(file: SourceFile) -> Checkpoint:
     members = read_directory(file)
     if any(name.endswith("/data.pkl") for name in members):
         return open_zip(file, members)
@@ -92,7 +93,7 @@ def _looks_like_safetensors(start: bytes) -> bool:
     return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER
 
 
-_FORMATS: tuple[tuple[Callable[[bytes], bool], Callable[[MappedFile], Checkpoint]], ...] = (
+_FORMATS: tuple[tuple[Callable[[bytes], bool], Callable[[SourceFile], Checkpoint]], ...] = (
     (lambda start: start.startswith((b"PK\3\4", b"PK\5\6")), _open_archive),
     (is_legacy, open_legacy),
     (_looks_like_safetensors, open_safetensors),

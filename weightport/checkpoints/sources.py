@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from weightport.checkpoints.types import Checkpoint, NamedTensors
+from weightport.file_state import FileState
 
 MAIN = "checkpoint"
 """The source that every conversion has, and that `document`s and companions are looked for in."""
@@ -27,6 +28,11 @@ class Sources:
         """The files of all sources, those of the main one first."""
         ordered = (MAIN, *(name for name in self.checkpoints if name != MAIN))
         return tuple(dict.fromkeys(file for name in ordered for file in self.checkpoints[name].files))
+
+    @property
+    def states(self) -> dict[Path, FileState]:
+        """Every file as it was when it was opened."""
+        return {path: state for checkpoint in self.checkpoints.values() for path, state in checkpoint.states.items()}
 
     def __contains__(self, name: str) -> bool:
         return name in self.checkpoints

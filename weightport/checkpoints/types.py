@@ -10,17 +10,19 @@ from typing import Any
 
 import torch
 
+from weightport.checkpoints.layout import StoredTensor
 from weightport.errors import CheckpointError
+from weightport.file_state import FileState
 
 
 @dataclass(frozen=True)
 class TensorRef:
     """One tensor of a checkpoint, not yet read.
 
-    `read()` touches only the tensor's own bytes and returns a tensor of exactly `shape` and `dtype`, zero-copy over a
-    private memory map where the layout allows. `storage` identifies the bytes: it is (file, storage in the file, first
-    byte in the storage, strides). Two refs of equal `storage`, `shape` and `dtype` are one tensor stored once; two
-    refs that agree in `storage[:2]` share a storage.
+    `read()` touches only the tensor's own bytes and returns a tensor of exactly `shape` and `dtype`, in memory of its
+    own; `pieces()` gives the same values without holding them all. `storage` identifies the bytes: it is (file,
+    storage in the file, first byte in the storage, strides). Two refs of equal `storage`, `shape` and `dtype` are one
+    tensor stored once; two refs that agree in `storage[:2]` share a storage.
     """
 
     name: str
@@ -39,13 +41,22 @@ class TensorRef:
         return self.numel * self.dtype.itemsize
 
     def read(self) -> torch.Tensor:
-        """The tensor, of `shape` and `dtype`. Raises CheckpointError when the file no longer holds it."""
+        """The tensor, of `shape` and `dtype`. Raises CheckpointError when the file is damaged there or has changed."""
         return self.load()
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows `start` to `stop` of axis 0 (a scalar whole), touching their bytes only where the layout allows."""
+        """Rows `start` to `stop` of axis 0 (a scalar whole), at the cost of their bytes where the layout allows."""
+        if isinstance(self.load, StoredTensor) and self.shape:
+            return self.load.rows(start, stop)
         whole = self.load()
         return whole[start:stop] if self.shape else whole
+
+    def pieces(self, nbytes: int) -> Iterator[torch.Tensor]:
+        """The tensor's values in row-major order: 1-D, at most `nbytes` bytes (but one value at least) at a time."""
+        if isinstance(self.load, StoredTensor):
+            yield from self.load.pieces(nbytes)
+        elif self.numel:
+            yield from self.load().reshape(-1).split(max(nbytes // self.dtype.itemsize, 1))
 
 
 class NamedTensors(Mapping[str, TensorRef]):
@@ -83,8 +94,10 @@ class Checkpoint(Mapping[str, TensorRef]):
     A tensor nested in dictionaries has the names on its way joined with dots: `model` → `encoder.layer_norm.bias` is
     `model.encoder.layer_norm.bias`. In `document` the tensors stand as TensorRef at their places.
 
+    Names are printable: where a file's own name for a tensor holds control characters, their escapes stand there.
+
     `format` is torch-zip, torch-legacy, torch-sharded, safetensors, safetensors-sharded or npz. `files` are the files
-    that were opened, the index of a sharded checkpoint first.
+    that were opened, the index of a sharded checkpoint first, and `states` in which state each was then.
     """
 
     path: Path
@@ -92,6 +105,7 @@ class Checkpoint(Mapping[str, TensorRef]):
     files: tuple[Path, ...]
     tensors: Mapping[str, TensorRef]
     document: Any = None
+    states: Mapping[Path, FileState] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.path)!r}, {self.format}, {len(self.tensors)} tensors)"

@@ -79,7 +79,11 @@ def convert(
     WeightportError with nothing written.
     """
     # What is read stays: the sources, and folders that options name (a vocabulary).
-    inputs: list[str | Path | None] = [*(each.path for each in sources.checkpoints.values()), *sources.files, *options.paths]
+    inputs: list[str | Path | None] = [
+        *(each.path for each in sources.checkpoints.values()),
+        *sources.files,
+        *options.paths,
+    ]
     require_directory(out, overwrite=options.overwrite, inputs=inputs)
     begun = nullcontext(digests) if digests and digests.files == sources.files else None
     with begun or BackgroundDigests(sources.files) as hashed, _one_thread():
@@ -97,7 +101,8 @@ def convert(
                 allow_nonfinite=options.allow_nonfinite,
                 advance=advance,
             )
-            record = conversion_record(sources, model, made, files, hashed.result(), planned.vocabulary)
+            digests_read = hashed.result(sources.states)
+            record = conversion_record(sources, model, made, files, digests_read, planned.vocabulary)
             write_record(folder, record)
     return Conversion(out, made, model, record)
 

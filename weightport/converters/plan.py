@@ -12,7 +12,7 @@ from math import prod
 
 import torch
 
-from weightport.checkpoints.lazy_tensors import Lazy, blocks, chunks, same_bits
+from weightport.checkpoints.lazy_tensors import Lazy, blocks, chunks, same_stored_bits
 from weightport.checkpoints.types import NamedTensors, TensorRef
 from weightport.converters.native import NativeTensors
 from weightport.converters.patterns import Capture
@@ -284,7 +284,7 @@ def check_ties(first: TensorRef, aliases: Sequence[TensorRef]) -> None:
     for alias in aliases:
         if alias.storage and alias.storage == first.storage:
             continue
-        if not same_bits(first.read(), alias.read()):
+        if not same_stored_bits(first, alias):
             raise CoverageError(
                 f"{alias.name} and {first.name} are one matrix in the model, but the checkpoint holds different "
                 "values for them. Converting would lose one of the two."

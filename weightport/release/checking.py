@@ -81,7 +81,7 @@ def check_directory(directory: str | Path, family_of: Callable[[object], Publish
     _require_tokenizer(directory, config)
     weights = [file for file in checkpoint.files if file.suffix == ".safetensors"]
     with BackgroundDigests(weights) as digests:
-        hashes = {digest.name: digest.sha256 for digest in digests.result()}
+        hashes = {digest.name: digest.sha256 for digest in digests.result(checkpoint.states)}
     _require_recorded(directory, hashes, records)
     sizes: dict[torch.dtype, int] = {}
     for ref in checkpoint.values():

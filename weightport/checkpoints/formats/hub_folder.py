@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from weightport.checkpoints.formats.sharded import read_json
-from weightport.checkpoints.mapped_file import shown
+from weightport.checkpoints.shown import shown
 from weightport.checkpoints.types import Checkpoint
 from weightport.errors import CheckpointError
+from weightport.families.ofa.fairseq_options import is_fairseq
 
 # In the order of preference: safetensors before pickles, an index before a single file.
 _CONVENTIONAL = (
@@ -39,14 +40,24 @@ _COMPANIONS = (
 def open_folder(folder: Path, open_file: Callable[[Path], Checkpoint]) -> Checkpoint:
     """The one checkpoint of `folder`.
 
-    `document` has the parsed config.json under "config" (and so on for the other JSON files of a model directory, each
-    by its name without .json) and the weight file's own document under "weights".
+    A training checkpoint of fairseq, or a lone file that is not named as the Hub names weights and has no JSON files
+    beside it, gives exactly what it gives when it is opened itself. Else `document` has the parsed config.json under
+    "config" (and so on for the other JSON files of a model directory, each by its name without .json) and the weight
+    file's own document under "weights".
     """
-    opened = open_file(_weights(folder))
-    document: dict[str, Any] = {
-        name.removesuffix(".json"): read_json(folder / name) for name in _COMPANIONS if (folder / name).exists()
-    }
+    weights = _weights(folder)
+    opened = open_file(weights)
+    beside = [name for name in _COMPANIONS if (folder / name).exists()]
+    unconventional = weights.name not in _CONVENTIONAL and not _is_index(weights.name)
+    if is_fairseq(opened.document) or (unconventional and not beside):
+        # A trainer's checkpoint that stands in a folder of its own: it says itself how its model was built.
+        return opened
+    document: dict[str, Any] = {name.removesuffix(".json"): read_json(folder / name) for name in beside}
     return replace(opened, path=folder, document={**document, "weights": opened.document})
+
+
+def _is_index(name: str) -> bool:
+    return name.endswith((".safetensors.index.json", ".bin.index.json"))
 
 
 def _is_stale(folder: Path, name: str, names: list[str]) -> bool:
@@ -70,7 +81,7 @@ def _weights(folder: Path) -> Path:
     candidates = [
         name for name in names if Path(name).suffix in _WEIGHT_SUFFIXES and not name.startswith(_NOT_WEIGHTS)
     ]
-    indices = [name for name in names if name.endswith((".safetensors.index.json", ".bin.index.json"))]
+    indices = [name for name in names if _is_index(name)]
     if len(indices or candidates) == 1:
         return folder / (indices or candidates)[0]
     if any("-of-" in name for name in candidates):

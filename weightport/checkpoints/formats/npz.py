@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 import tokenize
-from functools import partial
 from math import prod
 from typing import Any
 
 import numpy as np
 
 from weightport.checkpoints.dtypes import NUMPY_DTYPES
-from weightport.checkpoints.formats.zip_archive import Inflated, Member, inflate, member_span, read_directory
-from weightport.checkpoints.mapped_file import Layout, MappedFile, Source, Span, shown
+from weightport.checkpoints.formats.zip_archive import Member, member_span, read_directory, read_member
+from weightport.checkpoints.inflating import Inflated, inflate
+from weightport.checkpoints.layout import Layout, Source, StoredTensor
+from weightport.checkpoints.naming import tensor_name
 from weightport.checkpoints.pickle.records import Record
+from weightport.checkpoints.shown import shown
+from weightport.checkpoints.source_file import SourceFile
 from weightport.checkpoints.types import Checkpoint, TensorRef
 from weightport.errors import CheckpointError
 
@@ -21,10 +24,20 @@ from weightport.errors import CheckpointError
 _MAX_HEADER = 10_000 + 16
 _TEXT_LIMIT = 1 << 16
 # What numpy's header reader (a tokenizer, then ast.literal_eval) lets through.
-_HEADER_ERRORS = (ValueError, TypeError, SyntaxError, OverflowError, RecursionError, MemoryError, tokenize.TokenError)
+_HEADER_ERRORS = (
+    ValueError,
+    TypeError,
+    IndexError,
+    SyntaxError,
+    OverflowError,
+    RecursionError,
+    MemoryError,
+    SystemError,
+    tokenize.TokenError,
+)
 
 
-def open_npz(file: MappedFile, members: dict[str, Member] | None = None) -> Checkpoint:
+def open_npz(file: SourceFile, members: dict[str, Member] | None = None) -> Checkpoint:
     """The checkpoint in an .npz file. Names stay as they are, slashes and all; only directory and headers are read.
 
     Two-byte void (`|V2`) is bfloat16. Arrays of text stand in `document` as lists, those of pickled objects as
@@ -33,18 +46,26 @@ def open_npz(file: MappedFile, members: dict[str, Member] | None = None) -> Chec
     members = read_directory(file) if members is None else members
     document: dict[str, Any] = {}
     for member in members.values():
-        name = member.name.removesuffix(".npy")
+        name = _named(file, member)
         if name in document:
             raise CheckpointError(f"{file.path}: holds two arrays named {shown(name)}.")
         try:
             document[name] = _array(file, member, name)
         except CheckpointError as error:
-            raise CheckpointError(f"{file.path}: {shown(name)}: {error}") from error
+            reason = str(error).removeprefix(f"{file.path}: ")
+            raise CheckpointError(f"{file.path}: {shown(name)}: {reason}") from error
     tensors = {name: value for name, value in document.items() if isinstance(value, TensorRef)}
-    return Checkpoint(file.path, "npz", (file.path,), tensors, document)
+    return Checkpoint(file.path, "npz", (file.path,), tensors, document, {file.path: file.state})
 
 
-def _array(file: MappedFile, member: Member, name: str) -> Any:
+def _named(file: SourceFile, member: Member) -> str:
+    try:
+        return tensor_name(member.name.removesuffix(".npy"))
+    except CheckpointError as error:
+        raise CheckpointError(f"{file.path}: {error}") from error
+
+
+def _array(file: SourceFile, member: Member, name: str) -> Any:
     if not member.stored and not member.deflated:
         raise CheckpointError(f"is compressed by method {member.method}; known are 0 (stored) and 8 (deflate).")
     length = min(member.size, _MAX_HEADER)
@@ -64,10 +85,8 @@ def _array(file: MappedFile, member: Member, name: str) -> Any:
     big_endian = kind.byteorder == ">"
     source: Source = Inflated(file, member, skip, big_endian)
     if member.stored:
-        span = member_span(file, member)
-        source = Span(file, span.offset + skip, span.nbytes - skip, big_endian)
-    storage = (str(file.path), name, 0, layout.stride)
-    return TensorRef(name, shape, dtype, partial(layout.read, source), storage)
+        source = member_span(file, member, skip=skip, big_endian=big_endian)
+    return TensorRef(name, shape, dtype, StoredTensor(layout, source), (str(file.path), name, 0, layout.stride))
 
 
 def _header(start: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
@@ -86,15 +105,15 @@ def _header(start: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
     return shape, bool(fortran), kind, stream.tell()
 
 
-def _not_a_tensor(file: MappedFile, member: Member, skip: int, shape: tuple[int, ...], kind: np.dtype[Any]) -> Any:
+def _not_a_tensor(file: SourceFile, member: Member, skip: int, shape: tuple[int, ...], kind: np.dtype[Any]) -> Any:
     """Text as nested lists, if there is little of it; else a Record that says what was not read."""
     unread = Record("numpy.ndarray", (shape, kind.str))
     if kind.kind not in "US" or not kind.itemsize or member.size > _TEXT_LIMIT:
         return unread
-    data = inflate(file, member) if member.deflated else file.read(member.start, member.size, "its text")
+    data = inflate(file, member) if member.deflated else read_member(file, member)
     if len(data) - skip != kind.itemsize * prod(shape):
         raise CheckpointError(f"has shape {shown(shape)} and type {kind.str}, but holds {len(data) - skip} bytes.")
     try:
         return np.frombuffer(data[skip:], kind).reshape(shape).tolist()
-    except ValueError as error:
+    except (ValueError, SystemError) as error:
         raise CheckpointError(f"holds text that is not Unicode ({error}).") from error

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import struct
-from functools import partial
 from typing import Any
 
 from weightport.checkpoints.dtypes import SAFETENSORS_DTYPES
-from weightport.checkpoints.mapped_file import Layout, MappedFile, Span, shown
+from weightport.checkpoints.json_text import parse_json
+from weightport.checkpoints.layout import Layout, Span, StoredTensor
+from weightport.checkpoints.naming import tensor_name
+from weightport.checkpoints.shown import shown
+from weightport.checkpoints.source_file import SourceFile
 from weightport.checkpoints.types import Checkpoint, TensorRef
 from weightport.errors import CheckpointError
 
@@ -16,7 +18,7 @@ from weightport.errors import CheckpointError
 MAX_HEADER = 100_000_000
 
 
-def open_safetensors(file: MappedFile) -> Checkpoint:
+def open_safetensors(file: SourceFile) -> Checkpoint:
     """The checkpoint in one safetensors file, its tensors in the order of their bytes. Only the header is read.
 
     `document` is {"metadata": the header's __metadata__}. Raises CheckpointError unless every byte after the header
@@ -41,38 +43,30 @@ def open_safetensors(file: MappedFile) -> Checkpoint:
             raise CheckpointError(f"{file.path}: {shown(name)} at bytes {first} to {last} {relation}.")
         end = last
         source = Span(file, start + first, last - first)
+        if name in tensors:
+            raise CheckpointError(f"{file.path}: holds two tensors that would both be named {shown(name)}.")
         storage = (str(file.path), name, 0, layout.stride)
-        tensors[name] = TensorRef(name, layout.shape, layout.dtype, partial(layout.read, source), storage)
+        tensors[name] = TensorRef(name, layout.shape, layout.dtype, StoredTensor(layout, source), storage)
     if start + end != file.size:
         raise CheckpointError(
             f"{file.path}: its tensors end at byte {start + end}, but the file has {file.size}. "
             "It is truncated or damaged; fetch it again."
         )
-    return Checkpoint(file.path, "safetensors", (file.path,), tensors, {"metadata": metadata})
+    states = {file.path: file.state}
+    return Checkpoint(file.path, "safetensors", (file.path,), tensors, {"metadata": metadata}, states)
 
 
-def _parse_header(file: MappedFile, raw: bytes) -> dict[str, Any]:
+def _parse_header(file: SourceFile, raw: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
+        header = parse_json(raw, refuse_duplicates=True)
+    except ValueError as error:
         raise CheckpointError(f"{file.path}: its safetensors header is malformed ({error}).") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{file.path}: its safetensors header should be a JSON object.")
     return header
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        repeated = next(name for index, (name, _) in enumerate(pairs) if name in dict(pairs[:index]))
-        raise ValueError(f"{shown(repeated)} stands twice")
-    for name in found:
-        # JSON can spell half a surrogate pair, which nothing can print or write again.
-        name.encode("utf-8")
-    return found
-
-
-def _entry(file: MappedFile, name: str, entry: Any) -> tuple[str, Layout, tuple[int, int]]:
+def _entry(file: SourceFile, name: str, entry: Any) -> tuple[str, Layout, tuple[int, int]]:
     where = f"{file.path}: {shown(name)}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where} should have dtype, shape and data_offsets in the header.")
@@ -85,12 +79,13 @@ def _entry(file: MappedFile, name: str, entry: Any) -> tuple[str, Layout, tuple[
         raise CheckpointError(f"{where} has a shape or data_offsets that are not whole numbers.")
     first, last = entry["data_offsets"]
     try:
+        name = tensor_name(name)
         layout = Layout.contiguous(dtype, tuple(entry["shape"]))
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
     if last - first != layout.count * dtype.itemsize:
         raise CheckpointError(
-            f"{where} has shape {entry['shape']} and dtype {entry['dtype']}, which take "
+            f"{where} has shape {shown(layout.shape)} and dtype {entry['dtype']}, which take "
             f"{layout.count * dtype.itemsize} bytes, but stands at bytes {first} to {last}."
         )
     return name, layout, (first, last)

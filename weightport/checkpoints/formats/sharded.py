@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from weightport.checkpoints.mapped_file import require_file, shown
+from weightport.checkpoints.json_text import parse_json
+from weightport.checkpoints.shown import printable, shown
+from weightport.checkpoints.source_file import SourceFile
 from weightport.checkpoints.types import Checkpoint, TensorRef
 from weightport.errors import CheckpointError
 
-_MAX_JSON = 200_000_000
+_MAX_JSON = 100_000_000
+# Of a file name, on every file system.
+_MAX_NAME = 255
 
 
 def read_json(path: Path) -> Any:
     """The contents of a JSON file. Raises CheckpointError for one that is missing or malformed."""
-    require_file(path)
-    if path.stat().st_size > _MAX_JSON:
-        raise CheckpointError(f"{path}: is a JSON file of {path.stat().st_size} bytes; none of these is so large.")
+    return _json_of(SourceFile(path))
+
+
+def _json_of(file: SourceFile) -> Any:
+    path = file.path
+    if file.size > _MAX_JSON:
+        raise CheckpointError(f"{path}: is a JSON file of {file.size} bytes; none of these is so large.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return parse_json(file.read(0, file.size, "its text"))
+    except ValueError as error:
         raise CheckpointError(f"{path}: should be a JSON file, but cannot be read as one ({error}).") from error
 
 
@@ -31,7 +38,9 @@ def open_sharded(index: Path, open_file: Callable[[Path], Checkpoint]) -> Checkp
     Tensors are in the order of the shards' names, and within a shard in file order; `document` is {"metadata": the
     index's metadata}. Raises CheckpointError unless the shards hold exactly the tensors that the index promises.
     """
-    promised = _weight_map(index)
+    file = SourceFile(index)
+    content = _json_of(file)
+    promised = _weight_map(index, content)
     shard_names = sorted(set(promised.values()))
     folder = index.parent
     missing = [name for name in shard_names if not (folder / name).exists()]
@@ -41,19 +50,23 @@ def open_sharded(index: Path, open_file: Callable[[Path], Checkpoint]) -> Checkp
             f"{shown(tuple(missing))}. Download the whole folder."
         )
     shards = {name: open_file(folder / name) for name in shard_names}
+    expected: dict[str, set[str]] = {name: set() for name in shard_names}
+    for tensor, place in promised.items():
+        expected[place].add(printable(tensor))
     tensors: dict[str, TensorRef] = {}
     for name, shard in shards.items():
-        expected = {tensor for tensor, place in promised.items() if place == name}
-        _require_same(index, name, expected, set(shard.tensors))
+        _require_same(index, name, expected[name], set(shard.tensors))
         tensors.update(shard.tensors)
     formats = {shard.format for shard in shards.values()}
     form = "safetensors-sharded" if formats == {"safetensors"} else "torch-sharded"
     files = (index, *(folder / name for name in shard_names))
-    return Checkpoint(index, form, files, tensors, {"metadata": read_json(index).get("metadata", {})})
+    states = {index: file.state}
+    for shard in shards.values():
+        states.update(shard.states)
+    return Checkpoint(index, form, files, tensors, {"metadata": content.get("metadata", {})}, states)
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    content = read_json(index)
+def _weight_map(index: Path, content: Any) -> dict[str, str]:
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
@@ -65,6 +78,11 @@ def _weight_map(index: Path) -> dict[str, str]:
         if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\:\0"):
             raise CheckpointError(
                 f"{index}: {shown(tensor)} should be in a file beside the index, but is said to be in {shown(name)}."
+            )
+        if len(name.encode("utf-8")) > _MAX_NAME:
+            raise CheckpointError(
+                f"{index}: {shown(tensor)} is said to be in {shown(name, 40)}, a file name of {len(name)} characters; "
+                f"the longest have {_MAX_NAME}."
             )
     return weight_map
 

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from weightport.checkpoints.dtypes import QUANTIZED_STORAGES, TORCH_STORAGES
-from weightport.checkpoints.formats.zip_archive import Member, member_span, read_directory
-from weightport.checkpoints.mapped_file import MappedFile, Span, shown
+from weightport.checkpoints.formats.zip_archive import Member, member_span, read_directory, read_member
+from weightport.checkpoints.layout import Span
 from weightport.checkpoints.naming import name_tensors
 from weightport.checkpoints.pickle.reader import unpickle
 from weightport.checkpoints.pickle.records import Symbol
 from weightport.checkpoints.pickle.torch_tensors import Storage, StorageView
+from weightport.checkpoints.shown import shown
+from weightport.checkpoints.source_file import SourceFile
 from weightport.checkpoints.types import Checkpoint
 from weightport.errors import CheckpointError, UnsafeCheckpointError
 
@@ -28,7 +30,7 @@ def is_legacy(start: bytes) -> bool:
     return start[:1] == b"\x80" and LEGACY_MAGIC.to_bytes(10, "little") in start[:32]
 
 
-def open_zip(file: MappedFile, members: dict[str, Member] | None = None) -> Checkpoint:
+def open_zip(file: SourceFile, members: dict[str, Member] | None = None) -> Checkpoint:
     """The checkpoint in a torch zip archive. Only its directory and its pickle are read."""
     members = read_directory(file) if members is None else members
     pickles = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
@@ -57,20 +59,18 @@ def open_zip(file: MappedFile, members: dict[str, Member] | None = None) -> Chec
                 )
         return _same(storages[name], kind, count)
 
-    span = member_span(file, members[pickles[0]])
-    data = file.read(span.offset, span.nbytes, "data.pkl")
-    document, _ = unpickle(data, f"{file.path}: its data.pkl", resolve)
+    document, _ = unpickle(read_member(file, members[pickles[0]]), f"{file.path}: its data.pkl", resolve)
     return _checkpoint(file, "torch-zip", document)
 
 
-def open_legacy(file: MappedFile) -> Checkpoint:
+def open_legacy(file: SourceFile) -> Checkpoint:
     """The checkpoint in torch's older format: five pickles, then each storage's length and bytes (little-endian)."""
     where = f"{file.path}: in torch's format of before 1.6, its pickle"
-    magic, at = unpickle(file.buffer, where)
-    protocol, at = unpickle(file.buffer, where, start=at)
+    magic, at = unpickle(file, where)
+    protocol, at = unpickle(file, where, start=at)
     if magic != LEGACY_MAGIC or protocol != _LEGACY_PROTOCOL:
         raise CheckpointError(f"{file.path}: is of torch's format {shown(protocol)}; known is {_LEGACY_PROTOCOL}.")
-    _, at = unpickle(file.buffer, where, start=at)
+    _, at = unpickle(file, where, start=at)
     storages: dict[str, Storage] = {}
 
     def resolve(key: Any) -> Any:
@@ -80,15 +80,16 @@ def open_legacy(file: MappedFile) -> Checkpoint:
         storage = storages.setdefault(name, Storage(file.path, name, kind, count, file.size))
         return _viewed(_same(storage, kind, count), view)
 
-    document, at = unpickle(file.buffer, where, resolve, start=at)
-    keys, at = unpickle(file.buffer, where, start=at)
+    document, at = unpickle(file, where, resolve, start=at)
+    keys, at = unpickle(file, where, start=at)
     _locate_storages(file, storages, keys, at)
     return _checkpoint(file, "torch-legacy", document)
 
 
-def _locate_storages(file: MappedFile, storages: dict[str, Storage], keys: Any, at: int) -> None:
+def _locate_storages(file: SourceFile, storages: dict[str, Storage], keys: Any, at: int) -> None:
     """Gives every storage its bytes: the file holds them in the order of `keys`, each after its count of elements."""
-    if not isinstance(keys, list) or set(map(str, keys)) != set(storages) or len(keys) != len(storages):
+    named = isinstance(keys, list) and all(isinstance(key, (str, int)) for key in keys)
+    if not named or set(map(str, keys)) != set(storages) or len(keys) != len(storages):
         raise CheckpointError(f"{file.path}: its list of storages does not match the {len(storages)} that it uses.")
     for key in keys:
         storage = storages[str(key)]
@@ -102,9 +103,9 @@ def _locate_storages(file: MappedFile, storages: dict[str, Storage], keys: Any, 
         at += 8 + storage.nbytes
 
 
-def _checkpoint(file: MappedFile, form: str, document: Any) -> Checkpoint:
+def _checkpoint(file: SourceFile, form: str, document: Any) -> Checkpoint:
     try:
-        return Checkpoint(file.path, form, (file.path,), name_tensors(document), document)
+        return Checkpoint(file.path, form, (file.path,), name_tensors(document), document, {file.path: file.state})
     except CheckpointError as error:
         raise CheckpointError(f"{file.path}: {error}") from error
 
@@ -132,7 +133,8 @@ def _element_type(kind: Any) -> torch.dtype | None:
             f"holds quantized values ({kind.type_name}). Get the checkpoint as it was before quantization."
         )
     if name not in TORCH_STORAGES and name != "UntypedStorage":
-        raise CheckpointError(f"refers to a storage of the unknown type {kind!r}.")
+        named = kind.type_name if isinstance(kind, Symbol) else kind
+        raise CheckpointError(f"refers to a storage of the unknown type {shown(named)}.")
     return TORCH_STORAGES.get(name)
 
 
@@ -156,17 +158,16 @@ def _viewed(storage: Storage, view: Any) -> Storage | StorageView:
     return StorageView(storage, offset, count)
 
 
-def _is_big_endian(file: MappedFile, member: Member | None) -> bool:
+def _is_big_endian(file: SourceFile, member: Member | None) -> bool:
     if member is None:
         return False
-    span = member_span(file, member)
-    order = file.read(span.offset, min(span.nbytes, 16), "the byte order")
+    order = read_member(file, member) if member.size <= 16 else b""
     if order not in (b"little", b"big"):
         raise CheckpointError(f"{file.path}: its byte order should be little or big, but is {shown(order)}.")
     return order == b"big"
 
 
-def _refuse_programs(file: MappedFile, members: dict[str, Member], root: str) -> None:
+def _refuse_programs(file: SourceFile, members: dict[str, Member], root: str) -> None:
     if f"{root}constants.pkl" in members or any(name.startswith(f"{root}code/") for name in members):
         raise UnsafeCheckpointError(
             f"{file.path}: is a TorchScript program (torch.jit.save), not a checkpoint. It was not executed. Load it "

@@ -1,7 +1,7 @@
 """The directory of a zip archive, read strictly: what it says of a member is checked before a byte of it is used.
 
-Written for archives whose members are mapped rather than extracted (PKWARE's APPNOTE 6.3.9, sections 4.3 to 4.5). The
-standard library's zipfile would hand out copies, and takes archives whose two directories disagree.
+Written for archives whose members are read in place, in part and in any order (PKWARE's APPNOTE 6.3.9, sections 4.3 to
+4.5). The standard library's zipfile takes archives whose two directories disagree.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-
-from weightport.checkpoints.mapped_file import MappedFile, Span, byte_swapped, shown
+from weightport.checkpoints.layout import Checksum, Span
+from weightport.checkpoints.shown import shown
+from weightport.checkpoints.source_file import SourceFile
 from weightport.errors import CheckpointError
 
 _END = struct.Struct("<4s4H2LH")
@@ -50,7 +50,7 @@ class Member:
         return self.method == _DEFLATED
 
 
-def read_directory(file: MappedFile) -> dict[str, Member]:
+def read_directory(file: SourceFile) -> dict[str, Member]:
     """The members of the zip archive `file` by name, in the order of its central directory.
 
     Raises CheckpointError for an archive that is truncated, encrypted or split, names a member twice, lets members
@@ -73,17 +73,27 @@ def read_directory(file: MappedFile) -> dict[str, Member]:
     return members
 
 
-def member_span(file: MappedFile, member: Member, *, big_endian: bool = False) -> Span:
-    """The bytes of a stored member."""
+def member_span(file: SourceFile, member: Member, *, skip: int = 0, big_endian: bool = False) -> Span:
+    """The bytes of a stored member from byte `skip` on, which are checked against its CRC-32 when they are used."""
     if not member.stored:
         raise CheckpointError(
             f"{file.path}: {shown(member.name)} is compressed (method {member.method}), which torch.save never "
             "does. Another tool packed the file again; get the original, or pack it without compression."
         )
-    return Span(file, member.start, member.size, big_endian)
+    checksum = Checksum(file, member.name, member.start, member.size, member.crc)
+    return Span(file, member.start + skip, member.size - skip, big_endian, checksum)
 
 
-def _find_central_directory(file: MappedFile) -> tuple[int, int, int]:
+def read_member(file: SourceFile, member: Member) -> bytes:
+    """All bytes of a stored member, checked against its CRC-32."""
+    span = member_span(file, member)
+    data = file.read(span.offset, span.nbytes, f"the member {shown(member.name)}")
+    if span.checksum and not span.checksum.settled:
+        span.checksum.settle(zlib.crc32(data))
+    return data
+
+
+def _find_central_directory(file: SourceFile) -> tuple[int, int, int]:
     """Number of entries, first byte and length of the central directory."""
     end = file.find_last(b"PK\5\6", file.size - _END.size - 0xFFFF, file.size)
     if end < 0 or end + _END.size > file.size:
@@ -116,12 +126,12 @@ def _find_central_directory(file: MappedFile) -> tuple[int, int, int]:
     return count, start, length
 
 
-def _has_locator(file: MappedFile, end: int) -> bool:
+def _has_locator(file: SourceFile, end: int) -> bool:
     at = end - _END64_LOCATOR.size
     return at >= 0 and file.read(at, 4, "the zip64 locator") == b"PK\6\7"
 
 
-def _central_entry(file: MappedFile, directory: bytes, at: int) -> tuple[Member, int]:
+def _central_entry(file: SourceFile, directory: bytes, at: int) -> tuple[Member, int]:
     if at + _CENTRAL.size > len(directory) or directory[at : at + 4] != b"PK\1\2":
         raise CheckpointError(f"{file.path}: its zip directory is damaged at entry byte {at}.")
     fields = _CENTRAL.unpack_from(directory, at)
@@ -145,14 +155,14 @@ def _central_entry(file: MappedFile, directory: bytes, at: int) -> tuple[Member,
     return Member(name, method, crc, packed, size, header, start), at
 
 
-def _decoded_name(file: MappedFile, raw: bytes, flags: int) -> str:
+def _decoded_name(file: SourceFile, raw: bytes, flags: int) -> str:
     try:
         return raw.decode("utf-8" if flags & _UTF8 else "cp437")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{file.path}: a member's name is not UTF-8: {shown(raw)}.") from error
 
 
-def _zip64_values(file: MappedFile, name: str, extra: bytes, values: tuple[int, ...]) -> tuple[int, ...]:
+def _zip64_values(file: SourceFile, name: str, extra: bytes, values: tuple[int, ...]) -> tuple[int, ...]:
     """`values` with each one that says "see zip64" replaced, in order, from the zip64 extra field."""
     wanted = sum(value == _IN_ZIP64 for value in values)
     if not wanted:
@@ -167,7 +177,7 @@ def _zip64_values(file: MappedFile, name: str, extra: bytes, values: tuple[int, 
     raise CheckpointError(f"{file.path}: {shown(name)} has no zip64 sizes where its entry refers to them.")
 
 
-def _data_start(file: MappedFile, name: str, raw_name: bytes, central: tuple[int, int, int], header: int) -> int:
+def _data_start(file: SourceFile, name: str, raw_name: bytes, central: tuple[int, int, int], header: int) -> int:
     """First byte of the member's data, from its local header, which must agree with the central directory's entry."""
     local = file.read(header, _LOCAL.size, f"the header of {shown(name)}")
     signature, _, flags, method, _, _, _, packed, size, name_length, extra_length = _LOCAL.unpack(local)
@@ -189,42 +199,8 @@ def _data_start(file: MappedFile, name: str, raw_name: bytes, central: tuple[int
     return start
 
 
-def _require_apart(file: MappedFile, members: Iterable[Member], directory_start: int) -> None:
+def _require_apart(file: SourceFile, members: Iterable[Member], directory_start: int) -> None:
     ordered = sorted(members, key=lambda member: member.header)
     for member, follows in zip(ordered, [*(later.header for later in ordered[1:]), directory_start]):
         if member.start + member.packed > follows:
             raise CheckpointError(f"{file.path}: {shown(member.name)} overlaps what follows it in the archive.")
-
-
-def inflate(file: MappedFile, member: Member, limit: int | None = None) -> bytes:
-    """The bytes of a deflated member: all of them, checked against its CRC-32, or the first `limit`."""
-    packed = file.read(member.start, member.packed, f"the member {shown(member.name)}")
-    engine = zlib.decompressobj(-zlib.MAX_WBITS)
-    try:
-        # One byte more than there should be, so that a member that holds too much is seen.
-        data = engine.decompress(packed, member.size + 1 if limit is None else limit)
-    except zlib.error as error:
-        raise CheckpointError(f"{file.path}: {shown(member.name)} cannot be decompressed ({error}).") from error
-    if limit is None and (len(data) != member.size or zlib.crc32(data) != member.crc):
-        raise CheckpointError(
-            f"{file.path}: {shown(member.name)} unpacks to {len(data)} bytes that do not match its size "
-            f"({member.size}) and checksum. The file is damaged; fetch it again."
-        )
-    return data
-
-
-@dataclass(frozen=True)
-class Inflated:
-    """The bytes of a deflated member from byte `skip` on. deflate has no index: each reading unpacks the member."""
-
-    file: MappedFile
-    member: Member
-    skip: int
-    big_endian: bool = False
-
-    def elements(self, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
-        data = bytearray(inflate(self.file, self.member))
-        del data[: self.skip + start]
-        del data[count * dtype.itemsize :]
-        values = torch.frombuffer(data, dtype=torch.uint8).clone().view(dtype)
-        return byte_swapped(values) if self.big_endian else values

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from weightport.checkpoints.mapped_file import shown
 from weightport.checkpoints.pickle.records import Record
+from weightport.checkpoints.shown import shown
 from weightport.errors import CheckpointError
 
 _TYPE_CODE = re.compile(r"[<>|=]?(?:[biufc][0-9]{1,2}|[SU][0-9]{1,6})", re.ASCII)
@@ -40,9 +40,10 @@ class PendingType(Pending):
         self.code = code
 
     def finish(self, state: Any) -> Any:
-        if not isinstance(state, tuple) or len(state) < 2 or state[1] not in ("<", ">", "|", "="):
+        order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
+        if not isinstance(order, str) or order not in ("<", ">", "|", "="):
             raise CheckpointError(f"a numpy type's state is not of numpy's form: {shown(state)}.")
-        return self.numpy_type(state[1])
+        return self.numpy_type(order)
 
     def numpy_type(self, order: str = "=") -> np.dtype[Any] | Record:
         """The type, or a Record where its elements are not plain values (objects, dates, fields)."""
@@ -64,7 +65,7 @@ class PendingArray(Pending):
         if not isinstance(state, tuple) or len(state) != 5:
             raise CheckpointError(f"a numpy array's state is not of numpy's form: {shown(state)}.")
         _, shape, kind, fortran, data = state
-        return _array(data, kind, shape, "F" if fortran else "C")
+        return _array(data, kind, shape, "F" if isinstance(fortran, int) and fortran else "C")
 
 
 def _array(data: Any, kind: Any, shape: Any, order: str) -> Any:
@@ -81,8 +82,14 @@ def _array(data: Any, kind: Any, shape: Any, order: str) -> Any:
         raise CheckpointError(f"a numpy array has the shape {shown(shape)}.")
     if not isinstance(data, (bytes, bytearray)) or len(data) != prod(shape) * kind.itemsize:
         raise CheckpointError(f"a numpy array of shape {shown(shape)} and type {kind} does not hold its bytes.")
+    if not kind.itemsize:
+        # numpy would give every text of no characters one, and so take memory that the file does not.
+        return Record("numpy.ndarray", (shape, kind.str))
     if not data:
-        return np.empty(shape, kind)
+        try:
+            return np.empty(shape, kind)
+        except ValueError as error:
+            raise CheckpointError(f"numpy cannot hold an array of shape {shown(shape)} ({error}).") from error
     return np.frombuffer(data, kind).reshape(shape, order="F" if order == "F" else "C")
 
 
@@ -102,7 +109,11 @@ def build_scalar(kind: Any, data: Any = b"") -> Any:
         kind = kind.numpy_type()
     if not isinstance(kind, np.dtype):
         return Record("numpy.generic", (kind, data))
-    return _array(data, kind, (), "C")[()].item()
+    value = _array(data, kind, (), "C")
+    try:
+        return value[()].item() if isinstance(value, np.ndarray) else value
+    except (ValueError, SystemError) as error:
+        raise CheckpointError(f"a numpy scalar of type {kind} holds no text ({error}).") from error
 
 
 def build_from_buffer(data: Any, kind: Any, shape: Any, order: Any = "C", *_: Any) -> Any:

@@ -7,11 +7,11 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-from weightport.checkpoints.mapped_file import shown
 from weightport.checkpoints.pickle.machine import Machine
 from weightport.checkpoints.pickle.numpy_arrays import Pending
 from weightport.checkpoints.pickle.records import Record
-from weightport.checkpoints.pickle.symbols import as_key, unsafe
+from weightport.checkpoints.pickle.symbols import unsafe
+from weightport.checkpoints.shown import shown
 from weightport.checkpoints.types import TensorRef
 from weightport.errors import CheckpointError
 
@@ -67,7 +67,7 @@ def _parsed(convert: Callable[[bytes], Any], text: bytes) -> Any:
 for _code, _value in ((pickle.NONE, None), (pickle.NEWTRUE, True), (pickle.NEWFALSE, False), (pickle.EMPTY_TUPLE, ())):
     _constant(_code, lambda value=_value: value)  # type: ignore[misc]
 for _code, _make in ((pickle.EMPTY_LIST, list), (pickle.EMPTY_DICT, dict), (pickle.EMPTY_SET, set)):
-    _constant(_code, _make)
+    HANDLERS[_code[0]] = lambda machine, make=_make: machine.make(make())  # type: ignore[misc]
 for _code, _form, _convert in (
     (pickle.LONG1, "<B", _integer),
     (pickle.LONG4, "<i", _integer),
@@ -94,7 +94,7 @@ def _proto(machine: Machine) -> None:
 @_opcode(pickle.FRAME)
 def _frame(machine: Machine) -> None:
     length = machine.number("<Q")
-    if machine.at + length > len(machine.data):
+    if machine.position + length > machine.size:
         raise CheckpointError(f"ends too early: a frame of {length} bytes does not fit.")
 
 
@@ -174,30 +174,30 @@ def _unicode(machine: Machine) -> None:
 
 @_opcode(pickle.TUPLE)
 def _tuple(machine: Machine) -> None:
-    machine.push(tuple(machine.pop_mark()))
+    machine.make(tuple(machine.pop_mark()))
 
 
 @_opcode(pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
 def _short_tuple(machine: Machine) -> None:
     length = machine.data[machine.at - 1] - pickle.TUPLE1[0] + 1
-    machine.push(tuple([machine.pop() for _ in range(length)][::-1]))
+    machine.make(tuple([machine.pop() for _ in range(length)][::-1]))
 
 
 @_opcode(pickle.LIST)
 def _list(machine: Machine) -> None:
-    machine.push(machine.pop_mark())
+    machine.make(machine.pop_mark())
 
 
 @_opcode(pickle.DICT)
 def _dict(machine: Machine) -> None:
     items = machine.pop_mark()
-    machine.push({})
+    machine.make({})
     _set_items(machine, items)
 
 
 @_opcode(pickle.FROZENSET)
 def _frozenset(machine: Machine) -> None:
-    machine.push(frozenset(map(as_key, machine.pop_mark())))
+    machine.make(frozenset(map(machine.budget.key, machine.pop_mark())))
 
 
 @_opcode(pickle.APPEND)
@@ -228,7 +228,7 @@ def _add_items(machine: Machine) -> None:
     if isinstance(target, Record):
         target._elements.extend(items)
     elif isinstance(target, set):
-        target.update(map(as_key, items))
+        target.update(map(machine.budget.key, items))
     else:
         raise CheckpointError(f"adds items to {shown(target)}, which is no set.")
 
@@ -248,9 +248,9 @@ def _set_items(machine: Machine, items: list[Any]) -> None:
     target = machine.top()
     entries = target._entries if isinstance(target, Record) else target
     if not isinstance(entries, dict) or len(items) % 2:
-        raise CheckpointError(f"sets {len(items)} keys and values of {shown(target)}, at byte {machine.at}.")
+        raise CheckpointError(f"sets {len(items)} keys and values of {shown(target)}, at byte {machine.position}.")
     for key, value in zip(items[::2], items[1::2]):
-        entries[as_key(key)] = value
+        entries[machine.budget.key(key)] = value
 
 
 @_opcode(pickle.PUT)
@@ -323,14 +323,17 @@ def _new_object_ex(machine: Machine) -> None:
     options, args, kind = machine.pop(), machine.pop(), machine.pop()
     if not isinstance(args, tuple) or not isinstance(options, dict):
         raise CheckpointError(f"makes an object from {shown(args)} and {shown(options)}.")
+    machine.budget.copy(args)
     machine.push(machine.call(kind, (*args, options) if options else args))
 
 
 @_opcode(pickle.BUILD)
 def _build(machine: Machine) -> None:
     state, target = machine.pop(), machine.pop()
+    if isinstance(state, tuple):
+        machine.budget.copy(*state[:8])
     if isinstance(target, Record):
-        _restore(target, state)
+        _restore(machine, target, state)
     elif isinstance(target, Pending):
         value = target.finish(state)
         for key in target.memo_keys:
@@ -342,12 +345,13 @@ def _build(machine: Machine) -> None:
     machine.push(target)
 
 
-def _restore(record: Record, state: Any) -> None:
+def _restore(machine: Machine, record: Record, state: Any) -> None:
     """What __setstate__ or the default restoring would do with `state`: attributes, or (attributes, slots)."""
     parts = state if isinstance(state, tuple) and len(state) == 2 else (state,)
     if all(part is None or isinstance(part, dict) for part in parts):
+        machine.budget.copy(*parts)
         attributes = [item for part in parts if part for item in part.items()]
-        record._fields.update({name if isinstance(name, str) else repr(name): value for name, value in attributes})
+        record._fields.update({name if isinstance(name, str) else shown(name): value for name, value in attributes})
     else:
         object.__setattr__(record, "state", state)
 

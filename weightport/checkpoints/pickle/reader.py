@@ -2,26 +2,24 @@
 
 Python's own unpickler executes what a file tells it to. This one knows the same opcodes (`pickle_opcodes.py`) over a
 checked stack (`pickle_machine.py`); the only functions that it ever calls are the builders of `symbols.py`. Classes
-become Records. Time and memory are bounded by the length of the pickle.
+become Records. Time and memory are bounded by the length of the pickle (`pickle_budget.py`).
 """
 
 from __future__ import annotations
 
-import mmap
 import pickle
 from collections.abc import Callable
 from typing import Any
 
 from weightport.checkpoints.pickle.machine import Machine
 from weightport.checkpoints.pickle.opcodes import HANDLERS
+from weightport.checkpoints.pickle_budget import MAX_OPCODES
+from weightport.checkpoints.source_file import SourceFile
 from weightport.errors import CheckpointError
-
-# Far above what checkpoints hold (OFA: 24,000 opcodes); a file of more would fill the memory with empty containers.
-_MAX_OPCODES = 20_000_000
 
 
 def unpickle(
-    data: bytes | mmap.mmap, where: str, persistent: Callable[[Any], Any] | None = None, start: int = 0
+    data: bytes | SourceFile, where: str, persistent: Callable[[Any], Any] | None = None, start: int = 0
 ) -> tuple[Any, int]:
     """The object that the pickle at `data[start:]` describes, and the position after its last byte.
 
@@ -30,20 +28,20 @@ def unpickle(
     """
     machine = Machine(data, persistent, start)
     try:
-        return _run(machine), machine.at
+        return _run(machine), machine.position
     except CheckpointError as error:
         raise type(error)(f"{where} {error}") from error
 
 
 def _run(machine: Machine) -> Any:
-    for _ in range(_MAX_OPCODES):
+    for _ in range(MAX_OPCODES):
         code = machine.opcode()
         if code == pickle.STOP[0]:
             return machine.pop()
         handler = HANDLERS.get(code)
         if handler is None:
             raise CheckpointError(
-                f"is not a pickle, or a damaged one: byte {machine.at - 1} is no opcode ({code:#x})."
+                f"is not a pickle, or a damaged one: byte {machine.position - 1} is no opcode ({code:#x})."
             )
         handler(machine)
-    raise CheckpointError(f"has more than {_MAX_OPCODES:,} pickle opcodes: no checkpoint needs so many.")
+    raise CheckpointError(f"has more than {MAX_OPCODES:,} pickle opcodes: no checkpoint needs so many.")

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from weightport.checkpoints.shown import printable, shown
+
 _REPR_FIELDS = 6
+_SLOTS = ("type_name", "args", "state", "_fields", "_entries", "_elements")
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,7 +20,7 @@ class Symbol:
     type_name: str
 
     def __repr__(self) -> str:
-        return f"<{self.type_name}>"
+        return f"<{printable(self.type_name)}>"
 
 
 class Record:
@@ -44,15 +47,8 @@ class Record:
     _elements: list[Any]
 
     def __init__(self, type_name: str, args: tuple[Any, ...] = ()) -> None:
-        values: dict[str, Any] = {
-            "type_name": type_name,
-            "args": args,
-            "state": None,
-            "_fields": {},
-            "_entries": {},
-            "_elements": [],
-        }
-        for name, value in values.items():
+        values: tuple[Any, ...] = (type_name, args, None, {}, {}, [])
+        for name, value in zip(_SLOTS, values):
             object.__setattr__(self, name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -85,6 +81,6 @@ class Record:
 
     def __repr__(self) -> str:
         # Names only: values may be huge, or lead back here.
-        names = [str(name)[:40] for name in list(self)[:_REPR_FIELDS]]
+        names = [shown(name, 40) for name in list(self)[:_REPR_FIELDS]]
         more = ["…"] if len(self._fields) + len(self._entries) > _REPR_FIELDS else []
-        return f"<Record {self.type_name}({', '.join(names + more)})>"
+        return f"<Record {printable(self.type_name)}({', '.join(names + more)})>"

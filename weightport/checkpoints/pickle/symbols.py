@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from weightport.checkpoints.dtypes import TORCH_DTYPES
-from weightport.checkpoints.mapped_file import shown
 from weightport.checkpoints.pickle.numpy_arrays import ARRAY_BUILDERS
 from weightport.checkpoints.pickle.records import Record, Symbol
 from weightport.checkpoints.pickle.torch_tensors import TENSOR_BUILDERS
-from weightport.checkpoints.types import TensorRef
+from weightport.checkpoints.pickle_budget import Budget
+from weightport.checkpoints.shown import shown
 from weightport.errors import CheckpointError, UnsafeCheckpointError
 
+# What a tensor or Record takes, in plain containers.
+_OBJECTS_IN_ONE = 4
 _PYTHON_2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg", "cPickle": "pickle"}
 
 
@@ -64,9 +66,6 @@ _DENIED_NAMES = _words(
 )
 
 
-_KEY_PARTS = 64
-
-
 def find_symbol(module: str, name: str) -> Any:
     """What the pickle's global `module.name` is here: a Symbol, or an element type such as torch.float32.
 
@@ -75,7 +74,8 @@ def find_symbol(module: str, name: str) -> Any:
     module = _PYTHON_2_MODULES.get(module, module)
     type_name = f"{module}.{name}"
     denied = module.split(".")[0] in _DENIED_MODULES or type_name in _DENIED_NAMES
-    if (denied or type_name.startswith(_DENIED_PREFIXES)) and type_name not in BUILDERS:
+    known = type_name in BUILDERS or type_name in _KEYED_BUILDERS
+    if (denied or type_name.startswith(_DENIED_PREFIXES)) and not known:
         raise unsafe(type_name)
     if module == "torch" and name in TORCH_DTYPES:
         return TORCH_DTYPES[name]
@@ -90,49 +90,43 @@ def unsafe(type_name: str) -> UnsafeCheckpointError:
     )
 
 
-def copies(function: Any) -> bool:
-    """Whether calling `function` may copy what it is given; a Record only refers to it."""
-    return isinstance(function, Symbol) and function.type_name in BUILDERS
+def call(function: Any, args: Any, budget: Budget) -> Any:
+    """What calling `function`, a global of the pickle, with `args` gives: a builder's plain data, or a Record.
 
-
-def call(function: Any, args: Any) -> Any:
-    """What calling `function`, a global of the pickle, with `args` gives: a builder's plain data, or a Record."""
+    A builder may copy what it is given, which `budget` limits; a Record only refers to it.
+    """
     if not isinstance(function, Symbol):
         raise UnsafeCheckpointError(
             f"calls {shown(function)}, which is not a class or function that the pickle names. Nothing was executed."
         )
     if not isinstance(args, tuple):
         raise CheckpointError(f"calls {shown(function.type_name)} with {shown(args)} instead of a tuple of arguments.")
-    builder = BUILDERS.get(function.type_name)
-    if builder is None:
+    budget.make(_OBJECTS_IN_ONE)
+    builder, keyed = BUILDERS.get(function.type_name), _KEYED_BUILDERS.get(function.type_name)
+    if builder is None and keyed is None:
         return Record(function.type_name, args)
+    budget.copy(args, *args)
     try:
-        return builder(*args)
-    except (TypeError, ValueError, OverflowError) as error:
+        return builder(*args) if builder is not None else keyed(budget, *args) if keyed is not None else None
+    except (TypeError, ValueError, OverflowError, IndexError, SystemError) as error:
         raise CheckpointError(f"{function.type_name} cannot be built from its arguments ({error}).") from error
 
 
-def as_key(key: Any, depth: int = 2) -> Any:
-    """`key` for use in a dictionary or set; a tensor is wrapped in a Record, since its own hash is not settled yet.
-
-    Raises CheckpointError for what has no hash, and for what nests so deep or wide that hashing it would be an attack.
-    """
-    if isinstance(key, TensorRef):
-        return Record("torch.Tensor", (key,))
-    if isinstance(key, (tuple, frozenset)) and depth and len(key) <= _KEY_PARTS:
-        return type(key)([as_key(part, depth - 1) for part in key])
-    if isinstance(key, (tuple, frozenset)) or getattr(type(key), "__hash__", None) is None:
-        raise CheckpointError(f"a dictionary or set has {shown(key)} for a key, which cannot be one.")
-    return key
-
-
-def _mapping(items: Any = ()) -> dict[Any, Any]:
+def _mapping(budget: Budget, items: Any = ()) -> dict[Any, Any]:
     pairs = items.items() if isinstance(items, dict) else _plain_items(items)
-    return {as_key(key): value for key, value in pairs}
+    return {budget.key(key): value for key, value in pairs}
 
 
-def _default_mapping(factory: Any = None, items: Any = ()) -> dict[Any, Any]:
-    return _mapping(items)
+def _default_mapping(budget: Budget, factory: Any = None, items: Any = ()) -> dict[Any, Any]:
+    return _mapping(budget, items)
+
+
+def _set(budget: Budget, values: Any = ()) -> set[Any]:
+    return set(map(budget.key, _plain_items(values)))
+
+
+def _frozenset(budget: Budget, values: Any = ()) -> frozenset[Any]:
+    return frozenset(_set(budget, values))
 
 
 def _plain_items(values: Any = ()) -> Iterable[Any]:
@@ -141,23 +135,24 @@ def _plain_items(values: Any = ()) -> Iterable[Any]:
     return values
 
 
-def _reconstructor(kind: Any, base: Any = None, state: Any = None) -> Any:
+def _reconstructor(budget: Budget, kind: Any, base: Any = None, state: Any = None) -> Any:
     """copyreg._reconstructor: an object of `kind`, which derives from the plain type `base`."""
-    return _instance(kind, () if state is None else (state,))
+    return _instance(budget, kind, () if state is None else (state,))
 
 
-def _new_object(kind: Any, *args: Any) -> Any:
-    return _instance(kind, args)
+def _new_object(budget: Budget, kind: Any, *args: Any) -> Any:
+    return _instance(budget, kind, args)
 
 
-def _new_object_ex(kind: Any, args: Any, options: Any) -> Any:
-    return _instance(kind, (*args, options) if options else args)
+def _new_object_ex(budget: Budget, kind: Any, args: Any, options: Any) -> Any:
+    budget.copy(args)
+    return _instance(budget, kind, (*args, options) if options else args)
 
 
-def _instance(kind: Any, args: tuple[Any, ...]) -> Any:
+def _instance(budget: Budget, kind: Any, args: tuple[Any, ...]) -> Any:
     if isinstance(kind, Symbol) and kind.type_name.startswith("copyreg."):
         raise UnsafeCheckpointError(f"makes an object of {shown(kind.type_name)}, which is no class.")
-    return call(kind, args)
+    return call(kind, args, budget)
 
 
 def _getattr(owner: Any, name: Any) -> Record:
@@ -180,7 +175,16 @@ def _slice(*limits: Any) -> slice:
 
 
 def _device(kind: Any = "cpu", index: Any = None) -> str:
-    return str(kind) if index is None else f"{kind}:{index}"
+    if not isinstance(kind, str) or not (index is None or type(index) is int):
+        raise CheckpointError(f"a device is called {shown(kind)} and {shown(index)}.")
+    return kind if index is None else f"{kind}:{index}"
+
+
+def _layout(name: Any) -> str:
+    """torch.serialization._get_layout: torch.strided and its like, by name."""
+    if not isinstance(name, str):
+        raise CheckpointError(f"a memory layout is called {shown(name)}.")
+    return name
 
 
 def _bytes(values: Any = b"", encoding: Any = None) -> bytes:
@@ -194,23 +198,27 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "builtins.bytearray": _bytes,
     "builtins.bytes": _bytes,
     "builtins.complex": lambda real=0.0, imag=0.0: complex(real, imag),
-    "builtins.dict": _mapping,
-    "builtins.frozenset": lambda values=(): frozenset(map(as_key, _plain_items(values))),
     "builtins.getattr": _getattr,
     "builtins.list": lambda values=(): list(_plain_items(values)),
     "builtins.range": lambda *limits: range(*limits),
-    "builtins.set": lambda values=(): set(map(as_key, _plain_items(values))),
     "builtins.slice": _slice,
     "builtins.tuple": lambda values=(): tuple(_plain_items(values)),
     "builtins.xrange": lambda *limits: range(*limits),
+    "collections.deque": lambda values=(), _=None: list(_plain_items(values)),
+    "torch.Size": lambda values=(): tuple(_plain_items(values)),
+    "torch.device": _device,
+    "torch.serialization._get_layout": _layout,
+}
+
+# Builders of what is looked up by keys, and of whatever class the pickle names: these take the budget first.
+_KEYED_BUILDERS: dict[str, Callable[..., Any]] = {
+    "builtins.dict": _mapping,
+    "builtins.frozenset": _frozenset,
+    "builtins.set": _set,
     "collections.Counter": _mapping,
     "collections.OrderedDict": _mapping,
     "collections.defaultdict": _default_mapping,
-    "collections.deque": lambda values=(), _=None: list(_plain_items(values)),
     "copyreg.__newobj__": _new_object,
     "copyreg.__newobj_ex__": _new_object_ex,
     "copyreg._reconstructor": _reconstructor,
-    "torch.Size": lambda values=(): tuple(_plain_items(values)),
-    "torch.device": _device,
-    "torch.serialization._get_layout": str,
 }

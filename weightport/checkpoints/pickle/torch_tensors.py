@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from weightport.checkpoints.mapped_file import Layout, Source, shown
+from weightport.checkpoints.layout import Layout, Source, StoredTensor
 from weightport.checkpoints.pickle.records import Symbol
+from weightport.checkpoints.shown import shown
 from weightport.checkpoints.types import TensorRef
 from weightport.errors import CheckpointError
 
@@ -52,12 +52,13 @@ class Storage:
         layout = Layout(dtype, shape, stride, offset)
         layout.require_within(self.nbytes, self.file_size)
         first = offset * dtype.itemsize
-        return TensorRef("", shape, dtype, partial(self.read, layout), (str(self.path), self.key, first, stride))
+        return TensorRef("", shape, dtype, StoredTensor(layout, self), (str(self.path), self.key, first, stride))
 
-    def read(self, layout: Layout) -> torch.Tensor:
+    def pieces(self, start: int, count: int, dtype: torch.dtype, nbytes: int) -> Iterator[torch.Tensor]:
+        """As any `Source` gives its elements."""
         if self.source is None:
             raise CheckpointError(f"{self.path}: the storage {shown(self.key)} was never found in the file.")
-        return layout.read(self.source)
+        return self.source.pieces(start, count, dtype, nbytes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +116,7 @@ def rebuild_tensor_v3(
 def _with_lazy_operations(ref: TensorRef, metadata: Any) -> TensorRef:
     if isinstance(metadata, dict) and any(metadata.values()):
         raise CheckpointError(
-            f"a tensor is stored with {shown(tuple(map(str, metadata)))} still to be applied. Load the file with "
+            f"a tensor is stored with {shown(tuple(metadata))} still to be applied. Load the file with "
             "torch, call resolve_conj().resolve_neg() on its tensors, and save it again."
         )
     return ref
@@ -132,7 +133,8 @@ def rebuild_from_type(builder: Any, kind: Any, args: Any, state: Any = None) -> 
     """torch._tensor._rebuild_from_type and _v2: a tensor with attributes, or of a class of its own."""
     build = TENSOR_BUILDERS.get(builder.type_name) if isinstance(builder, Symbol) else None
     if build is None or not isinstance(args, tuple) or build in (rebuild_from_type,):
-        raise CheckpointError(f"a tensor of type {kind!r} is made by {builder!r}, which is not known.")
+        names = [shown(each.type_name if isinstance(each, Symbol) else each) for each in (kind, builder)]
+        raise CheckpointError(f"a tensor of type {names[0]} is made by {names[1]}, which is not known.")
     return build(*args)
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from weightport.checkpoints.mapped_file import shown
 from weightport.checkpoints.pickle.records import Record
+from weightport.checkpoints.shown import shown
 from weightport.errors import ConfigurationError
 from weightport.families.ofa.omegaconf import to_plain, unwrapped
 
@@ -53,7 +53,7 @@ def fairseq_options(document: Any) -> FairseqOptions:
     """
     options = _options(document) if isinstance(document, dict) else None
     if options is None:
-        keys = shown(tuple(map(str, document))) if isinstance(document, dict) else type(document).__name__
+        keys = shown(tuple(document)) if isinstance(document, dict) else type(document).__name__
         raise ConfigurationError(
             f"Expected a fairseq checkpoint with its options under 'args' or 'cfg', found {keys}. A file with weights "
             "alone does not say how the model was built."

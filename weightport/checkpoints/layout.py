@@ -1,0 +1,210 @@
+"""Tensors over runs of bytes: where their elements lie, and reading no more than holds them."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from weightport.checkpoints.shown import shown
+from weightport.checkpoints.source_file import SourceFile
+from weightport.errors import CheckpointError
+
+# What an expanded (stride 0) tensor may grow to, if its whole file is smaller: larger ones are bombs, not weights.
+_EXPANDED_LIMIT = 1 << 30
+_MAX_DIMENSIONS = 64
+_BLOCK_BYTES = 8 << 20
+
+
+class Source(Protocol):
+    """A run of bytes somewhere, of which a part can be had as elements."""
+
+    def pieces(self, start: int, count: int, dtype: torch.dtype, nbytes: int) -> Iterator[torch.Tensor]:
+        """`count` elements of `dtype` from byte `start` of the run: 1-D, in native byte order, at most `nbytes` bytes
+        (but one element at least) at a time. Every piece has memory of its own."""
+
+
+class Checksum:
+    """The CRC-32 of `nbytes` bytes of a file from `start` on, compared the first time that any of them is used.
+
+    An `expected` of 0 says that whoever wrote the file computed none (torch.serialization.set_crc32_options(False)).
+    """
+
+    def __init__(self, file: SourceFile, name: str, start: int, nbytes: int, expected: int) -> None:
+        self.file = file
+        self.name = name
+        self.start = start
+        self.nbytes = nbytes
+        self.expected = expected
+        self.settled = not expected
+
+    def before(self, offset: int, nbytes: int) -> int | None:
+        """The CRC-32 of what stands before `offset`, for whoever is about to read the `nbytes` bytes from there to the
+        end and hands the result to `settle`; None where nothing is left to check.
+
+        Who reads less than that has all of it checked now: one pass more over these bytes, once.
+        """
+        if self.settled:
+            return None
+        if (offset, nbytes) == (self.start, self.nbytes):
+            return 0
+        until = offset if offset + nbytes == self.start + self.nbytes else self.start + self.nbytes
+        crc = 0
+        buffer = memoryview(bytearray(min(_BLOCK_BYTES, until - self.start)))
+        for at in range(self.start, until, _BLOCK_BYTES):
+            block = buffer[: until - at]
+            self.file.read_into(block, at, f"the member {shown(self.name)}")
+            crc = zlib.crc32(block, crc)
+        if until == offset and nbytes:
+            return crc
+        self.settle(crc)
+        return None
+
+    def settle(self, crc: int) -> None:
+        """Raises CheckpointError unless `crc` is what the archive says."""
+        if crc != self.expected:
+            raise CheckpointError(
+                f"{self.file.path}: {shown(self.name)} is damaged: its CRC-32 should be {self.expected:08x} and is "
+                f"{crc:08x}. The file was not copied whole, or its disk is failing; fetch it again."
+            )
+        self.settled = True
+
+
+@dataclass(frozen=True)
+class Span:
+    """`nbytes` bytes of a file from `offset` on, part of what `checksum` covers where there is one."""
+
+    file: SourceFile
+    offset: int
+    nbytes: int
+    big_endian: bool = False
+    checksum: Checksum | None = None
+
+    def pieces(self, start: int, count: int, dtype: torch.dtype, nbytes: int) -> Iterator[torch.Tensor]:
+        offset, end = self.offset + start, self.offset + start + count * dtype.itemsize
+        self.file.require(offset, end - offset, "a tensor")
+        crc = self.checksum.before(offset, end - offset) if self.checksum else None
+        step = max(nbytes // dtype.itemsize, 1) * dtype.itemsize
+        for at in range(offset, end, step):
+            values = torch.empty(min(step, end - at) // dtype.itemsize, dtype=dtype)
+            raw = memoryview(values.view(torch.uint8).numpy())  # type: ignore[arg-type]
+            self.file.read_into(raw, at, "a tensor")
+            if self.checksum and crc is not None:
+                crc = zlib.crc32(raw, crc)
+                if at + len(raw) == end:
+                    self.checksum.settle(crc)
+            yield byte_swapped(values) if self.big_endian else values
+
+
+def byte_swapped(values: torch.Tensor) -> torch.Tensor:
+    """A copy of the 1-D `values` with the bytes of every element reversed (of every part, for complex dtypes)."""
+    width = values.dtype.itemsize // (2 if values.dtype.is_complex else 1)
+    raw = values.view(torch.uint8).numpy().reshape(-1, width)
+    return torch.from_numpy(np.ascontiguousarray(raw[:, ::-1]).reshape(-1)).view(values.dtype)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a tensor's elements lie in a run of bytes: element (i, j, …) at `offset` + i·stride[0] + j·stride[1] + ….
+
+    `offset` and `stride` count elements. Raises CheckpointError for what torch cannot represent.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != len(self.stride) or len(self.shape) > _MAX_DIMENSIONS:
+            raise CheckpointError(f"a tensor claims {len(self.shape)} dimensions and {len(self.stride)} strides.")
+        numbers = (*self.shape, *self.stride, self.offset)
+        if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
+            raise CheckpointError(
+                "a tensor's shape, strides and offset must be whole numbers from 0 up, but are "
+                f"{shown(self.shape)}, {shown(self.stride)} and {shown(self.offset)}."
+            )
+        if prod(max(size, 1) for size in self.shape) >= 1 << 60:
+            raise CheckpointError(f"a tensor's shape {shown(self.shape)} is larger than torch can hold.")
+
+    @classmethod
+    def contiguous(cls, dtype: torch.dtype, shape: tuple[int, ...], *, fortran: bool = False) -> Layout:
+        """The layout of an array alone in its bytes, in C order or (first index fastest) in Fortran order."""
+        if len(shape) > _MAX_DIMENSIONS:
+            raise CheckpointError(f"a tensor claims {len(shape)} dimensions; at most {_MAX_DIMENSIONS} are.")
+        steps = shape if fortran else shape[::-1]
+        stride = tuple(prod(steps[:axis]) for axis in range(len(steps)))
+        return cls(dtype, shape, stride if fortran else stride[::-1])
+
+    @property
+    def count(self) -> int:
+        """Elements from the first to the last one that the tensor touches; 0 for an empty tensor."""
+        if 0 in self.shape:
+            return 0
+        return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride))
+
+    def require_within(self, nbytes: int, file_size: int) -> None:
+        """Raises CheckpointError unless the tensor lies in a storage of `nbytes`, of a file of `file_size` bytes."""
+        end = (self.offset + self.count) * self.dtype.itemsize if self.count else 0
+        if end > nbytes:
+            raise CheckpointError(
+                f"a tensor of shape {shown(self.shape)}, strides {shown(self.stride)}, offset {self.offset} and dtype "
+                f"{self.dtype} ends at byte {end} of a storage of {nbytes} bytes."
+            )
+        expanded = prod(self.shape) * self.dtype.itemsize
+        if expanded > max(file_size, _EXPANDED_LIMIT):
+            raise CheckpointError(
+                f"a tensor of shape {shown(self.shape)} and strides {shown(self.stride)} would fill {expanded} bytes "
+                f"from a file of {file_size}."
+            )
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the elements stand in the run one after the other, the last index fastest."""
+        step = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.stride)):
+            if size != 1 and stride != step:
+                return False
+            step *= size
+        return True
+
+    def read(self, source: Source) -> torch.Tensor:
+        """The tensor, in memory of its own, over as few bytes of `source` as hold it."""
+        if not self.count:
+            return torch.empty(self.shape, dtype=self.dtype)
+        start, nbytes = self.offset * self.dtype.itemsize, self.count * self.dtype.itemsize
+        (flat,) = source.pieces(start, self.count, self.dtype, nbytes)
+        return flat.as_strided(self.shape, self.stride)
+
+    def pieces(self, source: Source, nbytes: int) -> Iterator[torch.Tensor]:
+        """The tensor's elements in row-major order: 1-D, at most `nbytes` bytes at a time."""
+        if self.count and self.is_contiguous:
+            yield from source.pieces(self.offset * self.dtype.itemsize, self.count, self.dtype, nbytes)
+        elif self.count:
+            yield from self.read(source).reshape(-1).split(max(nbytes // self.dtype.itemsize, 1))
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What reads one tensor of a file: called, it gives all of it."""
+
+    layout: Layout
+    source: Source
+
+    def __call__(self) -> torch.Tensor:
+        return self.layout.read(self.source)
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` of axis 0, over as few bytes as hold them."""
+        whole = self.layout
+        shape = (max(stop - start, 0), *whole.shape[1:])
+        return Layout(whole.dtype, shape, whole.stride, whole.offset + start * whole.stride[0]).read(self.source)
+
+    def pieces(self, nbytes: int) -> Iterator[torch.Tensor]:
+        """The tensor's elements in row-major order: 1-D, at most `nbytes` bytes at a time."""
+        return self.layout.pieces(self.source, nbytes)
