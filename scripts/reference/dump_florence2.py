@@ -42,6 +42,119 @@ class DumpError(Exception):
     """What keeps a true reference from being written; said without a traceback."""
 
 
+def matches(name, patterns):
+    """Whether one of the patterns (`*` stands for anything) is the name's."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def listed(names):
+    """The first few names, and how many there are."""
+    names = sorted(names)
+    return ", ".join(names[:6]) + (" ... (%d in all)" % len(names) if len(names) > 6 else "")
+
+
+def float64_runs(weights, wanted, free=None):
+    """(kinds of runs to repeat in float64, why others are not). `weights`: bytes of the float32 model. `wanted` None:
+    where the memory is there; a forward run takes the weights once more, a training run their gradients too."""
+    if wanted is not None:
+        return (("forward", "train"), "") if wanted else ((), "left out by --no-float64")
+    free = free_memory() if free is None else free
+    if free is None:
+        return ("forward", "train"), ""
+    needs = {"forward": 1.5 * weights, "train": 4.0 * weights}
+    kinds = tuple(kind for kind in ("forward", "train") if needs[kind] <= free)
+    left = ["%s (%.1f GB needed)" % (kind, needs[kind] / 1e9) for kind in needs if kind not in kinds]
+    why = "left out for want of memory, %.1f GB free: %s" % (free / 1e9, ", ".join(left)) if left else ""
+    return kinds, why
+
+
+def free_memory():
+    """Bytes that can be had without swapping; None where the system does not say."""
+    try:
+        with open("/proc/meminfo") as lines:
+            stated = dict(line.split(":", 1) for line in lines)
+        return int(stated["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def refuse_wrong(runs, tensors, may_be_zero=()):
+    """DumpError where a tensor cannot be what the original computes: not finite, a gradient of zeros, a float64 run
+    that went through float32, or a run without outputs (for training: without gradients)."""
+    for name, array in tensors.items():
+        run, side, rest = name.split("/", 2)
+        seam, _, precision = rest.partition("@")
+        if array.dtype.kind != "f":
+            continue
+        if not np.isfinite(array).all():
+            raise DumpError("%s holds NaN or infinity; no reference is written" % name)
+        if side == "in":
+            continue
+        gradient = seam.startswith(("grad.", "grad_norm."))
+        zero = not array.all() if seam.startswith("grad_norm.") else not array.any()
+        if gradient and zero and not matches(seam.partition(".")[2], may_be_zero):
+            raise DumpError("%s is all zeros; if this parameter has no part in the loss, say --may-be-zero %s"
+                          % (name, seam.partition(".")[2]))  # fmt: skip
+        if precision and (array.dtype != np.float64 or (seam in ("logits", "loss") and rounded(array))):
+            raise DumpError("%s went through float32 on its way: the original casts it" % name)
+        if not precision and array.dtype == np.float64 and not gradient:
+            raise DumpError("%s is float64, in a float32 run" % name)
+    for run, entry in runs.items():
+        seams = [name.split("/", 2)[2] for name in tensors if name.startswith(run + "/out/")]
+        if not seams or (entry["kind"] == "train" and not any(seam.startswith("grad_norm.") for seam in seams)):
+            raise DumpError("run %s has no %s" % (run, "gradient" if seams else "output"))
+
+
+def rounded(array):
+    """Whether every value of a float64 array is a float32 one: so many are not so by chance."""
+    return bool(array.any()) and array.size >= 1 and bool((array == array.astype(np.float32)).all())
+
+
+def write(path, family, source, runs, tensors, may_be_zero=()):
+    """Check every tensor, then write the file whole or not at all. Each run says which of its seams it holds in
+    float32 and in float64."""
+    from safetensors.numpy import save_file
+
+    refuse_wrong(runs, tensors, may_be_zero)
+    for run, entry in runs.items():
+        entry["both_precisions"] = sorted(
+            name[len(run) + 5 : -len("@float64")]
+            for name in tensors
+            if name.startswith(run + "/out/") and name.endswith("@float64") and name[: -len("@float64")] in tensors
+        )
+    document = {"format": FORMAT, "family": family, "source": source, "runs": runs}
+    arrays = {name: np.ascontiguousarray(array).reshape(np.shape(array)) for name, array in tensors.items()}
+    partial = path + ".partial"
+    try:
+        save_file(arrays, partial, metadata={"weightport.reference": json.dumps(document, ensure_ascii=False)})
+        os.replace(partial, path)
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
+
+
+def commit_of(repository):
+    """The repository's commit, "" where git cannot say or the folder is none of its own."""
+    import subprocess
+
+    if not os.path.exists(os.path.join(repository, ".git")):
+        return ""
+    try:
+        command = ["git", "-C", repository, "rev-parse", "HEAD"]
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL).decode().strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def shared_options(parser):
+    """The options that every script has."""
+    parser.add_argument("--float64", dest="float64", action="store_const", const=True,
+                        help="float64 runs whatever the memory (default: where the memory is there)")  # fmt: skip
+    parser.add_argument("--no-float64", dest="float64", action="store_const", const=False, help="float32 runs only")
+    parser.add_argument("--may-be-zero", action="append", default=[], metavar="PARAMETER",
+                        help="its gradient may be all zeros; repeatable, * stands for anything")  # fmt: skip
+
+
 def array_of(tensor):
     """A copy of its own: `numpy()` shares memory that zero_grad and in-place operations of the original overwrite."""
     tensor = tensor.detach().cpu()
@@ -115,122 +228,12 @@ def refuse_other_weights(model, stored, may_lack=()):
         raise DumpError("the original loaded other values than the checkpoint holds: %s" % listed(other))
 
 
-def float64_runs(weights, wanted, free=None):
-    """(kinds of runs to repeat in float64, why others are not). `weights`: bytes of the float32 model. `wanted` None:
-    where the memory is there; a forward run takes the weights once more, a training run their gradients too."""
-    if wanted is not None:
-        return (("forward", "train"), "") if wanted else ((), "left out by --no-float64")
-    free = free_memory() if free is None else free
-    if free is None:
-        return ("forward", "train"), ""
-    needs = {"forward": 1.5 * weights, "train": 4.0 * weights}
-    kinds = tuple(kind for kind in ("forward", "train") if needs[kind] <= free)
-    left = ["%s (%.1f GB needed)" % (kind, needs[kind] / 1e9) for kind in needs if kind not in kinds]
-    why = "left out for want of memory, %.1f GB free: %s" % (free / 1e9, ", ".join(left)) if left else ""
-    return kinds, why
-
-
 def load_pickle(path):
     """What torch.save wrote, on the CPU, whatever classes it holds."""
     import torch
 
     settings = {"weights_only": False} if "weights_only" in inspect.signature(torch.load).parameters else {}
     return torch.load(path, map_location="cpu", **settings)
-
-
-def matches(name, patterns):
-    """Whether one of the patterns (`*` stands for anything) is the name's."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def listed(names):
-    """The first few names, and how many there are."""
-    names = sorted(names)
-    return ", ".join(names[:6]) + (" ... (%d in all)" % len(names) if len(names) > 6 else "")
-
-
-def free_memory():
-    """Bytes that can be had without swapping; None where the system does not say."""
-    try:
-        with open("/proc/meminfo") as lines:
-            stated = dict(line.split(":", 1) for line in lines)
-        return int(stated["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
-
-
-def refuse_wrong(runs, tensors, may_be_zero=()):
-    """DumpError where a tensor cannot be what the original computes: not finite, a gradient of zeros, a float64 run
-    that went through float32, or a run without outputs (for training: without gradients)."""
-    for name, array in tensors.items():
-        run, side, rest = name.split("/", 2)
-        seam, _, precision = rest.partition("@")
-        if array.dtype.kind != "f":
-            continue
-        if not np.isfinite(array).all():
-            raise DumpError("%s holds NaN or infinity; no reference is written" % name)
-        if side == "in":
-            continue
-        gradient = seam.startswith(("grad.", "grad_norm."))
-        if gradient and not array.any() and not matches(seam.partition(".")[2], may_be_zero):
-            raise DumpError("%s is all zeros; if this parameter has no part in the loss, say --may-be-zero %s"
-                          % (name, seam.partition(".")[2]))  # fmt: skip
-        if precision and (array.dtype != np.float64 or (seam in ("logits", "loss") and rounded(array))):
-            raise DumpError("%s went through float32 on its way: the original casts it" % name)
-    for run, entry in runs.items():
-        seams = [name.split("/", 2)[2] for name in tensors if name.startswith(run + "/out/")]
-        if not seams or (entry["kind"] == "train" and not any(seam.startswith("grad_norm.") for seam in seams)):
-            raise DumpError("run %s has no %s" % (run, "gradient" if seams else "output"))
-
-
-def rounded(array):
-    """Whether every value of a float64 array is a float32 one: so many are not so by chance."""
-    return bool(array.any()) and array.size >= 1 and bool((array == array.astype(np.float32)).all())
-
-
-def write(path, family, source, runs, tensors, may_be_zero=()):
-    """Check every tensor, then write the file whole or not at all. Each run says which of its seams it holds in
-    float32 and in float64."""
-    from safetensors.numpy import save_file
-
-    refuse_wrong(runs, tensors, may_be_zero)
-    for run, entry in runs.items():
-        entry["both_precisions"] = sorted(
-            name[len(run) + 5 : -len("@float64")]
-            for name in tensors
-            if name.startswith(run + "/out/") and name.endswith("@float64") and name[: -len("@float64")] in tensors
-        )
-    document = {"format": FORMAT, "family": family, "source": source, "runs": runs}
-    arrays = {name: np.ascontiguousarray(array).reshape(np.shape(array)) for name, array in tensors.items()}
-    partial = path + ".partial"
-    try:
-        save_file(arrays, partial, metadata={"weightport.reference": json.dumps(document, ensure_ascii=False)})
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
-
-
-def commit_of(repository):
-    """The repository's commit, "" where git cannot say or the folder is none of its own."""
-    import subprocess
-
-    if not os.path.exists(os.path.join(repository, ".git")):
-        return ""
-    try:
-        command = ["git", "-C", repository, "rev-parse", "HEAD"]
-        return subprocess.check_output(command, stderr=subprocess.DEVNULL).decode().strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def shared_options(parser):
-    """The options that every script has."""
-    parser.add_argument("--float64", dest="float64", action="store_const", const=True,
-                        help="float64 runs whatever the memory (default: where the memory is there)")  # fmt: skip
-    parser.add_argument("--no-float64", dest="float64", action="store_const", const=False, help="float32 runs only")
-    parser.add_argument("--may-be-zero", action="append", default=[], metavar="PARAMETER",
-                        help="its gradient may be all zeros; repeatable, * stands for anything")  # fmt: skip
 
 
 class Recorder:
