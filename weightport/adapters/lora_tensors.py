@@ -108,6 +108,7 @@ def open_adapter(folder: Path) -> LoraAdapter:
     if not modules and not whole and not tokens:
         raise AdapterError(f"{path} holds no tensors.")
     adapter = LoraAdapter(folder, settings, modules, whole, tokens, (folder / "adapter_config.json", path))
+    settings.require_bounded([*(module.module for module in modules), *whole, *tokens], settings.where)
     _check(adapter, tensors)
     return adapter
 
