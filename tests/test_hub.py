@@ -71,7 +71,7 @@ def test_file_in_the_cache_is_used_when_the_hub_is_not_there(nobody: str, tmp_pa
 
 def test_secrets_are_taken_out_of_what_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "get_token", lambda: "my own secret")
-    text = "Bearer my own secret at https://me:pass@host/x?token=hf_AbCdEfGhIj"
+    text = "Bearer my own secret at https://me:pass@host/x?token=hf_AbCdEfGhIjKlMnOpQr"
     assert hub.without_secrets(text) == "Bearer <token> at https://host/x?token=<token>"
 
 

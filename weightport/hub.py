@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ _TRANSPORT: type[Exception] = HfHubHTTPError.__mro__[1]
 HUB_ERRORS: tuple[type[Exception], ...] = (_TRANSPORT, OSError, EntryNotFoundError, RuntimeError, ValueError)
 """What calls into huggingface_hub raise: the network, refusals, replies that are none, threads that failed."""
 
-_TOKEN = re.compile(r"\b(hf|api_org)_\w{4,}")
+_TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{16,}\b")
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 
 
@@ -75,6 +76,57 @@ def without_secrets(text: str) -> str:
     token = get_token()
     text = text.replace(token, "<token>") if token else text
     return _CREDENTIALS.sub("", _TOKEN.sub("<token>", text))
+
+
+def refused(error: BaseException) -> bool:
+    """Whether the Hub answered that this user may not do it."""
+    response = getattr(error, "response", None)
+    return getattr(response, "status_code", None) in (401, 403)
+
+
+def shareable(error: Exception) -> Exception | None:
+    """The error as the cause of another, or None when its text or that of a cause of it holds a secret: a traceback
+    would print it."""
+    each: BaseException | None = error
+    while each is not None:
+        if without_secrets(str(each)) != str(each):
+            return None
+        each = each.__cause__ or each.__context__
+    return error
+
+
+@contextmanager
+def bars(*, shown: bool) -> Iterator[None]:
+    """huggingface_hub's progress bars, shown or not while the block runs."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if shown or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+class _Scrub(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = without_secrets(record.getMessage()), None
+        return True
+
+
+@contextmanager
+def scrubbed_logs() -> Iterator[None]:
+    """Keeps secrets out of what huggingface_hub logs (addresses of failed requests) while the block runs."""
+    scrub, handlers = _Scrub(), logging.getLogger("huggingface_hub").handlers
+    for handler in handlers:
+        handler.addFilter(scrub)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(scrub)
 
 
 @contextmanager
