@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer, running
+from hub_server import TOKEN, HubServer, running
 
 from weightport.converters import Options, convert
 
-TOKEN = "hf_" + "Secret" * 6
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
 

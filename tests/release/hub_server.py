@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+TOKEN = "hf_" + "Secret" * 6
 DROP = "drop"
 """A fault: the connection is reset in the middle of the request."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from conftest import TOKEN
+from hub_server import TOKEN
 
 from weightport import cli
 from weightport.errors import CheckpointError, UsageError

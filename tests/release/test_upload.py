@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from conftest import TOKEN
-from hub_server import DROP, HubServer
+from hub_server import DROP, TOKEN, HubServer
 from safetensors.torch import load_file, save_file
 
 from weightport import cli
