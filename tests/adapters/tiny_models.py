@@ -117,6 +117,42 @@ def _resnet() -> Any:
     )
 
 
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": L,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+def _blip2() -> Any:
+    qformer = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": L, "num_attention_heads": 2}
+    text = {"model_type": "opt", "vocab_size": V, "hidden_size": D, "word_embed_proj_dim": D, "ffn_dim": 48}
+    return transformers.Blip2ForConditionalGeneration(
+        transformers.Blip2Config(
+            vision_config=_VISION,
+            qformer_config={**qformer, "vocab_size": 50, "encoder_hidden_size": 16, "cross_attention_frequency": 1},
+            text_config={**text, "num_hidden_layers": L, "num_attention_heads": 4, "max_position_embeddings": 64},
+            num_query_tokens=4,
+            image_token_index=V - 1,
+        )
+    )
+
+
+def _clip() -> Any:
+    text = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": L}
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return transformers.CLIPModel(
+        transformers.CLIPConfig(
+            text_config={**text, **special, "num_attention_heads": 2, "max_position_embeddings": 32},
+            vision_config=_VISION,
+            projection_dim=8,
+        )
+    )
+
+
 MODELS: Mapping[str, Callable[[], Any]] = {
     "opt": _opt,
     "llama": _llama,
@@ -127,6 +163,8 @@ MODELS: Mapping[str, Callable[[], Any]] = {
     "gpt_oss": _gpt_oss,
     "bart": _bart,
     "resnet": _resnet,
+    "blip2": _blip2,
+    "clip": _clip,
 }
 
 

@@ -14,6 +14,7 @@ import pytest
 from drawn_data import draw, draw_jsonl, encoded
 from torch.utils.data import DataLoader
 
+from weightport import hub
 from weightport.errors import DataError, UsageError
 from weightport.finetuning.data import DataSettings, EntrySamples, open_data
 
@@ -216,6 +217,7 @@ class Hub:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: list[Any] = []
         self.table = datasets.Dataset.from_dict(document_questions()).cast_column("image", datasets.Image())
+        monkeypatch.setattr(hub, "why_unreachable", lambda: None)
         monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_, **__: ["train", "validation"])
         monkeypatch.setattr(datasets, "load_dataset", self.load)
 
@@ -225,12 +227,12 @@ class Hub:
 
 
 def test_a_hub_data_set_is_read_by_name_split_subset_and_revision(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = Hub(monkeypatch)
+    known = Hub(monkeypatch)
     samples = open_data("owner/name", DataSettings(split="train", subset="DocVQA", revision="abc"))
     assert suffixes(samples) == ["answer 0", "answer 1", "answer 2"] and pixels(samples, 1) == draw(1).tobytes()
     assert samples.name == "owner/name" and samples[0].place == "owner/name, row 1"
     open_data("owner/name:validation", PLAIN)
-    assert hub.asked == [
+    assert known.asked == [
         (("owner/name", "DocVQA"), {"split": "train", "revision": "abc"}),
         (("owner/name", None), {"split": "validation", "revision": None}),
     ]
@@ -253,6 +255,7 @@ def test_what_the_hub_answers_is_one_clear_error(
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
+    monkeypatch.setattr(hub, "why_unreachable", lambda: None)
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(DataError, match=f"owner/name .*{message}"):
         open_data("owner/name", DataSettings(split="train"))

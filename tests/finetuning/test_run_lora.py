@@ -6,6 +6,7 @@ import builtins
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,12 @@ from PIL import Image
 from tiny_runs import run, trained_model
 
 from weightport import modeling  # noqa: F401 - registers OFA
+from weightport.adapters import merge_lora
 from weightport.api import merge_lora
-from weightport.errors import RecipeError, TrainingError
+from weightport.errors import OutputError, RecipeError, TrainingError
 from weightport.finetuning.recipes.recipe import shipped_recipes
+from weightport.finetuning.setup import preparing
+from weightport.finetuning.setup.freezing import Share
 
 STEPS = {
     "model.method": "lora",
@@ -169,3 +173,31 @@ def test_qlora_without_bitsandbytes_says_what_to_install(
 def test_every_recipe_says_how_lora_is_done() -> None:
     for recipe in shipped_recipes().values():
         assert recipe.lora.get("r") and recipe.lora.get("lora_alpha"), recipe.name
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_disk_check_of_an_adapter_asks_for_the_adapter_and_not_for_the_model(
+    limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Florence-2 large with 4 M trained parameters: tens of MB a checkpoint, where the model's would be gigabytes."""
+    found = [Share("language", 4_000_000, 823_000_000)]
+    arguments: Any = SimpleNamespace(save_strategy="epoch", save_total_limit=limit)
+    asked = (limit + 1) * 12 * 4_000_000 + 4 * 4_000_000
+    usage = SimpleNamespace(free=asked)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    preparing._require_space(tmp_path, found, arguments, adapter=True)
+    with pytest.raises(OutputError, match=f"with {limit + 1} checkpoints needs about"):
+        preparing._require_space(tmp_path, found, arguments, adapter=False)
+    usage.free = asked - 1
+    with pytest.raises(OutputError, match="needs about"):
+        preparing._require_space(tmp_path, found, arguments, adapter=True)
+
+
+def test_checkpoint_and_result_of_an_adapter_hold_no_weights_of_the_base(
+    tiny: Callable[[str], Path], pairs: Path, tmp_path: Path
+) -> None:
+    """What the disk check counts with: tensors of the adapter alone, in every file of a run."""
+    more = {**STEPS, "training.save_strategy": "steps", "training.save_steps": 2, "batch.image_size": 64}
+    out = run(tiny("ofa"), "default", pairs, tmp_path / "run", more=more)
+    assert list(out.directory.glob("checkpoint-*")) or list(out.directory.rglob("adapter_model.safetensors"))
+    assert {path.name for path in out.directory.rglob("*.safetensors")} == {"adapter_model.safetensors"}

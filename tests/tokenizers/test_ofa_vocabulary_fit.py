@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 from vocabularies import PIECES, write_chinese, write_english, write_lines
@@ -97,11 +99,11 @@ def test_a_token_twice_in_a_vocabulary_that_stands_alone(tmp_path):
 def test_a_hub_repository_gives_its_vocab_txt(chinese, monkeypatch):
     asked = []
 
-    def download(repository: str, name: str) -> str:
+    def download(repository: str, name: str) -> Path:
         asked.append((repository, name))
-        return str(chinese / name)
+        return Path(chinese / name)
 
-    monkeypatch.setattr(sources, "hf_hub_download", download)
+    monkeypatch.setattr(sources, "download", download)
     tokenizer = build_ofa_tokenizer("bert-base-chinese", BASE)
     assert asked == [("bert-base-chinese", "vocab.txt")]
     assert tokenizer.get_vocab() == build_ofa_tokenizer(chinese, BASE).get_vocab()
@@ -111,7 +113,7 @@ def test_a_hub_that_cannot_be_reached_is_told(monkeypatch):
     def download(repository: str, name: str) -> str:
         raise LocalEntryNotFoundError("Cannot find the requested files in the disk cache")
 
-    monkeypatch.setattr(sources, "hf_hub_download", download)
+    monkeypatch.setattr(sources, "download", download)
     with pytest.raises(
         VocabularyError, match=r"no folder someone/vocabulary here.*\n?.*Cannot find the requested files"
     ):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from weightport.checkpoints.formats.sharded import read_json
 from weightport.errors import AdapterError
+from weightport.local_paths import target_outside
 
 RECORD = "merge.json"
 
@@ -31,8 +32,8 @@ _PROCESSOR = ("processor_config.json", "preprocessor_config.json")
 
 def companions(base: Path) -> tuple[Path, ...]:
     """The base's files that the merged directory keeps: configuration, tokenizer, processor, code, licence,
-    records."""
-    return tuple(
+    records. Raises AdapterError for a link out of the folder."""
+    found = tuple(
         path
         for path in sorted(base.iterdir())
         if path.is_file()
@@ -42,19 +43,32 @@ def companions(base: Path) -> tuple[Path, ...]:
         and path.name not in _STALE
         and path.name != RECORD
     )
+    _require_own(found, base)
+    return found
+
+
+def _require_own(files: Iterable[Path], folder: Path) -> None:
+    """Raises AdapterError for a link that leads out of the folder: what it names would be copied, and published."""
+    for path in files:
+        target = target_outside(path, folder)
+        if target is not None:
+            raise AdapterError(
+                f"{path} is a link out of its folder, to {target}: it is not copied. Put the file itself there if it "
+                "belongs to the model, or remove the link."
+            )
 
 
 def adapter_tokenizer(adapter: Path) -> dict[str, Path]:
     """The tokenizer saved beside an adapter, by file name; empty when there is none."""
     if not (adapter / "tokenizer_config.json").is_file():
         return {}
-    return {name: adapter / name for name in _TOKENIZER if (adapter / name).is_file()}
+    return _present(adapter, _TOKENIZER)
 
 
 def adapter_processor(adapters: Sequence[Path]) -> tuple[dict[str, Path], tuple[str, ...]]:
     """(the processor's files that the adapters were trained with, notes): the base's stay where the adapters have
     none, or differ."""
-    found = [{name: folder / name for name in _PROCESSOR if (folder / name).is_file()} for folder in adapters]
+    found = [_present(folder, _PROCESSOR) for folder in adapters]
     given = [files for files in found if files]
     contents = {tuple((name, path.read_bytes()) for name, path in files.items()) for files in given}
     if len(contents) > 1:
@@ -68,25 +82,40 @@ def adapter_records(adapters: Sequence[tuple[Path, float]]) -> dict[str, Path]:
     if len(adapters) != 1 or adapters[0][1] != 1.0:
         return {}
     folder = adapters[0][0]
-    return {name: folder / name for name in ("training.json", "metrics.json") if (folder / name).is_file()}
+    return _present(folder, ("training.json", "metrics.json"))
+
+
+def _present(folder: Path, names: Iterable[str]) -> dict[str, Path]:
+    found = {name: folder / name for name in names if (folder / name).is_file()}
+    _require_own(found.values(), folder)
+    return found
 
 
 def require_tokenizer_fits(files: Mapping[str, Path], rows: int, adapter: Path) -> None:
     """Raises AdapterError when the adapter's tokenizer gives ids that the merged embedding of `rows` rows lacks."""
     if "tokenizer.json" not in files:
         return
-    content = read_json(files["tokenizer.json"])
-    model = content.get("model", {}) if isinstance(content, dict) else {}
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    added = [token["id"] for token in content.get("added_tokens", ())]
-    known = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary or ())))
-    highest = max([*known, *added], default=-1)
+    highest = max(_ids(read_json(files["tokenizer.json"])), default=-1)
     if highest >= rows:
         raise AdapterError(
             f"{adapter} brings a tokenizer with ids up to {highest}, but the merged embedding has {rows} rows. The "
             "resized embedding was not saved with the adapter: save it again with save_embedding_layers=True, or "
             "train with modules_to_save=['embed_tokens', 'lm_head']."
         )
+
+
+def _ids(content: Any) -> Iterator[int]:
+    """Every id that a tokenizer.json gives; nothing of what is not laid out as tokenizers does it."""
+    content = content if isinstance(content, dict) else {}
+    model, added = content.get("model"), content.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict):
+        yield from (value for value in vocabulary.values() if type(value) is int)
+    elif isinstance(vocabulary, list):
+        yield len(vocabulary) - 1
+    for token in added if isinstance(added, list) else ():
+        if isinstance(token, dict) and type(token.get("id")) is int:
+            yield token["id"]
 
 
 def write_companions(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weightport.adapters.lora_settings import LoraSettings
+from weightport.adapters.lora_settings import LoraSettings, require_fields
 from weightport.checkpoints.formats.sharded import read_json
+from weightport.converters.lora_patterns import of_layer, of_saved, shown
 from weightport.errors import AdapterError
 
 CONFIG = "adapter_config.json"
@@ -66,11 +67,12 @@ class MergeSettings(LoraSettings):
     def targets(self, module: str) -> bool:
         """Whether target_modules, exclude_modules and the layer options choose `module`, as peft decides it."""
         excluded = self.data.get("exclude_modules")
-        if isinstance(excluded, str) and re.fullmatch(excluded, module):
+        if isinstance(excluded, str):
+            if re.fullmatch(excluded, module):
+                return False
+        elif any(_ends(module, name) for name in excluded or ()):
             return False
-        if isinstance(excluded, Sequence) and any(_ends(module, name) for name in excluded):
-            return False
-        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.data.get("modules_to_save") or ()):
+        if any(re.match(of_saved(name), module) for name in self.data.get("modules_to_save") or ()):
             return False
         wanted = self.data.get("target_modules")
         if isinstance(wanted, str):
@@ -85,9 +87,8 @@ class MergeSettings(LoraSettings):
             return True
         patterns = self.data.get("layers_pattern") or [r"[^.]*"]
         patterns = [patterns] if isinstance(patterns, str) else patterns
-        # The first number is the layer's; a later one may be an expert's.
-        found = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module) for pattern in patterns)
-        index = next((int(match[1]) for match in found if match), None)
+        found = (re.match(of_layer(pattern), module) for pattern in patterns)
+        index = next((int(match["idx"]) for match in found if match), None)
         return index is not None and index in ([layers] if isinstance(layers, int) else layers)
 
 
@@ -112,7 +113,7 @@ def parse_merge_settings(data: Any, where: str) -> MergeSettings:
     kind = data.get("peft_type")
     if kind != "LORA":
         raise AdapterError(
-            f"{where} says that the adapter's peft_type is {kind!r}; only LORA adapters are merged. "
+            f"{where} says that the adapter's peft_type is {shown(kind)}; only LORA adapters are merged. "
             "Merge this one with peft's merge_and_unload."
         )
     for field, what in _NOT_MERGEABLE.items():
@@ -121,52 +122,9 @@ def parse_merge_settings(data: Any, where: str) -> MergeSettings:
     start = data.get("init_lora_weights", True)
     if isinstance(start, str) and _CHANGES_BASE.match(start):
         raise AdapterError(
-            f"{where}: init_lora_weights is {start!r}, which took a part out of the base's weights before training, "
-            "so the adapter does not belong to the base as it is. Save it with peft's "
+            f"{where}: init_lora_weights is {shown(start)}, which took a part out of the base's weights before "
+            "training, so the adapter does not belong to the base as it is. Save it with peft's "
             "path_initial_model_for_weight_conversion, which makes it an ordinary LoRA adapter, and merge that."
         )
-    for field, check, expected in _FIELDS:
-        value = data.get(field)
-        if value is not None and not check(value):
-            raise AdapterError(f"{where}: {field} is {value!r}; expected {expected}.")
-    settings = MergeSettings(data, where)
-    for pattern in (*(data.get("rank_pattern") or ()), *(data.get("alpha_pattern") or ())):
-        _require_pattern(pattern, where)
-    if isinstance(data.get("target_modules"), str):
-        _require_pattern(data["target_modules"], where)
-    return settings
-
-
-def _require_pattern(pattern: str, where: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise AdapterError(f"{where}: {pattern!r} is not a regular expression ({error}).") from error
-
-
-def _whole(value: Any) -> bool:
-    return type(value) is int and value >= 1
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def _pattern_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, Mapping) and all(check(item) for item in value.values())
-
-
-_FIELDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("r", _whole, "a rank of at least 1"),
-    ("lora_alpha", _number, "a number"),
-    ("rank_pattern", _pattern_of(_whole), "ranks by module name"),
-    ("alpha_pattern", _pattern_of(_number), "numbers by module name"),
-    ("target_modules", lambda value: isinstance(value, str) or _names(value), "module names or a regular expression"),
-    ("target_parameters", _names, "parameter names"),
-    ("modules_to_save", _names, "module names"),
-    ("bias", lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
-)
+    require_fields(data, where)
+    return MergeSettings(data, where)

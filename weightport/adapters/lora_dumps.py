@@ -71,6 +71,7 @@ def merge_dump(
             "'**.lora_{A,B}.**' to convert the base alone (right where peft had already merged it in place)."
         )
     lora = parse_settings(settings, f"adapter_config.json beside {where}")
+    lora.require_bounded(pairs, f"adapter_config.json beside {where}")
     for module, pair in pairs.items():
         merged[f"{module}.weight"] = _merged(module, pair, merged.get(f"{module}.weight"), lora.scaling(module), where)
     note = (

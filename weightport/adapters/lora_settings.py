@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
+from weightport.converters.lora_patterns import of_ending, of_layer, of_saved, require_bounded, require_pattern, shown
 from weightport.errors import AdapterError
 
 
@@ -46,11 +48,33 @@ class LoraSettings:
         alpha = float(self.alpha(module))
         return alpha / rank**0.5 if self.use_rslora else alpha / rank
 
+    @cached_property
+    def patterns(self) -> tuple[tuple[str, str], ...]:
+        """Every regular expression of the settings: (as it is written, as it is matched)."""
+        data = self.data
+        whole = [data.get(field) for field in ("target_modules", "exclude_modules")]
+        layers = data.get("layers_pattern") or ()
+        return (
+            *((pattern, of_ending(pattern)) for field in _ENDINGS for pattern in data.get(field) or ()),
+            *((pattern, pattern) for pattern in whole if isinstance(pattern, str)),
+            *((name, of_saved(name)) for name in data.get("modules_to_save") or ()),
+            *((name, of_layer(name)) for name in ([layers] if isinstance(layers, str) else layers)),
+        )
+
+    def require_bounded(self, names: Iterable[str], where: str) -> None:
+        """Raises AdapterError when matching the patterns with these module names takes too long."""
+        require_bounded(self.patterns, names, where)
+
     def _patterned(self, field: str, module: str, default: Any) -> Any:
-        patterns = self.data.get(field) or {}
-        # As peft matches: a key is the end of a module's name, from a dot on, and may be a regular expression.
-        found = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
-        return default if found is None else patterns[found]
+        return next((value for pattern, value in self._endings[field] if pattern.match(module)), default)
+
+    @cached_property
+    def _endings(self) -> dict[str, list[tuple[re.Pattern[str], Any]]]:
+        """rank_pattern and alpha_pattern, compiled: an adapter may have one entry a module."""
+        return {
+            field: [(re.compile(of_ending(key)), value) for key, value in (self.data.get(field) or {}).items()]
+            for field in _ENDINGS
+        }
 
 
 def parse_settings(data: Any, where: str) -> LoraSettings:
@@ -61,7 +85,7 @@ def parse_settings(data: Any, where: str) -> LoraSettings:
         raise AdapterError(
             f"{where} asks for DoRA (use_dora), which depends on the norms of the base's weights; not supported."
         )
-    if data.get("bias", "none") != "none":
+    if data.get("bias") not in (None, "none"):
         raise AdapterError(
             f"{where} trains biases (bias: {data['bias']!r}); only adapters with bias: 'none' are known."
         )
@@ -74,20 +98,88 @@ def parse_lora_settings(data: Any, where: str) -> LoraSettings:
         raise AdapterError(f"{where} should hold a JSON object; found {type(data).__name__}.")
     kind = data.get("peft_type")
     if kind != "LORA":
-        raise AdapterError(f"{where} is of the kind {kind!r}; LORA adapters are known.")
+        raise AdapterError(f"{where} is of the kind {shown(kind)}; LORA adapters are known.")
     if data.get("layer_replication"):
         raise AdapterError(
             f"{where} replicates layers (layer_replication); the native model has the original's layers."
         )
-    if data.get("bias") not in (None, "none", "all", "lora_only"):
-        raise AdapterError(f"{where}: bias is {data['bias']!r}; expected none, all or lora_only.")
-    for field in ("rank_pattern", "alpha_pattern"):
-        if data.get(field) is not None and not isinstance(data[field], Mapping):
-            raise AdapterError(f"{where}: {field} should be an object of module names; found {data[field]!r}.")
-    rank = data.get("r", 8)
-    if type(rank) is not int or rank < 1:
-        raise AdapterError(f"{where}: r is {rank!r}; expected a rank of at least 1.")
+    require_fields(data, where)
     return LoraSettings(data)
+
+
+def require_fields(data: Mapping[str, Any], where: str) -> None:
+    """Raises AdapterError for a field of another type than peft writes, or a pattern that is none. null stands for a
+    field that is not set, but where only a number makes sense."""
+    for field, check, expected in _FIELDS:
+        value = data.get(field)
+        absent = value is None and (field not in data or field not in _NUMBERS)
+        if not absent and not check(value):
+            raise AdapterError(f"{where}: {field} is {shown(value)}; expected {expected}.")
+    for raw, framed in LoraSettings(data).patterns:
+        require_pattern(raw, framed, where)
+
+
+_ENDINGS = ("rank_pattern", "alpha_pattern")
+_NUMBERS = ("r", "lora_alpha")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_LARGEST_RANK, _LARGEST_ALPHA = 1 << 31, 1e30
+
+
+def _rank(value: Any) -> bool:
+    return type(value) is int and 1 <= value < _LARGEST_RANK
+
+
+def _number(value: Any) -> bool:
+    # NaN compares as false.
+    return type(value) in (int, float) and abs(value) < _LARGEST_ALPHA
+
+
+def _index(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _LARGEST_RANK
+
+
+def _text(value: Any) -> bool:
+    # JSON can hold half of a surrogate pair, which no file or terminal takes.
+    return isinstance(value, str) and not _SURROGATE.search(value)
+
+
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(check(item) for item in value)
+
+
+def _object_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, Mapping) and all(_text(key) and check(item) for key, item in value.items())
+
+
+def _either(*checks: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: any(check(value) for check in checks)
+
+
+_FIELDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("r", _rank, f"a rank of at least 1 and less than {_LARGEST_RANK:,}"),
+    ("lora_alpha", _number, f"a number of less than {_LARGEST_ALPHA:g}"),
+    ("rank_pattern", _object_of(_rank), "an object: ranks by module name"),
+    ("alpha_pattern", _object_of(_number), "an object: numbers by module name"),
+    ("target_modules", _either(_text, _list_of(_text)), "module names or a regular expression"),
+    ("exclude_modules", _either(_text, _list_of(_text)), "module names or a regular expression"),
+    ("target_parameters", _list_of(_text), "parameter names"),
+    ("modules_to_save", _list_of(_text), "module names"),
+    ("layers_to_transform", _either(_index, _list_of(_index)), "layer numbers"),
+    ("layers_pattern", _either(_text, _list_of(_text)), "names of lists of layers"),
+    (
+        "trainable_token_indices",
+        _either(_list_of(_index), _object_of(_list_of(_index))),
+        "rows of the embedding, or such lists by module name",
+    ),
+    ("bias", lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
+    ("base_model_name_or_path", _text, "the name of a model"),
+    *((flag, _flag, "true or false") for flag in (
+        "use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying")),
+)  # fmt: skip
 
 
 def low_rank_product(a: torch.Tensor, b: torch.Tensor, scaling: float, dtype: torch.dtype) -> torch.Tensor:

@@ -110,9 +110,9 @@ def open_adapter(folder: Path) -> LoraAdapter:
     modules = tuple(_module(path, name, depth, found) for (name, depth), found in parts.items())
     if not modules and not whole and not tokens:
         raise AdapterError(f"{path} holds no tensors.")
-    adapter = LoraAdapter(
-        folder, settings, modules, whole, tokens, (folder / "adapter_config.json", path), checkpoint.states
-    )
+    files = (folder / "adapter_config.json", path)
+    adapter = LoraAdapter(folder, settings, modules, whole, tokens, files, checkpoint.states)
+    settings.require_bounded([*(module.module for module in modules), *whole, *tokens], settings.where)
     _check(adapter, tensors)
     return adapter
 

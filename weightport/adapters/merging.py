@@ -43,6 +43,7 @@ from weightport.checkpoints.formats.sharded import read_json
 from weightport.checkpoints.lazy_tensors import blocks
 from weightport.errors import AdapterError, UsageError
 from weightport.hashing import BackgroundDigests, FileDigest
+from weightport.local_paths import shortened
 from weightport.writing import require_directory, whole_directory
 from weightport.writing.outgoing import Outgoing
 from weightport.writing.safetensors_shards import (
@@ -331,7 +332,7 @@ def _record(
                 "rslora": adapter.settings.use_rslora,
                 "dora": adapter.settings.use_dora,
                 "modules": len(adapter.modules),
-                "base_model": adapter.settings.base_model,
+                "base_model": _public(adapter.settings.base_model),
             }
             for adapter, (_, weight) in zip(adapters, given)
         ],
@@ -350,6 +351,13 @@ def _record(
             **{name: version(name) for name in ("torch", "safetensors")},
         },
     }
+
+
+def _public(base_model: str | None) -> str | None:
+    """A name on the Hub as it is, of a path on the training's machine the last name: the record is published."""
+    if base_model is None:
+        return None
+    return Path(base_model).name if Path(base_model).is_dir() else shortened(base_model)
 
 
 def _digests(adapter: LoraAdapter) -> tuple[FileDigest, ...]:

@@ -21,8 +21,10 @@ from safetensors.torch import save_file
 from weightport.adapters.family import AdapterFamily, FamilyLookup
 from weightport.adapters.lora_settings import LoraSettings, parse_lora_settings
 from weightport.checkpoints import TensorRef, open_checkpoint
+from weightport.checkpoints.formats.sharded import read_json
 from weightport.checkpoints.lazy_tensors import in_memory
 from weightport.checkpoints.sources import MAIN, Sources
+from weightport.converters.lora_patterns import of_saved
 from weightport.converters.low_rank_pair import LowRankPair
 from weightport.converters.operations import applied
 from weightport.converters.record import read_record
@@ -83,6 +85,7 @@ def port_adapter(
     settings = read_settings(adapter)
     target = read_base(Path(base), families)
     tensors = dict(open_checkpoint(_weights(adapter)))
+    settings.require_bounded(_module_names(tensors), str(adapter / CONFIG))
     pairs, biases, saved = _sorted_out(tensors, settings, str(adapter))
     ported: dict[str, torch.Tensor] = {}
     modules: dict[str, tuple[str, ...]] = {}
@@ -131,15 +134,11 @@ def port_adapter(
 
 
 def read_settings(adapter: Path) -> LoraSettings:
-    """The adapter_config.json of the folder `adapter`. Raises AdapterError."""
+    """The adapter_config.json of the folder `adapter`. Raises AdapterError, CheckpointError when it is no JSON."""
     path = adapter / CONFIG
     if not path.is_file():
         raise AdapterError(f"{adapter} is not an adapter: it has no {CONFIG}. Give the folder that peft saved.")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} cannot be read: {error}.") from error
-    return parse_lora_settings(data, str(path))
+    return parse_lora_settings(read_json(path), str(path))
 
 
 def read_base(base: Path, families: FamilyLookup) -> Base:
@@ -173,6 +172,12 @@ def _weights(adapter: Path) -> Path:
         if (adapter / name).is_file():
             return adapter / name
     raise CheckpointError(f"{adapter} holds no {WEIGHTS} or adapter_model.bin.")
+
+
+def _module_names(tensors: Mapping[str, TensorRef]) -> set[str]:
+    """What the settings' patterns are matched with: names of tensors, and of the modules that hold them."""
+    names = {name.removeprefix(_PREFIX) for name in tensors}
+    return names | {name.partition(".lora_")[0] for name in names}
 
 
 def _sorted_out(
@@ -224,7 +229,7 @@ def _sorted_out(
 def _is_saved(name: str, settings: LoraSettings) -> bool:
     """Whether the tensor is of a module that is saved as a whole, as peft matches modules_to_save."""
     return ".modules_to_save." in name or any(
-        re.match(rf"(^|.*\.){module}($|\..*)", name) for module in settings.data.get("modules_to_save") or ()
+        re.match(of_saved(module), name) for module in settings.data.get("modules_to_save") or ()
     )
 
 

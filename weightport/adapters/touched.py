@@ -142,6 +142,9 @@ def require_all_layers(base: Base, adapter: LoraAdapter) -> None:
     if not present <= {name.removesuffix(".weight") for name in base.checkpoint.tensors}:
         return
     patterns = {re.sub(r"\.\d+(?=\.|$)", ".*", module) for module in present}
+    adapter.settings.require_bounded(
+        (name.removesuffix(".weight") for name in base.checkpoint.tensors), adapter.settings.where
+    )
     missing = [
         module
         for module in (name.removesuffix(".weight") for name in base.checkpoint.tensors if name.endswith(".weight"))

@@ -5,6 +5,7 @@ This is the one part of merging that builds models, so it is run where they fit 
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ import torch
 
 from weightport.adapters.combination import SUM
 from weightport.adapters.merging import Written, quantized_layers
+from weightport.adapters.peft_loading import load_adapter
 from weightport.adapters.quantized import is_quantized_layer, nf4_round_trip
 from weightport.errors import ParityError
 
@@ -31,6 +33,10 @@ _ROUNDING_NOISE, _ARITHMETIC_NOISE = 4.0, 48.0
 """What may move an output, relative to its scale and growing with the root of the depth: units of the stored dtype's
 eps for the rounding of the weights (0.2 to 0.7 were measured on small random models), and of float32's for the
 arithmetic, which adds the same terms in another order in the two models (parity/noise.py has the measurements)."""
+
+
+class UnverifiableError(ParityError):
+    """The check cannot run the models: nothing is known of the merge, good or bad."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +96,11 @@ def available_memory() -> int:
 
 def verify_merge(written: Written) -> Verification:
     """Run base + adapters in peft and the merged directory, both in float32, on the same inputs. Raises
-    ParityError."""
+    ParityError, UnverifiableError where the model takes none of the inputs that can be made for it, AdapterError
+    where peft does not take the adapter."""
     with _quiet():
         tuned = _tuned(written)
-        arguments = sample_inputs(tuned.get_base_model(), written.base)
-        expected = _outputs(tuned, arguments)
+        arguments, expected = _run(tuned, written.base)
         weights = _merged_by_peft(tuned, written)
         del tuned
         model = load_model(written.folder)
@@ -126,8 +132,6 @@ def load_model(directory: Path) -> PreTrainedModel:
 
 def _tuned(written: Written) -> Any:
     """Base and adapters in peft, each adapter as strong as the merge made it."""
-    from peft import PeftModel
-
     model = load_model(written.base)
     if written.options.quantized_base:
         kind = written.options.quantized_base
@@ -135,9 +139,9 @@ def _tuned(written: Written) -> Any:
     if written.plan.resized is not None:
         model.resize_token_embeddings(written.plan.resized[1], mean_resizing=False)
     names = [f"adapter_{place}" for place in range(len(written.adapters))]
-    tuned = PeftModel.from_pretrained(model, written.adapters[0].folder, names[0], autocast_adapter_dtype=False)
-    for adapter, name in zip(written.adapters[1:], names[1:]):
-        tuned.load_adapter(adapter.folder, name, autocast_adapter_dtype=False)
+    tuned: Any = model
+    for adapter, name in zip(written.adapters, names):
+        tuned = load_adapter(tuned, adapter.folder, name, autocast_adapter_dtype=False)
     tuned.float()
     combination = written.options.combination
     if len(names) > 1 and combination.kind != SUM:
@@ -175,13 +179,24 @@ def _quantize(model: PreTrainedModel, kind: str, layers: frozenset[str] | None) 
             weight.copy_(nf4_round_trip(stored, double=kind == "nf4-double", flipped=flipped))
 
 
-def sample_inputs(model: PreTrainedModel, directory: Path) -> dict[str, torch.Tensor]:
-    """Arguments of a forward pass: an image and a prompt through the directory's processor where it has one, else
-    token ids (an image alone for models that take nothing else)."""
-    found = _processed(model, directory)
-    if not found:
-        found = _plain_inputs(model)
-    if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" not in found:
+def _run(tuned: Any, directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(arguments, outputs) of the first sample inputs that the model takes. Raises UnverifiableError."""
+    model, reason = tuned.get_base_model(), "no inputs are known for it"
+    for made in (_processed, _image_and_text, _plain_inputs):
+        try:
+            arguments = sample_inputs(model, made(model, directory))
+            if arguments:
+                return arguments, _outputs(tuned, arguments)
+        except Exception as error:
+            # Code of any architecture, called with inputs that were made without knowing it.
+            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    raise UnverifiableError(f"{type(model).__name__} does not run on sample inputs ({reason})")
+
+
+def sample_inputs(model: PreTrainedModel, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Arguments of a forward pass: those found, and the decoder's where the model has one; none when none were
+    found."""
+    if found and getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" not in found:
         found["decoder_input_ids"] = _tokens(model, 7)
     return found
 
@@ -204,18 +219,45 @@ def _processed(model: PreTrainedModel, directory: Path) -> dict[str, torch.Tenso
     return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
 
 
-def _plain_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    if model.main_input_name == "pixel_values" and not hasattr(model.config, "vocab_size"):
-        channels, size = getattr(model.config, "num_channels", 3), getattr(model.config, "image_size", 64)
-        side = size if isinstance(size, int) else size[0]
-        return {"pixel_values": torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(0))}
+@torch.no_grad()
+def _image_and_text(model: PreTrainedModel, directory: Path) -> dict[str, torch.Tensor]:
+    """Random pixels of the size that the vision tower takes, and token ids with as many placeholders as the image has
+    features; nothing for models without a vision tower. For directories without a processor."""
+    vision = getattr(model.config, "vision_config", None)
+    if vision is None or "pixel_values" not in inspect.signature(model.forward).parameters:
+        return {}
+    pixels, ids = _pixels(vision), _tokens(model, 12)
+    config: Any = model.config
+    placeholder = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+    if placeholder is not None:
+        found: Any = model.get_image_features(pixel_values=pixels)  # type: ignore[operator]
+        features = getattr(found, "pooler_output", found)
+        features = torch.cat(list(features)) if isinstance(features, (list, tuple)) else features
+        count = features.numel() // features.shape[-1]
+        ids = torch.cat([torch.full((1, count), placeholder), ids], dim=1)
+    return {"pixel_values": pixels, "input_ids": ids}
+
+
+def _plain_inputs(model: PreTrainedModel, directory: Path) -> dict[str, torch.Tensor]:
+    """Token ids; an image alone for models that take nothing else."""
+    if model.main_input_name == "pixel_values" and not hasattr(model.config.get_text_config(), "vocab_size"):
+        return {"pixel_values": _pixels(model.config)}
     return {"input_ids": _tokens(model, 12)}
+
+
+def _pixels(config: Any) -> torch.Tensor:
+    channels, size = getattr(config, "num_channels", 3), getattr(config, "image_size", 64)
+    side = size if isinstance(size, int) else size[0]
+    return torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(0))
 
 
 def _tokens(model: PreTrainedModel, length: int) -> torch.Tensor:
     """Token ids [1, length], of the lower half of the vocabulary: special tokens for images stand at its end."""
-    embedding: Any = model.get_input_embeddings()
-    rows = int(embedding.weight.shape[0])
+    try:
+        embedding: Any = model.get_input_embeddings()
+        rows = int(embedding.weight.shape[0])
+    except NotImplementedError:
+        rows = int(model.config.get_text_config().vocab_size)
     return torch.randint(min(4, rows - 1), max(rows // 2, 5), (1, length), generator=torch.Generator().manual_seed(0))
 
 

@@ -163,7 +163,7 @@ def _show_plan(lines: Lines, base: Path, adapters: tuple[tuple[Path, float], ...
 
 def _verified(lines: Lines, written: Written, verify: bool | None) -> Mapping[str, Any] | None:
     """The record of the check; None when it was not asked for or cannot be had."""
-    from weightport.adapters.verification import verify_merge, why_not_verified, worst
+    from weightport.adapters.verification import UnverifiableError, verify_merge, why_not_verified, worst
     from weightport.errors import UsageError
 
     if verify is False:
@@ -174,7 +174,13 @@ def _verified(lines: Lines, written: Written, verify: bool | None) -> Mapping[st
             raise UsageError(f"--verify: the check cannot run: {reason}. Pass --no-verify to merge without it.")
         lines.line("verify", f"not run: {reason}")
         return None
-    result = verify_merge(written)
+    try:
+        result = verify_merge(written)
+    except UnverifiableError as error:
+        if verify:
+            raise
+        lines.line("verify", f"not run: {error}")
+        return None
     shown = {seam.seam: seam for seam in (worst(result.seams), *(s for s in result.seams if s.seam == "logits"))}
     for seam in shown.values():
         lines.line(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,10 @@ from weightport.formatting import count, size
 
 if TYPE_CHECKING:
     from weightport.release import CheckedDirectory
+    from weightport.release.contents import PublishedFile
+
+SHOWN = 12
+"""Names of files that are left out, before the rest is counted."""
 
 
 @click.command("port-release", context_settings={"help_option_names": ["-h", "--help"]})
@@ -25,7 +30,13 @@ if TYPE_CHECKING:
 @click.option("--language", multiple=True, help="Language code, zh or en. Repeatable.")
 @click.option("--private", is_flag=True, help="Make the repository private.")
 @click.option("--revision", help="Branch to upload to; made when there is none.")
-@click.option("--dry-run", is_flag=True, help="Show the files and the card; change nothing and use no network.")
+@click.option(
+    "--include",
+    multiple=True,
+    metavar="NAME",
+    help="Publish this file of DIRECTORY too. Repeatable. Without it, only files that belong to a model go out.",
+)
+@click.option("--dry-run", is_flag=True, help="Show what would be public, to the byte; change nothing.")
 @quiet_option
 @json_option
 @command_body
@@ -37,38 +48,53 @@ def port_release(
     language: tuple[str, ...],
     private: bool,
     revision: str | None,
+    include: tuple[str, ...],
     dry_run: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
     """Check the model DIRECTORY, write its model card from what its records say, and upload it."""
     from weightport.families.registry import registry
+    from weightport.hub import bars, endpoint
     from weightport.release import ReleaseOptions, release
 
     lines = Lines(quiet=quiet or as_json)
 
-    def announce(checked: CheckedDirectory) -> None:
+    def announce(checked: CheckedDirectory, files: Sequence[PublishedFile]) -> None:
         dtype = str(checked.dtype).removeprefix("torch.")
-        lines.heading(f"{directory} · {count(checked.parameters)} parameters · {dtype} · {size(checked.nbytes)}")
+        total = size(sum(file.size for file in files))
+        lines.heading(f"{directory} · {count(checked.parameters)} parameters · {dtype} · {total}")
         lines.line("checked", "config, tensors on the meta device, tokenizer, index, hashes")
         if checked.needs_code:
             lines.line("code", "transformers has no class for this family: its modeling code goes along")
+        for file in files:
+            lines.line("file", f"{file.name} · {size(file.size)}" + (f" · {file.note}" if file.note else ""))
+        if checked.left_out:
+            lines.line("left out", _some(checked.left_out))
+        lines.line("to", f"{endpoint()}/{repo} · " + ("private" if private else "public"))
 
-    options = ReleaseOptions(repo, licence, base_model, language, private, revision, dry_run)
-    result = release(directory, options, registry().of_model_type, announce=announce)
+    options = ReleaseOptions(repo, licence, base_model, language, private, revision, include, dry_run)
+    with bars(shown=not (quiet or as_json)):
+        result = release(directory, options, registry().of_model_type, announce=announce)
     if as_json:
-        click.echo(
-            json.dumps({"files": list(result.files), "card": result.card, "url": result.url}, ensure_ascii=False)
-        )
+        found = {
+            "files": [file.name for file in result.files],
+            "left_out": list(result.checked.left_out),
+            "card": result.card,
+            "url": result.url,
+        }
+        click.echo(json.dumps(found, ensure_ascii=False))
         return
-    for name in result.files:
-        path = directory / name
-        lines.line("file", f"{name} · {size(path.stat().st_size)}" if path.is_file() and name != "README.md" else name)
     if dry_run:
         lines.heading(f"\nREADME.md\n\n{result.card}")
         lines.line("dry run", "nothing was written or uploaded")
     else:
         lines.line("released", str(result.url))
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + rest + " (--include NAME publishes one)"
 
 
 release_command = click.Command(

@@ -47,7 +47,8 @@ class Family:
     Who it is: `name` (of commands, recipes, references), `title`, `original` (what its checkpoints are, for help
     texts), `model_types` (config.json's of the native models), `signatures` (tensor names by which a checkpoint is
     told), `hub_task`, `licence` (a Hub licence id of the released checkpoints, None where they differ) and
-    `licence_note` for cards.
+    `licence_note` and
+    `card_prompt` (the prompt of the example, as Python) for cards.
 
     What it takes: `options` (its own type), `sources` beside the main checkpoint.
 
@@ -71,6 +72,7 @@ class Family:
     hub_task: str = "image-text-to-text"
     licence: str | None = None
     licence_note: str = ""
+    card_prompt: str | None = None
     bare: Mapping[str, Any] = field(default_factory=dict)
     portable: tuple[AutoMap, ...] = ()
     portable_code: str | None = None

@@ -4,16 +4,21 @@ proven."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from weightport.release.checking import CheckedDirectory
+from weightport.release.usage import usage
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
 
 
 @dataclass(frozen=True)
 class CardOptions:
-    """What only the user can say. `base_model` is a Hub id; `language` codes as the Hub has them."""
+    """What only the user can say. `base_model` is a Hub id, by default what the records know; `language` codes as the
+    Hub has them."""
 
     repo: str
     licence: str
@@ -26,7 +31,7 @@ def model_card(found: CheckedDirectory, options: CardOptions) -> str:
     sections = [
         _metadata(found, options),
         f"# {options.repo.rpartition('/')[2]}\n\n{_summary(found)}",
-        _usage(found, options),
+        usage(found, options.repo),
         _provenance(found),
         _training(found),
         _merge(found),
@@ -41,12 +46,13 @@ def model_card(found: CheckedDirectory, options: CardOptions) -> str:
 def _metadata(found: CheckedDirectory, options: CardOptions) -> str:
     model_type = str(found.config.get("model_type"))
     merged = "merge.json" in found.records
+    base = options.base_model or base_model(found)
     fields: dict[str, Any] = {
         "license": options.licence,
         "library_name": "transformers",
         "pipeline_tag": found.family.hub_task if found.family else None,
-        "base_model": options.base_model,
-        "base_model_relation": ("merge" if merged else "finetune") if options.base_model else None,
+        "base_model": base,
+        "base_model_relation": ("merge" if merged else "finetune") if base else None,
         "language": list(options.language) or None,
         "tags": [model_type, "weightport", *(["custom_code"] if found.needs_code else [])],
         "model-index": _model_index(found, options.repo),
@@ -84,24 +90,14 @@ def _summary(found: CheckedDirectory) -> str:
     return f"{title}, {found.parameters / 1e6:,.1f} M parameters, {dtype}, for transformers 5."
 
 
-def _usage(found: CheckedDirectory, options: CardOptions) -> str:
-    processor = any(path.name in ("processor_config.json", "preprocessor_config.json") for path in found.files)
-    reader = "AutoProcessor" if processor else "AutoTokenizer"
-    automodel = "AutoModelForImageTextToText" if processor else "AutoModel"
-    remote = ", trust_remote_code=True" if found.needs_code else ""
-    note = (
-        "\n\nTransformers has no class for this family: the modeling code is in the repository and is run with "
-        "`trust_remote_code=True`. Read it first, or install weightport and leave the argument out."
-        if found.needs_code
-        else ""
-    )
-    return (
-        "## Use\n\n```python\n"
-        f"from transformers import {automodel}, {reader}\n\n"
-        f'model = {automodel}.from_pretrained("{options.repo}"{remote})\n'
-        f'processor = {reader}.from_pretrained("{options.repo}"{remote})\n'
-        f"```{note}"
-    )
+def base_model(found: CheckedDirectory) -> str | None:
+    """The Hub's name of the base that the merged adapters were trained on; None where the record names none, or
+    several, or a folder."""
+    record = found.records.get("merge.json")
+    adapters = record.get("adapters") if isinstance(record, Mapping) else None
+    names = {each.get("base_model") for each in adapters or () if isinstance(each, Mapping)}
+    name = names.pop() if len(names) == 1 else None
+    return name if isinstance(name, str) and _HUB_NAME.fullmatch(name) else None
 
 
 def _provenance(found: CheckedDirectory) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,29 +16,30 @@ from weightport.converters.native import loadable_tensors
 from weightport.converters.record import read_record
 from weightport.errors import CheckpointError, ConfigurationError, CoverageError
 from weightport.hashing import BackgroundDigests
+from weightport.local_paths import shortened_values
+from weightport.release.belonging import RECORDS, belonging, left_out
 from weightport.release.family import PublishedFamily
 
-_PUBLISHED = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja", ".py", ".md", ".html", ".tiktoken"})
-_ALSO = frozenset({"LICENSE", "NOTICE"})
-_PRIVATE = frozenset({"training_args.json", "trainer_state.json", "README.md"})
+Stamp = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
 class CheckedDirectory:
-    """A directory that may be published. `dtype` holds most bytes; `records` are its JSON records by file name."""
+    """A directory that may be published. `published` are the files that belong to the model by their names on the
+    Hub, `left_out` what lies there beside them. `dtype` holds most bytes; `hashes` are the weights' SHA-256 and
+    `stamps` tell whether they changed since; `records` are its JSON records by file
+    name, without paths of this machine."""
 
     path: Path
     config: Mapping[str, Any]
-    files: tuple[Path, ...]
+    published: Mapping[str, Path]
+    left_out: tuple[str, ...]
     parameters: int
     dtype: torch.dtype
     hashes: Mapping[str, str]
+    stamps: Mapping[Path, Stamp]
     records: Mapping[str, Any]
     family: PublishedFamily | None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(file.stat().st_size for file in self.files)
 
     @property
     def needs_code(self) -> bool:
@@ -46,8 +47,26 @@ class CheckedDirectory:
         return self.family is not None and bool(self.family.portable)
 
 
-def check_directory(directory: str | Path, family_of: Callable[[object], PublishedFamily | None]) -> CheckedDirectory:
-    """Check the model directory, reading its weights once for their hashes.
+def stamp(path: Path) -> Stamp:
+    """What changes when a file is written to, replaced or moved in: inode, size, times of content and of status."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def require_unchanged(checked: CheckedDirectory) -> None:
+    """Raises CheckpointError when a weight file is no longer the one that was hashed; reads none."""
+    for path, before in checked.stamps.items():
+        if not path.is_file() or stamp(path) != before:
+            raise CheckpointError(
+                f"{path} changed while it was released, so that its hash is no longer known. Nothing was published; "
+                "run again when nothing writes to it."
+            )
+
+
+def check_directory(
+    directory: str | Path, family_of: Callable[[object], PublishedFamily | None], include: Sequence[str] = ()
+) -> CheckedDirectory:
+    """Check the model directory, reading its weights once for their hashes. `include`: further files to publish.
 
     `family_of` gives the family of a model_type, None for a model of another. Raises CheckpointError (files missing,
     damaged or changed since they were recorded), ConfigurationError (the configuration does not build a model) or
@@ -70,16 +89,13 @@ def check_directory(directory: str | Path, family_of: Callable[[object], Publish
         )
     family = family_of(config["model_type"])
     _require_model(Base(directory, checkpoint, config), family)
-    files = _published(directory, {path.name for path in checkpoint.files})
-    records: dict[str, Any] = {
-        name: read_json(directory / name)
-        for name in ("merge.json", "parity.json", "metrics.json", "training.json")
-        if (directory / name).is_file()
-    }
+    published = belonging(directory, checkpoint.files, include)
+    records = {name: shortened_values(read_json(directory / name)) for name in RECORDS if (directory / name).is_file()}
     if (conversion := read_record(directory)) is not None:
-        records["conversion.json"] = conversion
+        records["conversion.json"] = shortened_values(conversion)
     _require_tokenizer(directory, config)
     weights = [file for file in checkpoint.files if file.suffix == ".safetensors"]
+    stamps = {file: stamp(file) for file in weights}
     with BackgroundDigests(weights) as digests:
         hashes = {digest.name: digest.sha256 for digest in digests.result(checkpoint.states)}
     _require_recorded(directory, hashes, records)
@@ -89,10 +105,12 @@ def check_directory(directory: str | Path, family_of: Callable[[object], Publish
     return CheckedDirectory(
         directory,
         config,
-        files,
+        published,
+        left_out(directory, published),
         sum(ref.numel for ref in checkpoint.values() if ref.dtype.is_floating_point),
         max(sizes, key=lambda dtype: sizes[dtype]),
         hashes,
+        stamps,
         records,
         family,
     )
@@ -137,19 +155,6 @@ def _expected(found: Base, family: PublishedFamily | None) -> Mapping[str, tuple
         raise ConfigurationError(f"{found.path}: its config.json builds no model: {error}") from error
 
 
-def _published(directory: Path, weights: set[str]) -> tuple[Path, ...]:
-    """The files that belong on the Hub, in the order of their names. README.md is written anew."""
-    return tuple(
-        path
-        for path in sorted(directory.iterdir())
-        if path.is_file()
-        and not path.name.startswith(".")
-        and path.name not in _PRIVATE
-        and (path.suffix in _PUBLISHED or path.name in _ALSO)
-        and (path.suffix != ".safetensors" or path.name in weights)
-    )
-
-
 def _require_tokenizer(directory: Path, config: Mapping[str, Any]) -> None:
     texts = ("vocab_size", "text_config")
     if any(name in config for name in texts) and not any(
@@ -164,12 +169,13 @@ def _require_tokenizer(directory: Path, config: Mapping[str, Any]) -> None:
 def _require_recorded(directory: Path, hashes: Mapping[str, str], records: Mapping[str, Any]) -> None:
     """The weights are those that the last record speaks of."""
     name = "merge.json" if "merge.json" in records else "conversion.json"
-    recorded = records.get(name, {}).get("files") if isinstance(records.get(name), Mapping) else None
+    record = records.get(name)
+    recorded = record.get("files") if isinstance(record, Mapping) else None
     if "training.json" in records and name == "conversion.json":
         # Training came after the conversion.
         return
-    for entry in recorded or ():
-        if entry.get("file") in hashes and hashes[entry["file"]] != entry.get("sha256"):
+    for entry in recorded if isinstance(recorded, list) else ():
+        if isinstance(entry, Mapping) and entry.get("file") in hashes and hashes[entry["file"]] != entry.get("sha256"):
             raise CheckpointError(
                 f"{directory / entry['file']} has the SHA-256 {hashes[entry['file']][:12]}…, but {name} was written "
                 f"for {str(entry.get('sha256'))[:12]}…: the weights changed since. Remove {name} if that was meant."

@@ -28,6 +28,10 @@ class PublishedFamily(Protocol):
     def licence_note(self) -> str: ...
 
     @property
+    def card_prompt(self) -> str | None:
+        """The prompt of a card's example, as Python."""
+
+    @property
     def portable(self) -> tuple[AutoMap, ...]: ...
 
     @property

@@ -1,20 +1,20 @@
-"""release(): check, describe, upload. The directory is ready before the Hub is asked for anything."""
+"""release(): check, describe, upload. Everything is ready before the Hub is asked for anything."""
 
 from __future__ import annotations
 
 import re
-import tempfile
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weightport.converters.portable import write_portable_code
-from weightport.errors import OutputError, UsageError
+from weightport.errors import CheckpointError, OutputError, UsageError
+from weightport.hub import HUB_ERRORS, endpoint, reason, refused, scrubbed_logs, shareable
 from weightport.release.card import CardOptions, model_card
-from weightport.release.checking import CheckedDirectory, check_directory
+from weightport.release.checking import CheckedDirectory, check_directory, require_unchanged
+from weightport.release.contents import PublishedFile, contents, require_own_card, write_into
 from weightport.release.family import PublishedFamily
-from weightport.writing import own_file
 
 _REPO = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
@@ -22,7 +22,8 @@ _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 @dataclass(frozen=True)
 class ReleaseOptions:
-    """What a release is called and how it is made. `licence` None: passed on from what is known of the family."""
+    """What a release is called and how it is made. `licence` None: passed on from what is known of the family.
+    `include`: names of files to publish that are not known to belong to a model."""
 
     repo: str
     licence: str | None = None
@@ -30,6 +31,7 @@ class ReleaseOptions:
     language: tuple[str, ...] = ()
     private: bool = False
     revision: str | None = None
+    include: tuple[str, ...] = ()
     dry_run: bool = False
 
 
@@ -39,7 +41,7 @@ class Release:
 
     checked: CheckedDirectory
     card: str
-    files: tuple[str, ...]
+    files: tuple[PublishedFile, ...]
     url: str | None
 
 
@@ -49,7 +51,7 @@ def release(
     family_of: Callable[[object], PublishedFamily | None],
     *,
     api: Any = None,
-    announce: Callable[[CheckedDirectory], None] = lambda checked: None,
+    announce: Callable[[CheckedDirectory, Sequence[PublishedFile]], None] = lambda checked, files: None,
 ) -> Release:
     """Publish the model directory as `options.repo`; with `dry_run` change nothing and use no network.
 
@@ -59,19 +61,40 @@ def release(
     """
     if not _REPO.fullmatch(options.repo):
         raise UsageError(f"{options.repo!r} is no repository: expected ORG/NAME.")
-    checked = check_directory(directory, family_of)
+    checked = check_directory(directory, family_of, options.include)
     licence = _licence(checked, options)
-    card = model_card(checked, CardOptions(options.repo, licence, options.base_model, options.language))
-    code = _code(checked)
-    files = tuple(sorted({*(path.name for path in checked.files), *code, "README.md"}))
-    announce(checked)
+    card = _card(checked, CardOptions(options.repo, licence, options.base_model, options.language))
+    require_own_card(checked)
+    files = contents(checked, card)
+    announce(checked, files)
     if options.dry_run:
         return Release(checked, card, files, None)
-    with own_file(checked.path / "README.md") as path:
-        path.write_text(card, encoding="utf-8")
-    if code:
-        _write_code(checked, checked.path)
-    return Release(checked, card, files, _upload(checked.path, files, options, api))
+    write_into(checked, card)
+    return Release(checked, card, files, _upload(checked, files, options, api))
+
+
+def command(directory: Path, options: ReleaseOptions) -> str:
+    """The command line that makes this release, quoted for a shell."""
+    words = ["port-release", str(directory), "--repo", options.repo]
+    for option, value in (
+        ("--licence", options.licence),
+        ("--base-model", options.base_model),
+        ("--revision", options.revision),
+    ):
+        words += [option, value] if value is not None else []
+    for option, values in (("--language", options.language), ("--include", options.include)):
+        words += [word for value in values for word in (option, value)]
+    return shlex.join([*words, *(["--private"] if options.private else [])])
+
+
+def _card(checked: CheckedDirectory, options: CardOptions) -> str:
+    try:
+        return model_card(checked, options)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"{checked.path}: a record ({', '.join(checked.records)}) is not laid out as weightport writes it "
+            f"({type(error).__name__}: {error}). Remove the one that was edited, or write it again."
+        ) from error
 
 
 def _licence(checked: CheckedDirectory, options: ReleaseOptions) -> str:
@@ -86,46 +109,54 @@ def _licence(checked: CheckedDirectory, options: ReleaseOptions) -> str:
     return found
 
 
-def _code(checked: CheckedDirectory) -> list[str]:
-    """The modeling files that the release gets because transformers has none for the family."""
-    if not checked.needs_code:
-        return []
-    with tempfile.TemporaryDirectory(prefix="weightport-code-") as folder:
-        _write_code(checked, Path(folder))
-        return sorted(path.name for path in Path(folder).glob("*.py"))
+def _upload(checked: CheckedDirectory, files: Sequence[PublishedFile], options: ReleaseOptions, api: Any) -> str:
+    """Upload in one commit, so that the repository never holds half of a release; the address of what was made.
 
-
-def _write_code(checked: CheckedDirectory, folder: Path) -> None:
-    if checked.family is not None and checked.family.portable_code is not None:
-        write_portable_code(folder, checked.family.portable_code, checked.family.portable)
-
-
-def _upload(folder: Path, files: tuple[str, ...], options: ReleaseOptions, api: Any) -> str:
+    Large files go first, and one that arrived is not sent again by a later run.
+    """
     if api is None:
         from huggingface_hub import HfApi
 
         api = HfApi()
-    from huggingface_hub.errors import HfHubHTTPError
-
+    additions = [_addition(file) for file in files]
+    where = {"repo_id": options.repo, "revision": options.revision}
     try:
-        api.create_repo(options.repo, private=options.private, exist_ok=True)
-        if options.revision is not None:
-            api.create_branch(options.repo, branch=options.revision, exist_ok=True)
-        api.upload_folder(
-            repo_id=options.repo,
-            folder_path=folder,
-            allow_patterns=list(files),
-            revision=options.revision,
-            commit_message="Publish with weightport",
+        with scrubbed_logs():
+            api.create_repo(options.repo, private=options.private, exist_ok=True)
+            if options.private:
+                _require_private(api, options.repo)
+            if options.revision is not None:
+                api.create_branch(options.repo, branch=options.revision, exist_ok=True)
+            api.preupload_lfs_files(additions=additions, free_memory=False, **where)
+            require_unchanged(checked)
+            api.create_commit(operations=additions, commit_message="Publish with weightport", **where)
+    except HUB_ERRORS as error:
+        todo = (
+            "Log in with a token that may write there (hf auth login), then run again:"
+            if refused(error)
+            else "Files that arrived are not sent again. To go on:"
         )
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        again = f"port-release {folder} --repo {options.repo}"
-        again += " --private" if options.private else ""
-        again += f" --revision {options.revision}" if options.revision else ""
         raise OutputError(
-            f"The Hub did not take {options.repo}: {reason}\n"
-            f"  {folder} is ready, with its card. Log in (hf auth login) or wait for the network, then run again:\n"
-            f"  {again}"
-        ) from error
-    return f"https://huggingface.co/{options.repo}" + (f"/tree/{options.revision}" if options.revision else "")
+            f"The Hub did not take {options.repo}: {reason(error)}\n"
+            f"  {checked.path} is ready, with its card. {todo}\n"
+            f"  {command(checked.path, options)}"
+        ) from shareable(error)
+    return f"{endpoint()}/{options.repo}" + (f"/tree/{options.revision}" if options.revision else "")
+
+
+def _addition(file: PublishedFile) -> Any:
+    """The file as huggingface_hub takes it; a known hash spares it a read of the whole file."""
+    from huggingface_hub import CommitOperationAdd
+
+    addition = CommitOperationAdd(file.name, file.content if file.content is not None else str(file.path))
+    if file.sha256 is not None:
+        addition.upload_info.sha256 = bytes.fromhex(file.sha256)
+    return addition
+
+
+def _require_private(api: Any, repo: str) -> None:
+    if api.model_info(repo).private is False:
+        raise OutputError(
+            f"{repo} exists and is public, and --private does not change that. Make it private on the Hub first, or "
+            "choose another --repo. Nothing was uploaded."
+        )

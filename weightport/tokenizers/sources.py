@@ -8,10 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
 from weightport.errors import MissingVocabularyError, VocabularyError
+from weightport.hub import HUB_ERRORS, download, reason
 from weightport.tokenizers.dictionary import SPECIAL_SYMBOLS, Dictionary, parse_dictionary
 
 CHINESE_FILES = ("vocab.txt", "dict.txt")
@@ -168,11 +166,11 @@ def _read_from_hub(repository: str) -> ChineseVocabulary:
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", repository):
         raise MissingVocabularyError(f"There is no vocabulary at {repository}.\n{EXPECTED}")
     try:
-        path = Path(hf_hub_download(repository, "vocab.txt"))
-    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        path = download(repository, "vocab.txt")
+    except HUB_ERRORS as error:
         raise VocabularyError(
             f"There is no folder {repository} here, and the Hub's repository of that name gave no vocab.txt: "
-            f"{str(error).partition(chr(10))[0] or type(error).__name__}\n{EXPECTED}"
+            f"{reason(error)}\n{EXPECTED}"
         ) from error
     pieces = _read_pieces(path)
     return ChineseVocabulary(repository, pieces, _dictionary_of(pieces, f"vocab.txt of {repository}"))

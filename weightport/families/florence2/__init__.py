@@ -18,6 +18,7 @@ FAMILY = Family(
     ),
     options=Florence2Options,
     licence="mit",
+    card_prompt='"<CAPTION>"',
     bare={"vocabulary": "none", "image_token": "none"},
     verification_prompt="<CAPTION>",
     conversion_stage="weightport.families.florence2.conversion:CONVERSION",

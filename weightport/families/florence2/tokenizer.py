@@ -249,12 +249,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _from_hub(name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
+
+    from weightport.hub import HUB_ERRORS, download, reason
 
     try:
-        return Path(hf_hub_download(name, "tokenizer.json")).parent
+        return download(name, "tokenizer.json").parent
     except HFValidationError as error:
         raise VocabularyError(f"{name} is neither a folder nor the name of a Hub repository. {_EXPECTED}") from error
-    except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise VocabularyError(f"The tokenizer of {name} cannot be had from the Hub: {error}") from error
+    except HUB_ERRORS as error:
+        raise VocabularyError(f"The tokenizer of {name} cannot be had from the Hub: {reason(error)}") from error

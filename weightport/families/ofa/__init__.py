@@ -19,6 +19,7 @@ FAMILY = Family(
     options=OFAOptions,
     hub_task="image-to-text",
     licence="apache-2.0",
+    card_prompt='processor.prompt("caption")',
     bare={"vocabulary": "none"},
     portable=AUTO_MAPS,
     portable_code="weightport.modeling.ofa",

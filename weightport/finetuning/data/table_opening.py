@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from weightport.errors import DataError, UsageError
 from weightport.finetuning.data.settings import DataSettings
 from weightport.finetuning.data.splits import names_split, split_named
+from weightport.hub import HUB_ERRORS, at_once, reason
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,7 +39,7 @@ def open_table(path: str, settings: DataSettings) -> Dataset:
         if folder.exists():
             raise DataError(f"{path}: no table here. Looked for *.parquet and for a folder of datasets' save_to_disk.")
         return _load_from_hub(path, settings)
-    except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except (*HUB_ERRORS, KeyError, datasets.exceptions.DatasetsError) as error:
         raise _explained(path, error) from error
 
 
@@ -129,9 +130,10 @@ def _load_from_hub(name: str, settings: DataSettings) -> Dataset:
 
     options = {"revision": settings.revision}
     split = settings.split
-    if split is None:
-        split = _choose(datasets.get_dataset_split_names(name, settings.subset, **options), None, name)
-    return datasets.load_dataset(name, settings.subset, split=split, **options)
+    with at_once():
+        if split is None:
+            split = _choose(datasets.get_dataset_split_names(name, settings.subset, **options), None, name)
+        return datasets.load_dataset(name, settings.subset, split=split, **options)
 
 
 def _choose(splits: Sequence[str], wanted: str | None, place: str) -> str:
@@ -149,7 +151,7 @@ def _choose(splits: Sequence[str], wanted: str | None, place: str) -> str:
 def _explained(path: str, error: Exception) -> DataError:
     if isinstance(error, ConnectionError) or "offline" in type(error).__name__.lower():
         return DataError(
-            f"{path} is no file or folder here, and as a data set of the Hub it cannot be reached: {error}. "
+            f"{path} is no file or folder here, and as a data set of the Hub it cannot be reached: {reason(error)}. "
             "Check the path, or the name and the network."
         )
     return DataError(f"{path} cannot be read as a table: {error.__cause__ or error}")

@@ -95,12 +95,10 @@ def evaluate(
 
 
 def _with_adapter(model: torch.nn.Module, adapter: Path) -> torch.nn.Module:
-    from peft import PeftModel
+    from weightport.adapters.peft_loading import load_adapter
 
     if not (adapter / "adapter_config.json").is_file():
         raise CheckpointError(f"{adapter} is not an adapter: it has no adapter_config.json.")
-    try:
-        with without_deprecations():
-            return PeftModel.from_pretrained(model, str(adapter))
-    except (ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{adapter} does not fit the model: {error}") from error
+    with without_deprecations():
+        tuned: torch.nn.Module = load_adapter(model, adapter)
+    return tuned

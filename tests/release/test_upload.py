@@ -1,0 +1,228 @@
+"""What reaches the Hub, against a local server that speaks its protocol: uploads that drop, refusals, known hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from hub_server import DROP, TOKEN, HubServer
+from safetensors.torch import load_file, save_file
+
+from weightport import cli
+from weightport.errors import CheckpointError, OutputError
+from weightport.release import ReleaseOptions, release
+from weightport.release.publishing import command
+
+REPO = "somebody/ofa-tiny"
+
+
+def port_release(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.port_release, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def sharded(model: Path) -> Path:
+    """The model in two shards, without the record of the one file."""
+    tensors = load_file(model / "model.safetensors")
+    names = sorted(tensors)
+    halves = (names[: len(names) // 2], names[len(names) // 2 :])
+    shards = [f"model-0000{place}-of-00002.safetensors" for place in (1, 2)]
+    for shard, half in zip(shards, halves):
+        save_file({name: tensors[name] for name in half}, model / shard, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: shard for shard, half in zip(shards, halves) for name in half}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    (model / "model.safetensors").unlink()
+    (model / "conversion.json").unlink()
+    return model
+
+
+def test_upload_is_one_commit_of_exactly_what_the_dry_run_lists(model: Path, hub: HubServer) -> None:
+    shown = release(model, ReleaseOptions(REPO, revision="v1", dry_run=True))
+    assert not hub.requests
+    done = release(model, ReleaseOptions(REPO, private=True, revision="v1"))
+    stored = hub.files[(REPO, "v1")]
+    assert {name: len(content) for name, content in stored.items()} == {f.name: f.size for f in shown.files}
+    assert {"modeling_ofa.py", "config.json", "README.md", "model.safetensors"} <= set(stored)
+    assert "auto_map" in json.loads(stored["config.json"]) and stored["README.md"].decode() == done.card == shown.card
+    assert hub.repositories == {REPO: {"private": True}}
+    assert len(hub.asked("POST", "/commit/")) == 1 and hub.asked("POST", "/branch/v1")
+    assert done.url == f"{hub.url}/{REPO}/tree/v1"
+    assert {name: (model / name).read_bytes() for name in stored} == stored
+
+
+def test_weights_are_hashed_once(model: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import lfs
+
+    read: list[str] = []
+    hashing = lfs.sha_fileobj
+    monkeypatch.setattr(lfs, "sha_fileobj", lambda file, *rest: read.append(file.name) or hashing(file, *rest))
+    release(model, ReleaseOptions(REPO))
+    assert not [name for name in read if name.endswith(".safetensors")]
+    content = (model / "model.safetensors").read_bytes()
+    assert hub.objects == {hashlib.sha256(content).hexdigest(): content}
+
+
+@pytest.mark.parametrize("how", ["written", "replaced by one with the same size and time"])
+def test_weights_that_change_while_they_are_uploaded_are_not_published(how: str, model: Path, hub: HubServer) -> None:
+    path = model / "model.safetensors"
+
+    def change() -> None:
+        before, content = path.stat(), bytearray(path.read_bytes())
+        content[-1] ^= 1
+        if how == "written":
+            path.write_bytes(content)
+        else:
+            (model / "new").write_bytes(content)
+            (model / "new").replace(path)
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    hub.on_put = change
+    with pytest.raises(CheckpointError, match="changed while it was released"):
+        release(model, ReleaseOptions(REPO))
+    assert not hub.asked("POST", "/commit/")
+
+
+def test_dropped_upload_is_one_error_with_a_command_that_goes_on(sharded: Path, hub: HubServer) -> None:
+    second = hashlib.sha256((sharded / "model-00002-of-00002.safetensors").read_bytes()).hexdigest()
+    hub.faults[f"PUT /lfs/{second}"] = [DROP] * 6
+    options = [sharded, "--repo", REPO, "--licence", "apache-2.0", "--language", "zh", "--base-model", "a/b"]
+    done = port_release(*options)
+    assert done.exit_code == 1 and "Traceback" not in done.output and "defect" not in done.output
+    assert "Error while uploading 'model-00002-of-00002.safetensors' to the Hub:" in done.output
+    assert "Files that arrived are not sent again" in done.output
+    assert not hub.asked("POST", "/commit/") and (sharded / "README.md").is_file()
+    line = next(line for line in done.output.splitlines() if line.strip().startswith("port-release /"))
+    sent = len(hub.asked("PUT", "/lfs/"))
+    again = port_release(*shlex.split(line)[1:])
+    assert again.exit_code == 0, again.output
+    assert hub.asked("PUT", "/lfs/")[sent:] == [f"/lfs/{second}"]
+    assert len(hub.files[(REPO, "main")]) == len(release(sharded, ReleaseOptions(REPO, dry_run=True)).files)
+
+
+@pytest.mark.parametrize(
+    ("fault", "times", "message"),
+    [
+        ("POST /api/repos/create", [DROP], "Connection reset|disconnected|Broken pipe"),
+        ("POST /api/repos/create", [(401, "who are you")], "401"),
+        ("POST /api/repos/create", [(403, "not yours")], "403"),
+        ("preupload", [(500, "sick")] * 6, "500"),
+        ("objects/batch", [(503, "sick")] * 6, "503"),
+        ("objects/batch", [DROP] * 6, "Connection reset|disconnected"),
+        ("PUT /lfs/", [(502, "sick")] * 6, "502"),
+        ("POST /api/models/somebody/ofa-tiny/commit", [DROP], "Connection reset|disconnected"),
+        ("POST /api/models/somebody/ofa-tiny/commit", [(500, "sick")], "500"),
+        ("validate-yaml", [(400, "bad yaml")], "metadata|400"),
+    ],
+)
+def test_every_fault_of_the_hub_is_one_error(
+    fault: str, times: list[object], message: str, model: Path, hub: HubServer
+) -> None:
+    hub.faults[fault] = list(times)
+    with pytest.raises(OutputError, match=rf"did not take {REPO}: .*({message})") as found:
+        release(model, ReleaseOptions(REPO))
+    lines = str(found.value).splitlines()
+    assert len(lines) == 3 and lines[2].strip() == f"port-release {model} --repo {REPO}"
+    assert ("Log in" in lines[1]) == any(status in str(times) for status in ("401", "403"))
+    assert not hub.files[(REPO, "main")]
+
+
+def test_passing_trouble_is_tried_again_without_a_word(model: Path, hub: HubServer) -> None:
+    hub.faults = {"PUT /lfs/": [DROP, (503, "busy")], "preupload": [(500, "busy")]}
+    assert release(model, ReleaseOptions(REPO)).url == f"{hub.url}/{REPO}"
+
+
+def test_hub_that_is_not_there_leaves_the_directory_ready(model: Path, hub: HubServer) -> None:
+    hub.shutdown()
+    hub.server_close()
+    begun = time.monotonic()
+    with pytest.raises(OutputError, match=r"Connection refused(.|\n)*is ready, with its card"):
+        release(model, ReleaseOptions(REPO, private=True))
+    assert time.monotonic() - begun < 5
+    assert (model / "README.md").is_file() and (model / "modeling_ofa.py").is_file()
+
+
+def test_private_release_into_a_public_repository_is_refused(model: Path, hub: HubServer) -> None:
+    hub.repositories[REPO] = {"private": False}
+    with pytest.raises(OutputError, match="exists and is public"):
+        release(model, ReleaseOptions(REPO, private=True))
+    assert not hub.asked("PUT", "/lfs/") and not hub.asked("POST", "/commit/")
+
+
+def test_command_to_go_on_has_every_option_quoted() -> None:
+    options = ReleaseOptions(
+        REPO, "other", "a/b", ("zh", "en"), private=True, revision="my branch", include=("two words.png",)
+    )
+    line = command(Path("/tmp/my models/it's"), options)
+    parsed = cli.port_release.make_context("port-release", shlex.split(line)[1:]).params
+    assert parsed.pop("directory") == Path("/tmp/my models/it's") and not parsed.pop("dry_run")
+    assert {key: parsed[key] for key in ("repo", "licence", "base_model", "language", "private", "revision")} == {
+        "repo": REPO, "licence": "other", "base_model": "a/b", "language": ("zh", "en"), "private": True,
+        "revision": "my branch",
+    }  # fmt: skip
+    assert parsed["include"] == ("two words.png",)
+
+
+ECHO = f"bad credentials: Bearer {TOKEN}"
+SECRET_CASES: dict[str, tuple[str, list[object]]] = {
+    "refused": ("POST /api/repos/create", [(401, ECHO)]),
+    "repeated": ("PUT /lfs/", [DROP, (503, "busy")]),
+    "upload fails": ("PUT /lfs/", [(503, ECHO)] * 6),
+    "card refused": ("validate-yaml", [(500, ECHO)]),
+    "commit fails": ("/commit/", [(500, ECHO)]),
+    "released": ("nothing", []),
+}
+
+
+@pytest.mark.parametrize("debug", [False, True])
+@pytest.mark.parametrize("case", SECRET_CASES)
+def test_no_token_is_ever_shown(
+    case: str,
+    debug: bool,
+    model: Path,
+    hub: HubServer,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """With huggingface_hub's most talkative logs, and a server that sends the token back."""
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_debug()
+    try:
+        key, times = SECRET_CASES[case]
+        hub.faults[key] = list(times)
+        done = port_release(model, "--repo", REPO, *(["--debug"] if debug else []))
+    finally:
+        logging.set_verbosity(before)
+    assert f"Bearer {TOKEN}" in hub.authorizations
+    shown = "".join(traceback.format_exception(*done.exc_info)) if done.exc_info and debug else ""
+    said = "".join([done.output, shown, *capfd.readouterr()])
+    assert TOKEN not in said, said
+    if case in ("repeated", "released"):
+        assert done.exit_code == 0 and f"{hub.url}/{REPO}" in said, said
+    else:
+        assert done.exit_code == 1 and "did not take" in said and "port-release" in said
+
+
+def test_a_process_of_its_own_takes_endpoint_and_token_from_the_environment_and_shows_no_secret(
+    model: Path, hub: HubServer, tmp_path: Path
+) -> None:
+    hub.faults["/commit/"] = [(500, ECHO)]
+    address = hub.url.replace("http://", "http://me:hidden@")
+    environment = {
+        **os.environ, "HF_ENDPOINT": address, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_VERBOSITY": "debug", "HF_DEBUG": "1", "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1",
+    }  # fmt: skip
+    code = "from weightport.cli import main; main()"
+    arguments = [sys.executable, "-c", code, "release", str(model), "--repo", REPO, "--debug"]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "did not take" in done.stderr
+    assert TOKEN not in done.stdout + done.stderr and "hidden" not in done.stdout + done.stderr

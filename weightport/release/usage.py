@@ -1,0 +1,59 @@
+"""The card's example: from nothing but the repository's name to an answer."""
+
+from __future__ import annotations
+
+from weightport.release.checking import CheckedDirectory
+
+_PROCESSORS = frozenset({"processor_config.json", "preprocessor_config.json"})
+
+# What to ask of a model whose family does not say, as Python.
+_WORDS = '"What is this?"'
+
+_CODE_NOTE = (
+    "\n\nTransformers has no class for this family: the modeling code is in the repository and is run with "
+    "`trust_remote_code=True`. Read it first, or install weightport and leave the argument out."
+)
+
+
+def usage(found: CheckedDirectory, repo: str) -> str:
+    """The section "Use": code that generates, where the architecture can."""
+    remote = ", trust_remote_code=True" if found.needs_code else ""
+    automodel = auto_class(found)
+    reader = "AutoProcessor" if _PROCESSORS & set(found.published) else "AutoTokenizer"
+    pictures = automodel == "AutoModelForImageTextToText"
+    lines = [
+        *(["from PIL import Image"] if pictures else []),
+        f"from transformers import {automodel}, {reader}",
+        "",
+        f'model = {automodel}.from_pretrained("{repo}"{remote})',
+        f'processor = {reader}.from_pretrained("{repo}"{remote})',
+        "",
+    ]
+    prompt = (found.family.card_prompt if found.family else None) or _WORDS
+    if pictures:
+        lines += [
+            'image = Image.open("image.jpg").convert("RGB")',
+            f'inputs = processor(images=image, text={prompt}, return_tensors="pt").to(model.dtype)',
+        ]
+    else:
+        lines += [f'inputs = processor({_WORDS}, return_tensors="pt")']
+    if automodel == "AutoModel":
+        lines += ["outputs = model(**inputs)", "print({name: value.shape for name, value in outputs.items()})"]
+    else:
+        lines += [
+            "ids = model.generate(**inputs, max_new_tokens=50)",
+            "print(processor.batch_decode(ids, skip_special_tokens=True)[0])",
+        ]
+    note = _CODE_NOTE if found.needs_code else ""
+    return "## Use\n\n```python\n" + "\n".join(lines) + f"\n```{note}"
+
+
+def auto_class(found: CheckedDirectory) -> str:
+    """The Auto class that loads the directory's architecture with what it generates by."""
+    name = str((found.config.get("architectures") or [""])[0])
+    if "vision_config" in found.config or found.needs_code or _PROCESSORS & set(found.published):
+        generates = name.endswith(("ForConditionalGeneration", "ForImageTextToText")) or found.needs_code
+        return "AutoModelForImageTextToText" if generates else "AutoModel"
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "AutoModelForCausalLM"
+    return "AutoModelForSeq2SeqLM" if name.endswith("ForConditionalGeneration") else "AutoModel"
