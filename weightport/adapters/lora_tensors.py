@@ -160,8 +160,9 @@ def _check(adapter: LoraAdapter, tensors: Mapping[str, TensorRef]) -> None:
                 "before saving."
             )
         rank = settings.rank(module.module)
+        # Ranks of parameters depend on which parameter of the module it is, which the base says.
         of_parameter = any(_of_parameter(name, module.module) for name in settings.target_parameters)
-        if a[0] != rank and not (of_parameter and a[0] % rank == 0):
+        if a[0] != rank and not of_parameter:
             raise AdapterError(
                 f"{module.a.name} has the rank {a[0]}, but {settings.where} says {rank} (r and rank_pattern). "
                 "The two files are of different trainings: the adapter's strength depends on the rank."

@@ -17,8 +17,9 @@ from weightport.adapters.base_model import Base
 from weightport.adapters.combination import SUM, Combination, check_combination
 from weightport.adapters.edits import Edit, Output
 from weightport.adapters.lora_tensors import LoraAdapter
+from weightport.adapters.module_names import ModuleNames, names_of_base
 from weightport.adapters.tensor_edits import EditBuilder
-from weightport.adapters.ties import TiedHead, is_head_module, tied_head, token_embedding
+from weightport.adapters.ties import TiedHead, tied_head
 from weightport.adapters.touched import Touched, gather, listed, names_of, require_all_layers, settle_ties
 from weightport.checkpoints import Checkpoint, TensorRef
 from weightport.errors import AdapterError, CoverageError, UsageError
@@ -55,6 +56,7 @@ def plan_merge(
     untie: bool = False,
     quantized_base: str | None = None,
     quantized_layers: frozenset[str] | None = None,
+    names: ModuleNames | None = None,
 ) -> MergePlan:
     """The plan of merging `adapters` with `weights` into `base`. Raises AdapterError, CoverageError, UsageError."""
     check_combination(
@@ -67,18 +69,19 @@ def plan_merge(
     )
     _require_weights(adapters, weights, combination)
     tensors = base.checkpoint.tensors
-    tied = tied_head(tensors, base.config)
-    touched = gather(base, adapters, tied)
+    names = names or names_of_base(base, adapters, untie=untie)
+    tied = tied_head(names.space, tensors, base.model_type) if names.space is not None else None
+    touched = gather(base, names, adapters, tied)
     for adapter in adapters:
-        require_all_layers(base, adapter)
+        require_all_layers(base, names, adapter)
     untied = settle_ties(tied, touched, tensors, adapters, untie)
     context = EditBuilder(base, adapters, weights, combination, quantized_base, quantized_layers)
     edits, problems = context.edits(touched, untied)
     if problems:
         raise AdapterError(listed(f"{names_of(adapters)} cannot be merged into {base.path}:", problems))
     outputs = {name: _output(name, ref, edits.get(name), dtype) for name, ref in _stored_once(tensors).items()}
-    embedding = token_embedding(tensors)
-    resized = _resized(base, outputs, embedding, tied if untied is None else None)
+    embedding, heads = names.vocabulary()
+    resized = _resized(outputs, embedding, heads, tied if untied is None else None)
     _follow_vocabulary(outputs, resized)
     shards = _lay_out(base, outputs, reorder=dtype is not None)
     if untied is not None:
@@ -120,7 +123,7 @@ def _output(name: str, ref: TensorRef, edit: Edit | None, dtype: torch.dtype | N
 
 
 def _resized(
-    base: Base, outputs: Mapping[str, Output], embedding: str | None, tied: TiedHead | None
+    outputs: Mapping[str, Output], embedding: str | None, heads: Sequence[str], tied: TiedHead | None
 ) -> tuple[int, int] | None:
     """Rows of the vocabulary before and after. Raises CoverageError when only one of embedding and own head
     changed."""
@@ -128,7 +131,6 @@ def _resized(
     if not grown:
         return None
     sizes = set(grown.values())
-    heads = [name for name in outputs if is_head_module(name.removesuffix(".weight")) and name.endswith(".weight")]
     lacking = [name for name in (*heads, *([embedding] if embedding else [])) if name not in grown]
     if len(sizes) > 1 or (lacking and tied is None):
         raise CoverageError(
@@ -186,8 +188,19 @@ def _append_own_head(
         head = _output(tied.head, tensors[tied.embedding], edits[tied.head], dtype)
         file.append(head)
     if tied.sets_config:
-        file.extend(replace(outputs[source], name=name) for name, source in tied.aliases.items())
+        # A further place of the embedding is another module, which the change of this one leaves as it was.
+        file.extend(
+            _output(name, tensors[source], None, dtype)
+            if source == tied.embedding and not _of_vocabulary(outputs[source])
+            else replace(outputs[source], name=name)
+            for name, source in tied.aliases.items()
+        )
     file.sort(key=lambda out: -out.dtype.itemsize)
+
+
+def _of_vocabulary(out: Output) -> bool:
+    """Whether the change is of the vocabulary, and so of every place: other rows, or single ones."""
+    return out.shape != out.base.shape or (out.edit is not None and bool(out.edit.rows))
 
 
 def _notes(

@@ -36,7 +36,9 @@ from weightport.adapters.companions import (
 from weightport.adapters.edits import Norms, Output, edited_chunks
 from weightport.adapters.lora_tensors import LoraAdapter, open_adapter
 from weightport.adapters.merge_plan import MergePlan, plan_merge
+from weightport.adapters.module_names import ModuleNames, names_of_base
 from weightport.adapters.quantized import KINDS
+from weightport.adapters.ties import tied_head
 from weightport.adapters.touched import unresolved
 from weightport.checkpoints.formats.sharded import read_json
 from weightport.checkpoints.hashing import BackgroundDigests, FileDigest
@@ -113,7 +115,9 @@ def merge_lora(
         begun = digests is not None and digests.files == source.checkpoint.files
         hashed = digests if digests and begun else stack.enter_context(BackgroundDigests(source.checkpoint.files))
         with one_thread():
-            opened = [_open(Path(path), source, stack) for path, _ in adapters]
+            opened = [_open(Path(path)) for path, _ in adapters]
+            names = names_of_base(source, opened, untie=options.untie)
+            opened = [_brought_over(source, names, adapter, stack) for adapter in opened]
         weights = [weight for _, weight in adapters]
         _require_same_base(source, opened, hashed)
         plan = plan_merge(
@@ -125,6 +129,7 @@ def merge_lora(
             options.untie,
             options.quantized_base,
             quantized_layers(opened, options.quantized_base),
+            names,
         )
         tokenizer, config_changes = _configuration(source, plan, opened, options)
         folders = [adapter.path for adapter in opened]
@@ -170,20 +175,24 @@ def _require_options(adapters: Sequence[tuple[str | Path, float]], options: Merg
         raise UsageError(f"{options.dtype} is no floating-point dtype.")
 
 
-def _open(path: Path, base: Base, stack: ExitStack) -> LoraAdapter:
-    """The adapter, brought to the base's module names first where it has the original's."""
+def _open(path: Path) -> LoraAdapter:
     if not path.is_dir():
         raise AdapterError(f"{path} is not an adapter: expected the folder that peft's save_pretrained wrote.")
-    adapter = open_adapter(path)
-    strangers = unresolved(base, adapter)
+    return open_adapter(path)
+
+
+def _brought_over(base: Base, names: ModuleNames, adapter: LoraAdapter, stack: ExitStack) -> LoraAdapter:
+    """The adapter; one that has the original's module names, ported to the base's first."""
+    tied = tied_head(names.space, base.checkpoint.tensors, base.model_type) if names.space is not None else None
+    strangers = unresolved(names, tied, adapter)
     if not strangers or not _originals_names(base, strangers):
         return adapter
     from weightport.adapters.porting import port_adapter
 
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="weightport-adapter-")))
-    port_adapter(path, folder / "ported", base.path)
+    port_adapter(adapter.path, folder / "ported", base.path)
     ported = open_adapter(folder / "ported")
-    return replace(ported, path=path, files=adapter.files, ported=ported.path)
+    return replace(ported, path=adapter.path, files=adapter.files, ported=ported.path)
 
 
 def _originals_names(base: Base, names: Sequence[str]) -> bool:
