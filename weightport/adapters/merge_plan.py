@@ -184,17 +184,18 @@ def _append_own_head(
 ) -> None:
     """Add the head, and what else the tie held together, to the file of the embedding."""
     file = next(found for found in shards.values() if any(out.name == tied.embedding for out in found))
-    if tied.head not in outputs:
-        head = _output(tied.head, tensors[tied.embedding], edits[tied.head], dtype)
-        file.append(head)
-    if tied.sets_config:
-        # A further place of the embedding is another module, which the change of this one leaves as it was.
-        file.extend(
-            _output(name, tensors[source], None, dtype)
-            if source == tied.embedding and not _of_vocabulary(outputs[source])
-            else replace(outputs[source], name=name)
-            for name, source in tied.aliases.items()
-        )
+    embedding = outputs[tied.embedding]
+    for name, source in {tied.head: tied.embedding, **tied.aliases}.items():
+        if name in outputs:
+            continue
+        if name in edits:
+            file.append(_output(name, tensors[source], edits[name], dtype))
+        elif source != tied.embedding or _of_vocabulary(embedding):
+            if tied.sets_config:
+                file.append(replace(outputs[source], name=name))
+        elif tied.sets_config or embedding.edit is not None:
+            # A further place of the embedding is another module, which the change of this one leaves as it was.
+            file.append(_output(name, tensors[source], None, dtype))
     file.sort(key=lambda out: -out.dtype.itemsize)
 
 

@@ -55,8 +55,7 @@ class EditBuilder:
                         (self.quantized,), quantized=self.quantized, flipped=is_conv1d(module, self.base.model_type)
                     )
         for name, found in touched.items():
-            own_head = untied is not None and name == untied.head
-            ref = tensors[untied.embedding] if own_head and untied is not None else tensors[name]
+            ref = tensors[name] if untied is None or name in tensors else tensors[untied.apart[name]]
             try:
                 edits[name] = self._edit(found, ref, edits.get(name))
             except AdapterError as error:
@@ -66,7 +65,7 @@ class EditBuilder:
     def _edit(self, found: Touched, ref: TensorRef, quantized: Edit | None) -> Edit:
         replacement = _single([(_stored_block(ref_, part, ref.shape)) for _, ref_, part in found.whole])
         shape = replacement.shape if replacement is not None else ref.shape
-        if replacement is not None and shape != ref.shape and (len(shape) != 2 or shape[1:] != ref.shape[1:]):
+        if replacement is not None and shape != ref.shape and (len(shape) > 2 or shape[1:] != ref.shape[1:]):
             raise AdapterError(f"{replacement.name} is {list(shape)}, the base's is {list(ref.shape)}: another base")
         for change in found.pairs:
             _refuse(misfit(change.module, _model_shape(change, shape)))

@@ -26,8 +26,9 @@ _SETTING_MEANS_ELSE = frozenset({"t5", "mt5", "umt5", "longt5", "pix2struct", "s
 class TiedHead:
     """The one matrix of a tied model: `embedding` is its name in the base, `head` the name that an own head has.
 
-    `running`: what the running model calls the head. `aliases`: what must be written beside an own head, by its
-    source. `sets_config`: whether the tie is undone in config.json too.
+    `running`: what the running model calls the head. `aliases`: the model's other tied places by the names that they
+    have when they are written apart, to the stored tensors that they are. `sets_config`: whether the tie is undone in
+    config.json too, so that all of them must be written.
     """
 
     embedding: str
@@ -35,6 +36,11 @@ class TiedHead:
     running: str
     aliases: Mapping[str, str]
     sets_config: bool
+
+    @property
+    def apart(self) -> Mapping[str, str]:
+        """By the name of a place written apart, the stored tensor that it is in the base."""
+        return {**self.aliases, self.head: self.embedding}
 
 
 def tied_head(space: NameSpace, tensors: Mapping[str, TensorRef], model_type: str) -> TiedHead | None:

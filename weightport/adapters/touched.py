@@ -153,11 +153,12 @@ class _Gathering:
 
     def whole(self, position: int, key: str, ref: TensorRef) -> None:
         """A tensor that takes the base's place; for a tied one any of its places but the head's says the same."""
-        place = self.names.find(key) or self._tied(key)
+        place = self.names.find(key)
         bound = self.names.bound(key) if place is None else None
-        if bound is not None:
+        if bound is not None and (self.tied is None or self.names.current(key) != self.tied.running):
             stored = self.base.checkpoint[bound]
             place = Place(bound, stored.shape, Assembled.whole(bound, stored.shape).pieces)
+        place = place or self._tied(key)
         if place is None:
             self.lost.append(self._reason(key))
             return
@@ -208,11 +209,16 @@ class _Gathering:
 
 
 def _tied_place(names: ModuleNames, tied: TiedHead | None, name: str) -> Place | None:
-    """The head of a tied model, under the name that it has when it is written apart."""
-    if tied is None or names.space is None or names.current(name) != tied.running:
+    """The head of a tied model, or another of its tied places, under the name that it has when it is written apart."""
+    current = names.current(name)
+    if tied is None or names.space is None or current is None:
         return None
-    shape = names.space.shapes[tied.running]
-    return Place(tied.running, shape, Assembled.whole(tied.head, shape).pieces)
+    if current == tied.running:
+        stored = tied.head
+    elif tied.aliases.get(stored := names.space.stored_name(current)) != tied.embedding:
+        return None
+    shape = names.space.shapes[current]
+    return Place(current, shape, Assembled.whole(stored, shape).pieces)
 
 
 def require_all_layers(base: Base, names: ModuleNames, adapter: LoraAdapter) -> None:
@@ -249,19 +255,25 @@ def settle_ties(
     if tied is None:
         return None
     head, embedding = touched.get(tied.head), touched.get(tied.embedding)
-    if head is None and (embedding is None or not (embedding.pairs or embedding.parameters or embedding.whole)):
+    others = [name for name in tied.aliases if name in touched]
+    if (
+        not others
+        and head is None
+        and (embedding is None or not (embedding.pairs or embedding.parameters or embedding.whole))
+    ):
         return None
-    if head is not None and embedding is not None and _one_change(head, embedding):
+    if not others and head is not None and embedding is not None and _one_change(head, embedding):
         del touched[tied.head]
         return None
-    if head is None and embedding is not None:
+    if not others and head is None and embedding is not None:
         places = {change.adapter for change in (*embedding.pairs, *embedding.parameters)}
         places |= {position for position, _, _ in embedding.whole}
         grown = any(ref.shape != tensors[tied.embedding].shape for _, ref, _ in embedding.whole)
         if grown or all(adapters[place].settings.ensure_weight_tying for place in places):
             return None
     if not untie:
-        where = "head" if embedding is None else "token embedding" if head is None else "head and the token embedding"
+        places = {"head": head, "token embedding": embedding} | {name: touched[name] for name in others}
+        where = " and the ".join(place for place, change in places.items() if change is not None)
         raise AdapterError(
             f"The adapter changes the {where} of a base that keeps both in one matrix ({tied.embedding}); merged into "
             "it, the change would act in both places, which is not the model that was trained.\n"
