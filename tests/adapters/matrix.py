@@ -7,6 +7,7 @@ prints the table: the largest distance from peft's merge in float64, in rounding
 
 from __future__ import annotations
 
+import copy
 import sys
 import tempfile
 import warnings
@@ -19,7 +20,7 @@ from typing import Any
 import tiny_models
 import torch
 from peft import LoraConfig, PeftModel
-from tiny_families import FAMILIES, randomised, to_hub_names
+from tiny_families import FAMILIES, V, randomised, to_hub_names
 from tiny_models import MODELS, load, write_adapter
 
 from weightport.adapters.merging import MergeOptions, merge_lora
@@ -106,6 +107,11 @@ def _of_text(name: str, config: Callable[[], LoraConfig]) -> LoraConfig | None:
     return None if name in _NO_TOKENS else config()
 
 
+def _ends(name: str) -> tuple[str, str]:
+    """The token embedding and the head."""
+    return _EMBEDDED.get(name, "embed_tokens"), {"bert": "decoder"}.get(name, "lm_head")
+
+
 def _tokens(name: str) -> LoraConfig:
     return _linear(name, trainable_token_indices={_EMBEDDED.get(name, "embed_tokens"): [5, 7, 90]})
 
@@ -134,6 +140,15 @@ CONFIGURATIONS: Mapping[str, Configuration] = {
     "router": Configuration(_router),
     "tokens": Configuration(lambda name: _of_text(name, lambda: _tokens(name))),
     "embedding": Configuration(lambda name: _of_text(name, lambda: _embedding(name)), MergeOptions(untie=True)),
+    "tokens-added-saved": Configuration(
+        lambda name: _of_text(name, lambda: _linear(name, modules_to_save=list(_ends(name)))), change=tiny_models.grown
+    ),
+    "tokens-added-rows": Configuration(
+        lambda name: _of_text(
+            name, lambda: _linear(name, trainable_token_indices={_ends(name)[0]: [*range(V, V + 6)]})
+        ),
+        change=tiny_models.grown,
+    ),
     "resized": Configuration(lambda name: _of_text(name, lambda: _linear(name)), change=tiny_models.grown),
 }
 
@@ -165,6 +180,11 @@ def merged_by_peft(base: Path, adapter: Path, *, change: Any = None, untied: boo
 def untie_everything(model: Any) -> None:
     """Give every tied place a parameter of its own, so that peft's merge keeps them apart."""
     seen: set[int] = set()
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in seen:
+            owner, _, last = name.rpartition(".")
+            setattr(model.get_submodule(owner), last, copy.deepcopy(module))
+        seen.add(id(module))
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) in seen:
@@ -189,6 +209,41 @@ def distance(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Ten
     return furthest
 
 
+# The head is one matrix with the embedding, and an adapter made so changes one of the two only.
+_UNTIED = {
+    *((name, "tokens-added-saved") for name in ARCHITECTURES),
+    *(
+        (name, kind)
+        for name in ("blip2", "vision_encoder_decoder", "bart", "florence2")
+        for kind in ("tokens", "tokens-added-rows")
+    ),
+}
+
+
+# What cannot be had: why.
+EXCEPTIONS: Mapping[tuple[str, str], str] = {
+    ("t5", "tokens-added-saved"): "refused: the encoder's and decoder's new rows are in no file",
+    ("bert", "tokens-added-saved"): "the unused cls.predictions.bias follows the trained cls.predictions.decoder.bias",
+    **{
+        (
+            "mllama",
+            kind,
+        ): "refused: the class wants eight rows more in the embedding than in the head, peft saves as many"
+        for kind in ("resized", "tokens-added-saved", "tokens-added-rows")
+    },
+    **{
+        ("vision_encoder_decoder", kind): "transformers cannot resize it"
+        for kind in ("resized", "tokens-added-saved", "tokens-added-rows")
+    },
+}
+
+
+def options_of(architecture: str, configuration: str) -> MergeOptions:
+    """What must be asked of the merge."""
+    options = CONFIGURATIONS[configuration].options
+    return MergeOptions(untie=True) if (architecture, configuration) in _UNTIED else options
+
+
 def run(architecture: str, configuration: str, folder: Path, dtype: torch.dtype, *, hub: bool = False) -> float | None:
     """The distance of our merge from peft's; None where the architecture has no such adapter."""
     chosen = CONFIGURATIONS[configuration]
@@ -197,18 +252,21 @@ def run(architecture: str, configuration: str, folder: Path, dtype: torch.dtype,
         return None
     base = write_model(architecture, folder / "base", dtype, hub=hub)
     adapter = write_adapter(base, folder / "adapter", config, change=chosen.change)
-    merged = merge_lora(base, [(adapter, 1.0)], folder / "out", chosen.options)
+    options = options_of(architecture, configuration)
+    merged = merge_lora(base, [(adapter, 1.0)], folder / "out", options)
     found = load(merged.directory).state_dict()
-    expected = merged_by_peft(base, adapter, change=chosen.change, untied=chosen.options.untie)
+    expected = merged_by_peft(base, adapter, change=chosen.change, untied=options.untie)
     return distance(found, expected, dtype)
 
 
 def main(names: list[str]) -> None:
     warnings.simplefilter("ignore")
     dtype = torch.float32
+    chosen = [name for name in names if name in CONFIGURATIONS] or list(CONFIGURATIONS)
+    names = [name for name in names if name in ARCHITECTURES]
     width = max(map(len, CONFIGURATIONS))
     for architecture in names or ARCHITECTURES:
-        for configuration in CONFIGURATIONS:
+        for configuration in chosen:
             with tempfile.TemporaryDirectory() as folder:
                 try:
                     found = run(architecture, configuration, Path(folder), dtype)

@@ -22,8 +22,10 @@ _PART = re.compile(
     r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<leaf>weight|bias))?"
 )
 _TOKENS = re.compile(r"(?P<module>.+?)\.token_adapter\.trainable_tokens_delta(?:\.(?P<adapter>[^.]+))?")
-_SAVED = re.compile(r"(?P<module>.+?)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<rest>.+)")
-_IGNORED = re.compile(r".+\.(original_module|token_adapter\.base_layer)\..+")
+_TOKEN_BASE = re.compile(r"(?P<module>.+?)\.token_adapter\.base_layer\.(?P<leaf>weight|bias)")
+# Beside a resized vocabulary peft saves what its wrapper holds, without the adapter's name.
+_SAVED = re.compile(r"(?P<module>.+?)\.modules_to_save\.(?:(?P<adapter>[^.]+)\.(?P<rest>.+)|(?P<leaf>[^.]+))")
+_IGNORED = re.compile(r".+\.original_module\..+")
 _OTHER_METHOD = re.compile(
     r".+\.(lora_(?!A|B|embedding)\w+|hada_\w+|lokr_\w+|ia3_l|oft_\w+|vera_\w+|prompt_\w+)(\..+)?"
 )
@@ -51,7 +53,8 @@ class LoraAdapter:
     """An adapter, opened: nothing of its weights is read yet.
 
     `modules` are low-rank pairs, `whole` tensors that take the place of the base's (biases, modules_to_save, resized
-    embeddings), `tokens` single rows of embeddings; names are the adapter's. `ported`: where a copy with the native
+    embeddings), `tokens` single rows of embeddings, `token_bases` the tensors of modules that these are rows of,
+    where the vocabulary was resized; names are the adapter's. `ported`: where a copy with the native
     model's module names stands, for an adapter that came with the original's.
     """
 
@@ -60,6 +63,7 @@ class LoraAdapter:
     modules: tuple[ModuleAdapter, ...]
     whole: Mapping[str, TensorRef] = field(default_factory=dict)
     tokens: Mapping[str, TensorRef] = field(default_factory=dict)
+    token_bases: Mapping[str, TensorRef] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
     ported: Path | None = None
 
@@ -80,6 +84,7 @@ def open_adapter(folder: Path) -> LoraAdapter:
     parts: dict[tuple[str, int], dict[str, TensorRef]] = {}
     whole: dict[str, TensorRef] = {}
     tokens: dict[str, TensorRef] = {}
+    token_bases: dict[str, TensorRef] = {}
     adapters: set[str] = set()
     for key, ref in tensors.items():
         name = _stripped(key)
@@ -91,8 +96,10 @@ def open_adapter(folder: Path) -> LoraAdapter:
         elif found := _TOKENS.fullmatch(name):
             module, _ = _unwrapped(found["module"])
             tokens[module] = ref
+        elif found := _TOKEN_BASE.fullmatch(name):
+            token_bases[f"{_unwrapped(found['module'])[0]}.{found['leaf']}"] = ref
         elif found := _SAVED.fullmatch(name):
-            whole[f"{found['module']}.{found['rest']}"] = ref
+            whole[f"{found['module']}.{found['rest'] or found['leaf']}"] = ref
         elif _OTHER_METHOD.fullmatch(name):
             raise AdapterError(f"{path}: {key} is of no LoRA that can be merged; merge the adapter with peft.")
         elif not _IGNORED.fullmatch(name):
@@ -107,7 +114,9 @@ def open_adapter(folder: Path) -> LoraAdapter:
     modules = tuple(_module(path, name, depth, found) for (name, depth), found in parts.items())
     if not modules and not whole and not tokens:
         raise AdapterError(f"{path} holds no tensors.")
-    adapter = LoraAdapter(folder, settings, modules, whole, tokens, (folder / "adapter_config.json", path))
+    adapter = LoraAdapter(
+        folder, settings, modules, whole, tokens, token_bases, (folder / "adapter_config.json", path)
+    )
     _check(adapter, tensors)
     return adapter
 

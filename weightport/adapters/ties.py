@@ -28,7 +28,8 @@ class TiedHead:
 
     `running`: what the running model calls the head. `aliases`: the model's other tied places by the names that they
     have when they are written apart, to the stored tensors that they are. `sets_config`: whether the tie is undone in
-    config.json too, so that all of them must be written.
+    config.json too, so that all of them must be written. `rows_together`: whether peft trains single rows in all places
+    at once.
     """
 
     embedding: str
@@ -36,6 +37,7 @@ class TiedHead:
     running: str
     aliases: Mapping[str, str]
     sets_config: bool
+    rows_together: bool = True
 
     @property
     def apart(self) -> Mapping[str, str]:
@@ -71,7 +73,7 @@ def tied_head(space: NameSpace, tensors: Mapping[str, TensorRef], model_type: st
     if embedding == head:
         # Only the head is stored: the embedding is what would be written apart.
         head, running = space.stored_name(source), source
-    return TiedHead(embedding, head, running, aliases, model_type not in _SETTING_MEANS_ELSE)
+    return TiedHead(embedding, head, running, aliases, model_type not in _SETTING_MEANS_ELSE, space.ties_words)
 
 
 def token_embedding(tensors: Mapping[str, TensorRef]) -> str | None:

@@ -90,6 +90,8 @@ def gather(
             found.pair(position, adapter, module)
         for key, ref in adapter.whole.items():
             found.whole(position, key, ref)
+        for key, ref in adapter.token_bases.items():
+            found.token_base(position, key, ref)
         for key, ref in adapter.tokens.items():
             found.tokens(position, adapter, key, ref)
     if found.lost:
@@ -152,28 +154,34 @@ class _Gathering:
             self._at(piece.stored).parameters.append(PairChange(position, module, Part(place, piece), key))
 
     def whole(self, position: int, key: str, ref: TensorRef) -> None:
-        """A tensor that takes the base's place; for a tied one any of its places but the head's says the same."""
-        place = self.names.find(key)
-        bound = self.names.bound(key) if place is None else None
-        if bound is not None and (self.tied is None or self.names.current(key) != self.tied.running):
-            stored = self.base.checkpoint[bound]
-            place = Place(bound, stored.shape, Assembled.whole(bound, stored.shape).pieces)
-        place = place or self._tied(key)
+        """A tensor that takes the base's place."""
+        place = self.names.find(key) or self._tied(key) or self._beside_a_tie(key)
         if place is None:
             self.lost.append(self._reason(key))
             return
         for piece in place.pieces:
             self._at(piece.stored).whole.append((position, ref, Part(place, piece)))
 
+    def _beside_a_tie(self, key: str) -> Place | None:
+        """Of a tie that is not of the embedding (BERT's output bias), the stored tensor."""
+        bound = self.names.bound(key)
+        if bound is None or (self.tied is not None and bound == self.tied.embedding):
+            return None
+        shape = self.base.checkpoint[bound].shape
+        return Place(bound, shape, Assembled.whole(bound, shape).pieces)
+
     def tokens(self, position: int, adapter: LoraAdapter, key: str, ref: TensorRef) -> None:
-        place = self.names.find(f"{key}.weight")
-        stored = place.plain if place is not None else None
-        rows = adapter.settings.trained_tokens(key)
-        if stored is None:
+        name = f"{key}.weight"
+        place = self.names.find(name)
+        if place is None and any(self.names.bound(name) == held for held in map(self._stored_tokens, adapter.tokens)):
             # Rows of tied places are trained together, and may be saved once more under another place's name.
-            if not any(self.names.bound(f"{key}.weight") == held for held in map(self._stored_tokens, adapter.tokens)):
-                self.lost.append(self._reason(f"{key}.weight"))
             return
+        place = place or self._tied(name)
+        stored = place.plain if place is not None else None
+        if stored is None:
+            self.lost.append(self._reason(name))
+            return
+        rows = adapter.settings.trained_tokens(key)
         if rows is None or len(rows) != ref.shape[0]:
             self.lost.append(f"{key}: {ref.shape[0]} trained rows do not fit trainable_token_indices ({rows})")
             return
@@ -184,6 +192,12 @@ class _Gathering:
                     "rows that take the place of the base's have no sum"
                 )
         self._at(stored).tokens.append((position, ref, rows))
+
+    def token_base(self, position: int, key: str, ref: TensorRef) -> None:
+        """What trained rows are rows of: the base's own, unless the vocabulary was resized."""
+        place = self.names.find(key) or self._tied(key) or self._beside_a_tie(key)
+        if place is None or place.shape != ref.shape:
+            self.whole(position, key, ref)
 
     def _stored_tokens(self, key: str) -> str | None:
         place = self.names.find(f"{key}.weight")
@@ -254,22 +268,26 @@ def settle_ties(
     """The head to write apart, or None. Changes that are one for both places are kept once."""
     if tied is None:
         return None
+    for name in tied.aliases:
+        if name in touched and tied.embedding in touched and _one_tensor(touched[name], touched[tied.embedding]):
+            del touched[name]
     head, embedding = touched.get(tied.head), touched.get(tied.embedding)
     others = [name for name in tied.aliases if name in touched]
-    if (
-        not others
-        and head is None
-        and (embedding is None or not (embedding.pairs or embedding.parameters or embedding.whole))
-    ):
+    # peft trains single rows of tied places together where the configuration says at its top that they are tied.
+    rows = embedding.tokens if embedding is not None else []
+    apart = embedding is not None and (
+        embedding.pairs or embedding.parameters or embedding.whole or (rows and not tied.rows_together)
+    )
+    if not others and head is None and not apart:
         return None
-    if not others and head is not None and embedding is not None and _one_change(head, embedding):
+    if not others and head is not None and embedding is not None and _one_change(head, embedding, tied):
         del touched[tied.head]
         return None
-    if not others and head is None and embedding is not None:
-        places = {change.adapter for change in (*embedding.pairs, *embedding.parameters)}
-        places |= {position for position, _, _ in embedding.whole}
+    if not others and head is None and embedding is not None and (tied.rows_together or not rows):
+        positions = {change.adapter for change in (*embedding.pairs, *embedding.parameters)}
+        positions |= {position for position, _, _ in embedding.whole}
         grown = any(ref.shape != tensors[tied.embedding].shape for _, ref, _ in embedding.whole)
-        if grown or all(adapters[place].settings.ensure_weight_tying for place in places):
+        if grown or all(adapters[place].settings.ensure_weight_tying for place in positions):
             return None
     if not untie:
         places = {"head": head, "token embedding": embedding} | {name: touched[name] for name in others}
@@ -280,15 +298,43 @@ def settle_ties(
             f"  Pass --untie to write the head as a matrix of its own ({tied.head}, "
             f"{tensors[tied.embedding].nbytes:,} bytes more)."
         )
-    if embedding is not None and embedding.tokens:
-        # peft trains single rows of tied places together.
-        touched.setdefault(tied.head, Touched()).tokens.extend(embedding.tokens)
+    if rows and tied.rows_together:
+        touched.setdefault(tied.head, Touched()).tokens.extend(rows)
     touched.setdefault(tied.head, Touched())
+    if embedding is not None and any(ref.shape != tensors[tied.embedding].shape for _, ref, _ in embedding.whole):
+        _resize_apart(tied, touched, embedding, adapters)
     return tied
 
 
-def _one_change(head: Touched, embedding: Touched) -> bool:
+def _resize_apart(
+    tied: TiedHead, touched: dict[str, Touched], embedding: Touched, adapters: Sequence[LoraAdapter]
+) -> None:
+    """Places written apart have the new rows too. Raises AdapterError where the adapter does not say which."""
+    for position, ref, _ in embedding.whole:
+        saved = adapters[position].settings.data.get("modules_to_save") or ()
+        module = ref.name.removeprefix("base_model.model.").removesuffix(".weight")
+        alone = [name for name, source in tied.aliases.items() if source == tied.embedding and name not in touched]
+        if alone and any(f".{module}".endswith(f".{name}") for name in saved):
+            raise AdapterError(
+                f"{adapters[position].path} trained a resized {module} as a whole (modules_to_save), which the model "
+                f"also uses as {', '.join(alone)}: their new rows are in no file. Merge the adapter with peft."
+            )
+    for name in (tied.head, *tied.aliases):
+        if name in touched and not touched[name].whole:
+            touched[name].whole.extend(embedding.whole)
+
+
+def _one_tensor(place: Touched, embedding: Touched) -> bool:
+    """Whether both are replaced by the same values and nothing else happens to the first."""
+    whole = [ref for _, ref, _ in (*place.whole, *embedding.whole)]
+    only = not (place.pairs or place.parameters or place.tokens) and place.whole and embedding.whole
+    return bool(only) and all(same_bits(whole[0].read(), ref.read()) for ref in whole[1:])
+
+
+def _one_change(head: Touched, embedding: Touched, tied: TiedHead) -> bool:
     """Whether the head is changed exactly as the embedding is."""
+    if embedding.tokens and not tied.rows_together:
+        return False
     if bool(head.whole) != bool(embedding.whole) or len(head.pairs) != len(embedding.pairs) or head.parameters:
         return False
     whole = [ref for _, ref, _ in (*head.whole, *embedding.whole)]

@@ -32,7 +32,7 @@ class NameSpace:
     names of one tensor's other places, to the name that is stored; bound: all ties that the model declares. unused:
     stored tensors that the model does not take. parameters: names of each module's own parameters, in the module's
     order; turned: modules whose matrices are [in, out]. head, embedding: the weights of the output and input
-    embeddings.
+    embeddings; ties_words: whether the configuration says, at its top, that they are one.
     """
 
     architecture: str
@@ -46,6 +46,7 @@ class NameSpace:
     turned: frozenset[str]
     head: str | None
     embedding: str | None
+    ties_words: bool
     _rules: _Rules = field(repr=False)
 
     def current(self, name: str) -> str | None:
@@ -207,6 +208,7 @@ def name_space_of(model: PreTrainedModel, stored: Mapping[str, tuple[int, ...]])
         ),
         _weight_name(model, model.get_output_embeddings()),
         _weight_name(model, _input_embeddings(model)),
+        bool(getattr(model.config, "tie_word_embeddings", False)),
         rules,
     )
 
