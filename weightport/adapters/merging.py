@@ -21,7 +21,9 @@ from typing import Any
 import torch
 
 from weightport import __version__
+from weightport.adapters.base_identity import identify
 from weightport.adapters.base_model import Base, open_base
+from weightport.adapters.base_record import recorded_base, recorded_quantization
 from weightport.adapters.combination import Combination
 from weightport.adapters.companions import (
     RECORD,
@@ -119,7 +121,7 @@ def merge_lora(
             names = names_of_base(source, opened, untie=options.untie)
             opened = [_brought_over(source, names, adapter, stack) for adapter in opened]
         weights = [weight for _, weight in adapters]
-        _require_same_base(source, opened, hashed)
+        identified = _identified(source, opened, hashed)
         plan = plan_merge(
             source,
             opened,
@@ -134,7 +136,7 @@ def merge_lora(
         tokenizer, config_changes = _configuration(source, plan, opened, options)
         folders = [adapter.path for adapter in opened]
         processor, notes = adapter_processor(folders)
-        plan = replace(plan, notes=(*plan.notes, *notes))
+        plan = replace(plan, notes=(*identified, *plan.notes, *notes))
         others = processor | adapter_records(list(zip(folders, weights)))
         announce(plan)
         needs = plan.nbytes + (1 << 20)
@@ -207,28 +209,21 @@ def _originals_names(base: Base, names: Sequence[str]) -> bool:
     return any(next(rules.of_source(f"{name}.weight"), None) is not None for name in names)
 
 
-def _require_same_base(base: Base, adapters: Sequence[LoraAdapter], digests: BackgroundDigests) -> None:
-    """An adapter that knows its base's hash must meet that base."""
-    from weightport.adapters.base_record import recorded_base
-
+def _identified(base: Base, adapters: Sequence[LoraAdapter], digests: BackgroundDigests) -> tuple[str, ...]:
+    """What is said of how each adapter is known to belong to the base. Raises AdapterError."""
+    found = []
     for adapter in adapters:
-        expected = recorded_base(adapter.path)
-        if expected is None:
-            continue
-        found = {digest.sha256 for digest in digests.result() if not digest.name.endswith(".json")}
-        if not found <= expected:
-            raise AdapterError(
-                f"{adapter.path} was trained on a base whose weights have another SHA-256 than those in {base.path}. "
-                "Merge it into the base it was trained on; if the weights were only saved again, remove base.json "
-                "from the adapter."
-            )
+        # Hashes take as long as reading the base: they are waited for where an adapter says what they should be.
+        hashes = None
+        if recorded_base(adapter.path) is not None:
+            hashes = [digest.sha256 for digest in digests.result() if not digest.name.endswith(".json")]
+        found.append(f"{adapter.path.name} knows {identify(base, adapter, hashes)}")
+    return tuple(found)
 
 
 def quantized_layers(adapters: Sequence[LoraAdapter], kind: str | None) -> frozenset[str] | None:
     """The layers that the adapters' trainings held in 4 bits of this `kind`; None where they do not say. Raises
     UsageError when they say another kind, or differ."""
-    from weightport.adapters.base_record import recorded_quantization
-
     found = [known for adapter in adapters if kind and (known := recorded_quantization(adapter.path)) is not None]
     for known in found:
         if known.kind != kind:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -236,7 +235,8 @@ def _tied_place(names: ModuleNames, tied: TiedHead | None, name: str) -> Place |
 
 
 def require_all_layers(base: Base, names: ModuleNames, adapter: LoraAdapter) -> None:
-    """An adapter that has a module in some layers has it in every layer that its settings choose."""
+    """An adapter has every module that its settings choose in the base: one that has not is incomplete, or was trained
+    on another model, with fewer layers or without this one's towers."""
     present = {module.module for module in adapter.modules}
     for known in (names.space.shapes if names.space is not None else (), base.checkpoint.tensors):
         modules = [name.removesuffix(".weight") for name in known if name.endswith(".weight")]
@@ -244,17 +244,19 @@ def require_all_layers(base: Base, names: ModuleNames, adapter: LoraAdapter) -> 
             break
     else:
         return
-    patterns = {re.sub(r"\.\d+(?=\.|$)", ".*", module) for module in present}
+    tied = names.space.tied if names.space is not None else {}
     missing = [
         module
         for module in modules
-        if module not in present
-        and re.sub(r"\.\d+(?=\.|$)", ".*", module) in patterns
-        and adapter.settings.targets(module)
+        if module not in present and f"{module}.weight" not in tied and adapter.settings.targets(module)
     ]
     if missing:
         raise AdapterError(
-            listed(f"{adapter.path} is incomplete: its settings name modules that it has no tensors for:", missing)
+            listed(
+                f"{adapter.path} is incomplete, or belongs to another base than {base.path}: its settings choose "
+                "modules of this base that it has no tensors for:",
+                missing,
+            )
         )
 
 
