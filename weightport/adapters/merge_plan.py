@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -30,13 +30,17 @@ _OUTPUT_BIAS = re.compile(r"(.*\.)?(final_logits_bias|(lm_head|predictions|predi
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What a merge will write: tensors by file, in file order. `resized`: rows of the vocabulary before and after."""
+    """What a merge will write: tensors by file, in file order. `resized`: rows of the vocabulary before and after.
+    `touched`: what the adapters say, by stored tensor."""
 
     shards: Mapping[str, tuple[Output, ...]]
     notes: tuple[str, ...] = ()
     resized: tuple[int, int] | None = None
     untied: TiedHead | None = None
     embedding_rows: int | None = None
+    touched: Mapping[str, Touched] = field(default_factory=dict)
+    names: ModuleNames | None = None
+    combination: str = SUM
 
     @property
     def outputs(self) -> list[Output]:
@@ -92,6 +96,9 @@ def plan_merge(
         resized,
         untied,
         outputs[embedding].shape[0] if embedding in outputs else None,
+        touched,
+        names,
+        combination.kind,
     )
 
 

@@ -42,6 +42,7 @@ from weightport.adapters.module_names import ModuleNames, names_of_base
 from weightport.adapters.quantized import KINDS
 from weightport.adapters.ties import tied_head
 from weightport.adapters.touched import unresolved
+from weightport.adapters.weights_check import WeightsCheck, check_weights
 from weightport.checkpoints.formats.sharded import read_json
 from weightport.checkpoints.hashing import BackgroundDigests, FileDigest
 from weightport.converters.plan import TensorSpec
@@ -99,11 +100,13 @@ def merge_lora(
     digests: BackgroundDigests | None = None,
     announce: Callable[[MergePlan], None] = lambda plan: None,
     advance: Advance = lambda count: None,
+    weighed: Callable[[WeightsCheck], None] = lambda proof: None,
     check: Callable[[Written], Mapping[str, Any] | None] = lambda written: None,
 ) -> Merge:
     """Write the model directory `base` with `adapters` (folder, weight) merged into it to the directory `out`.
 
-    `digests` are of the base's files, if hashing them has begun. `check` sees the finished files before they take
+    `digests` are of the base's files, if hashing them has begun. `weighed` is told how the weights as written compare
+    with base and adapters computed a second time, which is always looked at (ParityError). `check` sees the finished files before they take
     their place; what it returns is recorded, and what it raises leaves nothing behind. Raises AdapterError for an
     adapter that does not belong to the base or cannot be merged, CheckpointError, ConfigurationError, NonFiniteError,
     UsageError, OutputError.
@@ -144,7 +147,10 @@ def merge_lora(
             with one_thread():
                 files, tensors = _write(plan, source, folder, advance)
             write_companions(folder, base, tokenizer, others, source.config, config_changes)
+            proof = check_weights(folder, plan, opened, weights)
+            weighed(proof)
             record = _record(source, opened, adapters, plan, options, files, tensors, hashed.result())
+            record["weights_check"] = proof.record()
             _write_record(folder, record)
             verification = check(Written(folder, base, tuple(opened), tuple(weights), plan, options))
             if verification is not None:
