@@ -45,7 +45,8 @@ _LINEAR: Mapping[str, tuple[str, str]] = {
     "vision_encoder_decoder": ("c_attn", "c_proj"),
 }
 _NORMS: Mapping[str, str] = {
-    "bert": "LayerNorm", "gpt2": "ln_f", "resnet": "normalization", "t5": "final_layer_norm", "opt": "final_layer_norm",
+    "bert": "LayerNorm", "gpt2": "ln_f", "resnet": "normalization", "t5": "final_layer_norm",
+    "opt": "final_layer_norm",
     "bart": "layernorm_embedding", "florence2": "layernorm_embedding", "blip2": "final_layer_norm", "vit": "layernorm",
     "vision_encoder_decoder": "ln_f", "mllama": "norm",
 }  # fmt: skip

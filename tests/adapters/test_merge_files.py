@@ -205,7 +205,7 @@ def test_names_that_transformers_would_not_load_are_not_guessed(base: Path, adap
     save_file(
         {f"language_model.{name}": t for name, t in tensors.items()}, twin / "model.safetensors", {"format": "pt"}
     )
-    with pytest.raises(AdapterError, match="the files of .* do not hold it"):
+    with pytest.raises(AdapterError, match=r"the files of .* do not hold it"):
         merge_lora(twin, [(adapter, 1.0)], tmp_path / "out")
 
 

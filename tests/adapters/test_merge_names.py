@@ -1,4 +1,4 @@
-"""Names on disk are not names in memory: adapters find their tensors through transformers' own rules, or are refused."""
+"""Names on disk are not names in memory: adapters find their tensors through transformers' rules, or are refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("peft")
 
-from matrix import ARCHITECTURES, CONFIGURATIONS, EXCEPTIONS, run, write_model
+from matrix import ARCHITECTURES, CONFIGURATIONS, EXCEPTIONS, merged_by_peft, run, write_model
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny_families import FAMILIES, to_hub_names
@@ -148,6 +148,48 @@ def test_adapter_of_a_language_model_does_not_enter_a_vision_language_model(
         # Its earlier names are Llama's: only shapes are left to tell, and these tiny models agree in them.
         assert "names and shapes" in merge_lora(base, [(adapter, 1.0)], tmp_path / "out").record["notes"][0]
         return
-    with pytest.raises(AdapterError, match="another architecture: found .*llama.*expected|belongs to another base"):
+    with pytest.raises(AdapterError, match=r"another architecture: found .*llama.*expected|belongs to another base"):
         merge_lora(base, [(adapter, 1.0)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def tuned(base: Path, folder: Path) -> Path:
+    """A fine-tuned copy: linear layers by changes of rank two, norms by whole ones."""
+    model = load(base)
+    torch.manual_seed(11)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name and parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+            elif parameter.ndim == 2 and "embed" not in name and "head" not in name:
+                parameter.add_(torch.randn(len(parameter), 2) @ torch.randn(2, parameter.shape[1]) * 0.02)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["paligemma", "llava", "qwen2_vl", "internvl"])
+def test_extracted_adapter_loads_in_peft_without_a_missing_key(name: str, tmp_path: Path) -> None:
+    from weightport.adapters.extraction import extract_lora
+
+    base = write_model(name, tmp_path / "base")
+    target = tuned(base, tmp_path / "tuned")
+    extract_lora(target, base, tmp_path / "adapter", 2)
+    # merged_by_peft refuses peft's warning of missing keys.
+    found = merged_by_peft(base, tmp_path / "adapter")
+    expected = load(target, torch.float64).state_dict()
+    assert set(found) == set(expected)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=0, atol=2e-5, msg=key)
+
+
+def test_change_of_fused_experts_is_refused_by_name(tmp_path: Path) -> None:
+    from weightport.adapters.extraction import extract_lora
+    from weightport.errors import CoverageError
+
+    base = write_model("mixtral", tmp_path / "base")
+    model = load(base)
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj.add_(1)
+    model.save_pretrained(tmp_path / "tuned")
+    with pytest.raises(CoverageError, match=r"keeps it within model.layers.0.mlp.experts.down_proj"):
+        extract_lora(tmp_path / "tuned", base, tmp_path / "adapter", 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -251,7 +252,7 @@ def rename_stored(folder: Path, rename: Callable[[str], str]) -> None:
 def to_hub_names(name: str, folder: Path) -> bool:
     """Rename a saved model's tensors as the Hub's repositories have them; whether that changes any."""
     for pattern, replacement in _HUB_NAMES.get(name, ()):
-        rename_stored(folder, lambda stored: re.sub(pattern, replacement, stored))
+        rename_stored(folder, partial(re.sub, pattern, replacement))
     return name in _HUB_NAMES
 
 

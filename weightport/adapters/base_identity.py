@@ -1,4 +1,4 @@
-"""Whether an adapter's base is the one at hand, as far as the adapter says: by hash, else by architecture and shapes."""
+"""Whether an adapter's base is the one at hand, as far as it says: by hash, else by architecture and shapes."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def stored_part(change: Change, piece: Piece, shape: Sequence[int]) -> Change:
 def _within(change: Change, piece: Piece, shape: Sequence[int]) -> Change:
     if all(span == (0, size) for span, size in zip(piece.source, shape)):
         return change
-    rows, columns = matrix_shape(shape)
+    _, columns = matrix_shape(shape)
     return Within(change, piece.source[0], piece.source[1] if len(shape) == 2 else (0, columns))
 
 

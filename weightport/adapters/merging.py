@@ -106,10 +106,10 @@ def merge_lora(
     """Write the model directory `base` with `adapters` (folder, weight) merged into it to the directory `out`.
 
     `digests` are of the base's files, if hashing them has begun. `weighed` is told how the weights as written compare
-    with base and adapters computed a second time, which is always looked at (ParityError). `check` sees the finished files before they take
-    their place; what it returns is recorded, and what it raises leaves nothing behind. Raises AdapterError for an
-    adapter that does not belong to the base or cannot be merged, CheckpointError, ConfigurationError, NonFiniteError,
-    UsageError, OutputError.
+    with base and adapters computed a second time, which is always looked at. `check` sees the finished files before
+    they take their place; what it returns is recorded, and what it raises leaves nothing behind. Raises AdapterError
+    for an adapter that does not belong to the base or cannot be merged, CheckpointError, ConfigurationError,
+    NonFiniteError, ParityError, UsageError, OutputError.
     """
     options = options or MergeOptions()
     base, out = Path(base), Path(out)

@@ -1,9 +1,9 @@
 """Where the tensors that an adapter names stand in the base's files.
 
 An adapter speaks of the running model; the files may say otherwise (`language_model.model.layers.0…` for
-`model.language_model.layers.0…`), and two eras of transformers have had two names for one module. A name is found as the
-model's of today, as a stored one, or as an earlier one, always through transformers' own loading rules: a name that
-they do not lead anywhere belongs to another model.
+`model.language_model.layers.0…`), and two eras of transformers have had two names for one module. A name is found as
+the model's of today, as a stored one, or as an earlier one, always through transformers' own loading rules: a name
+that they do not lead anywhere belongs to another model.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ class TiedHead:
 
     `running`: what the running model calls the head. `aliases`: the model's other tied places by the names that they
     have when they are written apart, to the stored tensors that they are. `sets_config`: whether the tie is undone in
-    config.json too, so that all of them must be written. `rows_together`: whether peft trains single rows in all places
-    at once.
+    config.json too, so that all of them must be written. `rows_together`: whether peft trains single rows in all
+    places at once.
     """
 
     embedding: str

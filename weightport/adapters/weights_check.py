@@ -1,8 +1,8 @@
-"""The first proof of a merge: every changed tensor of the files against base + scaling · B · A, computed a second time.
+"""The first proof of a merge: every changed tensor against base + scaling · B · A, computed a second time.
 
 Everything is read again and computed in float64 by code that shares no arithmetic with the merge: neither its scaling
-nor its changes, edits and combinations. Memory is bounded by blocks of rows. What only peft computes (combinations other
-than the sum) and what is rounded first (a 4-bit base) is left to the check of the model, and named.
+nor its changes, edits and combinations. Memory is bounded by blocks of rows. What only peft computes (combinations
+other than the sum) and what is rounded first (a 4-bit base) is left to the check of the model, and named.
 """
 
 from __future__ import annotations

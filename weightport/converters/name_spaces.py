@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,13 +62,17 @@ class NameSpace:
         """The stored blocks that make the model's tensor `name`; none where it is not stored, or permuted."""
         return self.made_of.get(self.tied.get(name, name), ())
 
-    def held(self) -> Mapping[str, tuple[str, ...]]:
-        """By stored tensor the names of the model's tensors that take values from it."""
+    @cached_property
+    def _held(self) -> Mapping[str, tuple[str, ...]]:
         found: dict[str, list[str]] = {}
         for name, pieces in self.made_of.items():
             for stored in dict.fromkeys(piece.stored for piece in pieces):
                 found.setdefault(stored, []).append(name)
         return {stored: tuple(names) for stored, names in found.items()}
+
+    def held(self) -> Mapping[str, tuple[str, ...]]:
+        """By stored tensor the names of the model's tensors that take values from it."""
+        return self._held
 
     def stored_name(self, name: str) -> str:
         """A name under which a file may hold the model's tensor `name`, so that loading finds it: as the other names
@@ -87,7 +92,7 @@ class _Rules:
     used: list[Any] = field(default_factory=list)
 
     def renamed(self, stored: str) -> tuple[str, str | None]:
-        """(the model's name of a stored tensor, the pattern of the converter that takes it), as a loading finds them."""
+        """(the model's name of a stored tensor, the pattern of the converter that takes it), as loading finds them."""
         from transformers.core_model_loading import rename_source_key
 
         name, pattern = rename_source_key(stored, self.renamings, self.converters, self.prefix, self.state)
