@@ -205,7 +205,7 @@ def _verified(lines: Lines, written: Written, verify: bool | None) -> Mapping[st
     _show_unchecked(lines, result.unchecked)
     if verify and not result.seams:
         raise UsageError(f"--verify: not checked: {next(iter(result.unchecked.values()), 'nothing is comparable')}.")
-    return result.record()
+    return result.record() if result.seams else None
 
 
 def _share(compared: int, changed: int) -> str:
