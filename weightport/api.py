@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from weightport.adapters.merge_plan import MergePlan
     from weightport.adapters.merging import Merge, MergeOptions, Written
     from weightport.adapters.porting import PortedAdapter
+    from weightport.adapters.weights_check import WeightsCheck
     from weightport.checkpoints.sources import Sources
     from weightport.converters.conversion import Conversion, Planned
     from weightport.converters.export import Export
@@ -167,6 +168,7 @@ def merge_lora(
     announce: Callable[[MergePlan], None] = lambda plan: None,
     advance: Callable[[int], None] = lambda count: None,
     check: Callable[[Written], Mapping[str, Any] | None] = lambda written: None,
+    weighed: Callable[[WeightsCheck], None] = lambda proof: None,
 ) -> Merge:
     """Write the model directory `base` with `adapters` (folder, weight) merged into it to `out`.
 
@@ -175,7 +177,16 @@ def merge_lora(
     from weightport.adapters.merging import merge_lora as run
 
     return run(
-        base, adapters, out, registry(), options, digests=digests, announce=announce, advance=advance, check=check
+        base,
+        adapters,
+        out,
+        registry(),
+        options,
+        digests=digests,
+        announce=announce,
+        advance=advance,
+        check=check,
+        weighed=weighed,
     )
 
 

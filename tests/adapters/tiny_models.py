@@ -202,7 +202,8 @@ def write_adapter(base: Path, folder: Path, config: LoraConfig, *, seed: int = 1
             if parameter.requires_grad:
                 scale = 0.3 if "magnitude" in name else 0.1
                 parameter.add_(torch.randn_like(parameter) * scale)
-    tuned.save_pretrained(folder)
+    # peft sees by itself that a vocabulary has grown only where the configuration names it at its top.
+    tuned.save_pretrained(folder, save_embedding_layers="auto" if change is None else True)
     return folder
 
 
@@ -237,3 +238,9 @@ def merged_by_peft(
 ) -> dict[str, torch.Tensor]:
     """The weights after peft's own merge in `dtype` (None: the base's), by name."""
     return dict(applied(base, adapter, dtype, change=change).merge_and_unload().state_dict())
+
+
+def grown(model: Any) -> None:
+    """Six more rows in the vocabulary, always the same ones."""
+    torch.manual_seed(5)
+    model.resize_token_embeddings(V + 6)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from weightport.checkpoints.hashing import BackgroundDigests
+from weightport.hashing import BackgroundDigests
 
 from weightport.checkpoints import open_checkpoint
 from weightport.errors import CheckpointError
@@ -104,7 +104,7 @@ def test_pieces_are_the_tensor_and_bounded(tmp_path, form: Form):
 def test_digests_are_refused_when_the_file_was_written_to_while_it_was_hashed(tmp_path, monkeypatch):
     path = safetensors(tmp_path)
     digests = BackgroundDigests([path])
-    monkeypatch.setattr("weightport.checkpoints.hashing.BLOCK_BYTES", 4096)
+    monkeypatch.setattr("weightport.hashing.BLOCK_BYTES", 4096)
     with digests:
         digests._thread.join()
         write_in_place(path)
@@ -126,7 +126,7 @@ def test_digests_of_another_file_than_was_opened_are_refused(tmp_path):
 def test_hashing_a_file_that_shrinks_is_an_error_not_a_crash(tmp_path, monkeypatch):
     path = tmp_path / "large"
     path.write_bytes(bytes(1 << 20))
-    monkeypatch.setattr("weightport.checkpoints.hashing.BLOCK_BYTES", 4096)
+    monkeypatch.setattr("weightport.hashing.BLOCK_BYTES", 4096)
     digests = BackgroundDigests([path])
     reading = digests._stop.is_set
 

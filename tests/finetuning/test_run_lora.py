@@ -15,7 +15,6 @@ from PIL import Image
 from tiny_runs import run, trained_model
 
 from weightport import modeling  # noqa: F401 - registers OFA
-from weightport.adapters import merge_lora
 from weightport.api import merge_lora
 from weightport.errors import OutputError, RecipeError, TrainingError
 from weightport.finetuning.recipes.recipe import shipped_recipes

@@ -22,12 +22,12 @@ import torch
 
 from weightport.adapters.base_model import Base, open_base
 from weightport.adapters.base_record import record_base
-from weightport.adapters.changes import is_conv1d
 from weightport.adapters.lora_tensors import is_finite
-from weightport.adapters.ties import is_head_module, tied_head
 from weightport.checkpoints import TensorRef
 from weightport.checkpoints.lazy_tensors import chunks, same_bits
-from weightport.errors import CoverageError, NonFiniteError, UsageError
+from weightport.converters.name_spaces import NameSpace, name_space
+from weightport.converters.stored_pieces import Assembled
+from weightport.errors import ConfigurationError, CoverageError, NonFiniteError, UsageError
 from weightport.writing import HashedFile, require_directory, whole_directory
 from weightport.writing.outgoing import Outgoing
 from weightport.writing.safetensors_shards import as_bytes, safetensors_header
@@ -73,19 +73,22 @@ def extract_lora(
         raise UsageError(f"The rank is {rank}; expected at least 1.")
     before, after = open_base(base), open_base(tuned)
     names = _require_same_model(before, after)
+    space = _running_names(before)
     announce(2 * sum(before.checkpoint[name].nbytes for name in names))
-    pairs, saved = _differences(before, after, names, rank, advance)
+    pairs, saved = _differences(before, after, names, space, rank, advance)
     if not pairs and not saved:
         raise UsageError(f"{tuned} and {base} hold the same weights: there is nothing to extract.")
     ranks = {pair.module: pair.rank for pair in pairs}
-    whole, modules = _whole_tensors(saved, ranks, after)
-    tied, places = _tied_tensors(saved, after)
+    running = {_running_name(space, name): after.checkpoint[name] for name in names if _is_plain(space, name)}
+    whole, modules = _whole_tensors([_running_name(space, name) for name in saved], ranks, running)
+    tied, places = _tied_tensors(saved, space, after)
     with whole_directory(out, overwrite=overwrite, inputs=inputs) as folder:
         changes = _write(folder / WEIGHTS, pairs, {**whole, **tied}, advance)
         total, lost = (sum(values) for values in zip(*changes.values())) if changes else (0.0, 0.0)
         kept = {name: 1 - left / change if change else 1.0 for name, (change, left) in changes.items()}
         share = 1 - lost / total if total else 1.0
-        config = _config(before, base, rank, ranks, [*modules, *places])
+        turned = any(module in space.turned for module in ranks)
+        config = _config(base, rank, ranks, [*modules, *places], fan_in_fan_out=turned)
         (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         record = {"rank": rank, "share": share, "kept": kept, "whole": saved}
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -93,18 +96,43 @@ def extract_lora(
     return Extraction(out, kept, tuple(saved), share)
 
 
+def _running_names(base: Base) -> NameSpace:
+    """The names of the running model, which an adapter's must be. Raises CoverageError."""
+    try:
+        return name_space(base.path, {name: ref.shape for name, ref in base.checkpoint.tensors.items()})
+    except ConfigurationError as error:
+        raise CoverageError(
+            f"An adapter names the modules of the running model, and these are not known: {error}"
+        ) from error
+
+
+def _is_plain(space: NameSpace, stored: str) -> bool:
+    """Whether a stored tensor is one of the model's, as it is."""
+    found = space.held().get(stored, ())
+    return len(found) == 1 and space.pieces(found[0]) == Assembled.whole(stored, space.shapes[found[0]]).pieces
+
+
+def _running_name(space: NameSpace, stored: str) -> str:
+    """What the running model calls a stored tensor. Raises CoverageError for one that it keeps in another form."""
+    if not _is_plain(space, stored):
+        found = space.held().get(stored)
+        what = f"keeps it within {', '.join(found)}" if found else "does not load it as it is"
+        raise CoverageError(
+            f"{stored} changed, and the running model {what}: a pair has no place for it. Ship the tuned model itself."
+        )
+    return space.held()[stored][0]
+
+
 @dataclass(frozen=True)
 class _Changed:
-    """A weight whose change becomes a pair: the tuned tensor, the base's, and whether they are [in, out]."""
+    """A weight whose change becomes a pair: the tuned tensor, the base's, whether they are [in, out], and the name of
+    its module in the running model."""
 
     new: TensorRef
     old: TensorRef
     rank: int
     flipped: bool
-
-    @property
-    def module(self) -> str:
-        return self.new.name.removesuffix(".weight")
+    module: str
 
     @property
     def specs(self) -> tuple[Outgoing, Outgoing]:
@@ -118,7 +146,12 @@ class _Changed:
 
 
 def _differences(
-    base: Base, tuned: Base, names: Sequence[str], rank: int, advance: Callable[[int], None]
+    base: Base,
+    tuned: Base,
+    names: Sequence[str],
+    space: NameSpace,
+    rank: int,
+    advance: Callable[[int], None],
 ) -> tuple[list[_Changed], list[str]]:
     """(what becomes a pair, names of what is saved as a whole), in the base's order. Raises NonFiniteError."""
     pairs: list[_Changed] = []
@@ -131,9 +164,11 @@ def _differences(
             continue
         if not is_finite(new.read()) or not is_finite(old.read()):
             raise NonFiniteError(f"{name} holds NaN or infinity in {tuned.path} or {base.path}.")
-        if _is_factorable(name, new, base):
-            flipped = is_conv1d(name.removesuffix(".weight"), base.model_type)
-            pairs.append(_Changed(new, old, min(rank, new.shape[0], math.prod(new.shape[1:])), flipped))
+        running = _running_name(space, name)
+        if _is_factorable(running, new, space):
+            module = running.removesuffix(".weight")
+            rank_of = min(rank, new.shape[0], math.prod(new.shape[1:]))
+            pairs.append(_Changed(new, old, rank_of, module in space.turned, module))
         else:
             saved.append(name)
             advance(old.nbytes)
@@ -193,7 +228,7 @@ def _require_same_model(base: Base, tuned: Base) -> list[str]:
     return [name for name, ref in old.items() if ref.dtype.is_floating_point]
 
 
-def _is_factorable(name: str, ref: TensorRef, base: Base) -> bool:
+def _is_factorable(name: str, ref: TensorRef, space: NameSpace) -> bool:
     """Whether a change of this tensor becomes a pair: a linear or plain convolutional layer's weight, not one that the
     model looks rows up in."""
     if not name.endswith(".weight") or len(ref.shape) not in (2, 4) or min(ref.shape[:2]) < 2:
@@ -201,7 +236,7 @@ def _is_factorable(name: str, ref: TensorRef, base: Base) -> bool:
     module = name.removesuffix(".weight")
     if re.fullmatch(r"(.*[._])?(\w*embed\w*|shared|wte|wpe|relative_attention_bias)", module):
         return False
-    return not (is_head_module(module) and tied_head(base.checkpoint.tensors, base.config) is not None)
+    return not (name == space.head and name in (*space.bound, *space.bound.values()))
 
 
 def _factors(pair: _Changed) -> tuple[torch.Tensor, torch.Tensor, float, float]:
@@ -225,14 +260,14 @@ def _factors(pair: _Changed) -> tuple[torch.Tensor, torch.Tensor, float, float]:
 
 
 def _whole_tensors(
-    changed: Sequence[str], ranks: Mapping[str, int], tuned: Base
+    changed: Sequence[str], ranks: Mapping[str, int], tuned: Mapping[str, TensorRef]
 ) -> tuple[dict[str, TensorRef], list[str]]:
     """(tensors that are saved as they are by peft's keys, the modules that are saved as a whole).
 
     peft loads such a module with all its tensors, so unchanged ones come along. A bias beside a pair is saved alone.
     """
     modules = {name.rpartition(".")[0] for name in changed}
-    names = tuple(tuned.checkpoint)
+    names = tuple(tuned)
     found: dict[str, TensorRef] = {}
     for module in sorted(modules):
         if any(name.startswith(f"{module}.") and name.rpartition(".")[0] != module for name in names):
@@ -243,26 +278,29 @@ def _whole_tensors(
             )
         for name in names:
             if name.rpartition(".")[0] == module and name not in changed and module not in ranks:
-                found[_PREFIX + name] = tuned.checkpoint[name]
+                found[_PREFIX + name] = tuned[name]
     for name in changed:
         module, _, leaf = name.rpartition(".")
         key = f"{module}.base_layer.{leaf}" if module in ranks else name
-        found[_PREFIX + key] = tuned.checkpoint[name]
+        found[_PREFIX + key] = tuned[name]
     return found, sorted(modules)
 
 
-def _tied_tensors(changed: Sequence[str], tuned: Base) -> tuple[dict[str, TensorRef], list[str]]:
+def _tied_tensors(changed: Sequence[str], space: NameSpace, tuned: Base) -> tuple[dict[str, TensorRef], list[str]]:
     """A changed token embedding under every further name that it has in the running model, where peft wraps each
     place: (tensors by peft's keys, modules)."""
-    tied = tied_head(tuned.checkpoint.tensors, tuned.config)
-    if tied is None or tied.embedding not in changed:
-        return {}, []
-    places = [tied.head, *tied.places]
-    tensors = {_PREFIX + name: tuned.checkpoint[tied.embedding] for name in places}
+    places = {
+        name: pieces[0].stored
+        for name in space.tied
+        if name.endswith(".weight") and len(pieces := space.pieces(name)) == 1 and pieces[0].stored in changed
+    }
+    tensors = {_PREFIX + name: tuned.checkpoint[stored] for name, stored in places.items()}
     return tensors, [name.removesuffix(".weight") for name in places]
 
 
-def _config(base: Base, path: Path, rank: int, ranks: Mapping[str, int], saved: list[str]) -> dict[str, Any]:
+def _config(
+    path: Path, rank: int, ranks: Mapping[str, int], saved: list[str], *, fan_in_fan_out: bool
+) -> dict[str, Any]:
     lowered = {re.escape(name): value for name, value in ranks.items() if value != rank}
     with_pair = [module for module in saved if module in ranks]
     return {
@@ -274,7 +312,7 @@ def _config(base: Base, path: Path, rank: int, ranks: Mapping[str, int], saved: 
         "lora_dropout": 0.0,
         "use_rslora": False,
         "use_dora": False,
-        "fan_in_fan_out": any(is_conv1d(name, base.model_type) for name in ranks),
+        "fan_in_fan_out": fan_in_fan_out,
         # Biases of layers that also have a pair are trained beside it; everything else is a module of its own.
         "bias": "lora_only" if with_pair else "none",
         "target_modules": sorted(ranks),

@@ -23,8 +23,10 @@ _PART = re.compile(
     r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<leaf>weight|bias))?"
 )
 _TOKENS = re.compile(r"(?P<module>.+?)\.token_adapter\.trainable_tokens_delta(?:\.(?P<adapter>[^.]+))?")
-_SAVED = re.compile(r"(?P<module>.+?)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<rest>.+)")
-_IGNORED = re.compile(r".+\.(original_module|token_adapter\.base_layer)\..+")
+_TOKEN_BASE = re.compile(r"(?P<module>.+?)\.token_adapter\.base_layer\.(?P<leaf>weight|bias)")
+# Beside a resized vocabulary peft saves what its wrapper holds, without the adapter's name.
+_SAVED = re.compile(r"(?P<module>.+?)\.modules_to_save\.(?:(?P<adapter>[^.]+)\.(?P<rest>.+)|(?P<leaf>[^.]+))")
+_IGNORED = re.compile(r".+\.original_module\..+")
 _OTHER_METHOD = re.compile(
     r".+\.(lora_(?!A|B|embedding)\w+|hada_\w+|lokr_\w+|ia3_l|oft_\w+|vera_\w+|prompt_\w+)(\..+)?"
 )
@@ -52,7 +54,8 @@ class LoraAdapter:
     """An adapter, opened: nothing of its weights is read yet.
 
     `modules` are low-rank pairs, `whole` tensors that take the place of the base's (biases, modules_to_save, resized
-    embeddings), `tokens` single rows of embeddings; names are the adapter's. `ported`: where a copy with the native
+    embeddings), `tokens` single rows of embeddings, `token_bases` the tensors of modules that these are rows of,
+    where the vocabulary was resized; names are the adapter's. `ported`: where a copy with the native
     model's module names stands, for an adapter that came with the original's.
     """
 
@@ -61,6 +64,7 @@ class LoraAdapter:
     modules: tuple[ModuleAdapter, ...]
     whole: Mapping[str, TensorRef] = field(default_factory=dict)
     tokens: Mapping[str, TensorRef] = field(default_factory=dict)
+    token_bases: Mapping[str, TensorRef] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
     states: Mapping[Path, FileState] = field(default_factory=dict)
     ported: Path | None = None
@@ -83,6 +87,7 @@ def open_adapter(folder: Path) -> LoraAdapter:
     parts: dict[tuple[str, int], dict[str, TensorRef]] = {}
     whole: dict[str, TensorRef] = {}
     tokens: dict[str, TensorRef] = {}
+    token_bases: dict[str, TensorRef] = {}
     adapters: set[str] = set()
     for key, ref in tensors.items():
         name = _stripped(key)
@@ -94,8 +99,10 @@ def open_adapter(folder: Path) -> LoraAdapter:
         elif found := _TOKENS.fullmatch(name):
             module, _ = _unwrapped(found["module"])
             tokens[module] = ref
+        elif found := _TOKEN_BASE.fullmatch(name):
+            token_bases[f"{_unwrapped(found['module'])[0]}.{found['leaf']}"] = ref
         elif found := _SAVED.fullmatch(name):
-            whole[f"{found['module']}.{found['rest']}"] = ref
+            whole[f"{found['module']}.{found['rest'] or found['leaf']}"] = ref
         elif _OTHER_METHOD.fullmatch(name):
             raise AdapterError(f"{path}: {key} is of no LoRA that can be merged; merge the adapter with peft.")
         elif not _IGNORED.fullmatch(name):
@@ -111,7 +118,7 @@ def open_adapter(folder: Path) -> LoraAdapter:
     if not modules and not whole and not tokens:
         raise AdapterError(f"{path} holds no tensors.")
     files = (folder / "adapter_config.json", path)
-    adapter = LoraAdapter(folder, settings, modules, whole, tokens, files, checkpoint.states)
+    adapter = LoraAdapter(folder, settings, modules, whole, tokens, token_bases, files, checkpoint.states)
     settings.require_bounded([*(module.module for module in modules), *whole, *tokens], settings.where)
     _check(adapter, tensors)
     return adapter
@@ -165,8 +172,9 @@ def _check(adapter: LoraAdapter, tensors: Mapping[str, TensorRef]) -> None:
                 "before saving."
             )
         rank = settings.rank(module.module)
+        # Ranks of parameters depend on which parameter of the module it is, which the base says.
         of_parameter = any(_of_parameter(name, module.module) for name in settings.target_parameters)
-        if a[0] != rank and not (of_parameter and a[0] % rank == 0):
+        if a[0] != rank and not of_parameter:
             raise AdapterError(
                 f"{module.a.name} has the rank {a[0]}, but {settings.where} says {rank} (r and rank_pattern). "
                 "The two files are of different trainings: the adapter's strength depends on the rank."

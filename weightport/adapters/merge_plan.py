@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,8 +17,9 @@ from weightport.adapters.base_model import Base
 from weightport.adapters.combination import SUM, Combination, check_combination
 from weightport.adapters.edits import Edit, Output
 from weightport.adapters.lora_tensors import LoraAdapter
+from weightport.adapters.module_names import ModuleNames, names_of_base
 from weightport.adapters.tensor_edits import EditBuilder
-from weightport.adapters.ties import TiedHead, is_head_module, tied_head, token_embedding
+from weightport.adapters.ties import TiedHead, tied_head
 from weightport.adapters.touched import Touched, gather, listed, names_of, require_all_layers, settle_ties
 from weightport.checkpoints import Checkpoint, TensorRef
 from weightport.errors import AdapterError, CoverageError, UsageError
@@ -29,13 +30,17 @@ _OUTPUT_BIAS = re.compile(r"(.*\.)?(final_logits_bias|(lm_head|predictions|predi
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What a merge will write: tensors by file, in file order. `resized`: rows of the vocabulary before and after."""
+    """What a merge will write: tensors by file, in file order. `resized`: rows of the vocabulary before and after.
+    `touched`: what the adapters say, by stored tensor."""
 
     shards: Mapping[str, tuple[Output, ...]]
     notes: tuple[str, ...] = ()
     resized: tuple[int, int] | None = None
     untied: TiedHead | None = None
     embedding_rows: int | None = None
+    touched: Mapping[str, Touched] = field(default_factory=dict)
+    names: ModuleNames | None = None
+    combination: str = SUM
 
     @property
     def outputs(self) -> list[Output]:
@@ -55,6 +60,7 @@ def plan_merge(
     untie: bool = False,
     quantized_base: str | None = None,
     quantized_layers: frozenset[str] | None = None,
+    names: ModuleNames | None = None,
 ) -> MergePlan:
     """The plan of merging `adapters` with `weights` into `base`. Raises AdapterError, CoverageError, UsageError."""
     check_combination(
@@ -67,18 +73,19 @@ def plan_merge(
     )
     _require_weights(adapters, weights, combination)
     tensors = base.checkpoint.tensors
-    tied = tied_head(tensors, base.config)
-    touched = gather(base, adapters, tied)
+    names = names or names_of_base(base, adapters, untie=untie)
+    tied = tied_head(names.space, tensors, base.model_type) if names.space is not None else None
+    touched = gather(base, names, adapters, tied)
     for adapter in adapters:
-        require_all_layers(base, adapter)
+        require_all_layers(base, names, adapter)
     untied = settle_ties(tied, touched, tensors, adapters, untie)
     context = EditBuilder(base, adapters, weights, combination, quantized_base, quantized_layers)
     edits, problems = context.edits(touched, untied)
     if problems:
         raise AdapterError(listed(f"{names_of(adapters)} cannot be merged into {base.path}:", problems))
     outputs = {name: _output(name, ref, edits.get(name), dtype) for name, ref in _stored_once(tensors).items()}
-    embedding = token_embedding(tensors)
-    resized = _resized(base, outputs, embedding, tied if untied is None else None)
+    embedding, heads = names.vocabulary()
+    resized = _resized(outputs, embedding, heads, tied if untied is None else None)
     _follow_vocabulary(outputs, resized)
     shards = _lay_out(base, outputs, reorder=dtype is not None)
     if untied is not None:
@@ -89,6 +96,9 @@ def plan_merge(
         resized,
         untied,
         outputs[embedding].shape[0] if embedding in outputs else None,
+        touched,
+        names,
+        combination.kind,
     )
 
 
@@ -120,7 +130,7 @@ def _output(name: str, ref: TensorRef, edit: Edit | None, dtype: torch.dtype | N
 
 
 def _resized(
-    base: Base, outputs: Mapping[str, Output], embedding: str | None, tied: TiedHead | None
+    outputs: Mapping[str, Output], embedding: str | None, heads: Sequence[str], tied: TiedHead | None
 ) -> tuple[int, int] | None:
     """Rows of the vocabulary before and after. Raises CoverageError when only one of embedding and own head
     changed."""
@@ -128,7 +138,6 @@ def _resized(
     if not grown:
         return None
     sizes = set(grown.values())
-    heads = [name for name in outputs if is_head_module(name.removesuffix(".weight")) and name.endswith(".weight")]
     lacking = [name for name in (*heads, *([embedding] if embedding else [])) if name not in grown]
     if len(sizes) > 1 or (lacking and tied is None):
         raise CoverageError(
@@ -182,12 +191,24 @@ def _append_own_head(
 ) -> None:
     """Add the head, and what else the tie held together, to the file of the embedding."""
     file = next(found for found in shards.values() if any(out.name == tied.embedding for out in found))
-    if tied.head not in outputs:
-        head = _output(tied.head, tensors[tied.embedding], edits[tied.head], dtype)
-        file.append(head)
-    if tied.sets_config:
-        file.extend(replace(outputs[source], name=name) for name, source in tied.aliases.items())
+    embedding = outputs[tied.embedding]
+    for name, source in {tied.head: tied.embedding, **tied.aliases}.items():
+        if name in outputs:
+            continue
+        if name in edits:
+            file.append(_output(name, tensors[source], edits[name], dtype))
+        elif source != tied.embedding or _of_vocabulary(embedding):
+            if tied.sets_config:
+                file.append(replace(outputs[source], name=name))
+        elif tied.sets_config or embedding.edit is not None:
+            # A further place of the embedding is another module, which the change of this one leaves as it was.
+            file.append(_output(name, tensors[source], None, dtype))
     file.sort(key=lambda out: -out.dtype.itemsize)
+
+
+def _of_vocabulary(out: Output) -> bool:
+    """Whether the change is of the vocabulary, and so of every place: other rows, or single ones."""
+    return out.shape != out.base.shape or (out.edit is not None and bool(out.edit.rows))
 
 
 def _notes(

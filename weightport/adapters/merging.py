@@ -21,7 +21,9 @@ from typing import Any
 import torch
 
 from weightport import __version__
+from weightport.adapters.base_identity import identify
 from weightport.adapters.base_model import Base, open_base
+from weightport.adapters.base_record import recorded_base, recorded_quantization
 from weightport.adapters.combination import Combination
 from weightport.adapters.companions import (
     RECORD,
@@ -37,8 +39,11 @@ from weightport.adapters.edits import Norms, Output, edited_chunks
 from weightport.adapters.family import FamilyLookup
 from weightport.adapters.lora_tensors import LoraAdapter, open_adapter
 from weightport.adapters.merge_plan import MergePlan, plan_merge
+from weightport.adapters.module_names import ModuleNames, names_of_base
 from weightport.adapters.quantized import KINDS
+from weightport.adapters.ties import tied_head
 from weightport.adapters.touched import unresolved
+from weightport.adapters.weights_check import WeightsCheck, check_weights
 from weightport.checkpoints.formats.sharded import read_json
 from weightport.checkpoints.lazy_tensors import blocks
 from weightport.errors import AdapterError, UsageError
@@ -96,14 +101,16 @@ def merge_lora(
     digests: BackgroundDigests | None = None,
     announce: Callable[[MergePlan], None] = lambda plan: None,
     advance: Advance = lambda count: None,
+    weighed: Callable[[WeightsCheck], None] = lambda proof: None,
     check: Callable[[Written], Mapping[str, Any] | None] = lambda written: None,
 ) -> Merge:
     """Write the model directory `base` with `adapters` (folder, weight) merged into it to the directory `out`.
 
-    `digests` are of the base's files, if hashing them has begun. `check` sees the finished files before they take
-    their place; what it returns is recorded, and what it raises leaves nothing behind. Raises AdapterError for an
-    adapter that does not belong to the base or cannot be merged, CheckpointError, ConfigurationError, NonFiniteError,
-    UsageError, OutputError.
+    `digests` are of the base's files, if hashing them has begun. `weighed` is told how the weights as written compare
+    with base and adapters computed a second time, which is always looked at. `check` sees the finished files before
+    they take their place; what it returns is recorded, and what it raises leaves nothing behind. Raises AdapterError
+    for an adapter that does not belong to the base or cannot be merged, CheckpointError, ConfigurationError,
+    NonFiniteError, ParityError, UsageError, OutputError.
     """
     options = options or MergeOptions()
     base, out = Path(base), Path(out)
@@ -115,9 +122,11 @@ def merge_lora(
         begun = digests is not None and digests.files == source.checkpoint.files
         hashed = digests if digests and begun else stack.enter_context(BackgroundDigests(source.checkpoint.files))
         with one_thread():
-            opened = [_open(Path(path), source, stack, families) for path, _ in adapters]
+            opened = [_open(Path(path)) for path, _ in adapters]
+            names = names_of_base(source, opened, untie=options.untie)
+            opened = [_brought_over(source, names, adapter, stack, families) for adapter in opened]
         weights = [weight for _, weight in adapters]
-        _require_same_base(source, opened, hashed)
+        identified = _identified(source, opened, hashed)
         plan = plan_merge(
             source,
             opened,
@@ -127,11 +136,12 @@ def merge_lora(
             options.untie,
             options.quantized_base,
             quantized_layers(opened, options.quantized_base),
+            names,
         )
         tokenizer, config_changes = _configuration(source, plan, opened, options)
         folders = [adapter.path for adapter in opened]
         processor, notes = adapter_processor(folders)
-        plan = replace(plan, notes=(*plan.notes, *notes))
+        plan = replace(plan, notes=(*identified, *plan.notes, *notes))
         others = processor | adapter_records(list(zip(folders, weights)))
         announce(plan)
         needs = plan.nbytes + (1 << 20)
@@ -139,9 +149,11 @@ def merge_lora(
             with one_thread():
                 files, tensors = _write(plan, source, folder, advance)
             write_companions(folder, base, tokenizer, others, source.config, config_changes)
-            record = _record(
-                source, opened, adapters, plan, options, files, tensors, hashed.result(source.checkpoint.states)
-            )
+            proof = check_weights(folder, plan, opened, weights)
+            weighed(proof)
+            digests_read = hashed.result(source.checkpoint.states)
+            record = _record(source, opened, adapters, plan, options, files, tensors, digests_read)
+            record["weights_check"] = proof.record()
             _write_record(folder, record)
             verification = check(Written(folder, base, tuple(opened), tuple(weights), plan, options))
             if verification is not None:
@@ -174,20 +186,26 @@ def _require_options(adapters: Sequence[tuple[str | Path, float]], options: Merg
         raise UsageError(f"{options.dtype} is no floating-point dtype.")
 
 
-def _open(path: Path, base: Base, stack: ExitStack, families: FamilyLookup) -> LoraAdapter:
-    """The adapter, brought to the base's module names first where it has the original's."""
+def _open(path: Path) -> LoraAdapter:
     if not path.is_dir():
         raise AdapterError(f"{path} is not an adapter: expected the folder that peft's save_pretrained wrote.")
-    adapter = open_adapter(path)
-    strangers = unresolved(base, adapter)
+    return open_adapter(path)
+
+
+def _brought_over(
+    base: Base, names: ModuleNames, adapter: LoraAdapter, stack: ExitStack, families: FamilyLookup
+) -> LoraAdapter:
+    """The adapter; one that has the original's module names, ported to the base's first."""
+    tied = tied_head(names.space, base.checkpoint.tensors, base.model_type) if names.space is not None else None
+    strangers = unresolved(names, tied, adapter)
     if not strangers or not _originals_names(base, strangers, families):
         return adapter
     from weightport.adapters.porting import port_adapter
 
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="weightport-adapter-")))
-    port_adapter(path, folder / "ported", base.path, families)
+    port_adapter(adapter.path, folder / "ported", base.path, families)
     ported = open_adapter(folder / "ported")
-    return replace(ported, path=path, files=adapter.files, states=adapter.states, ported=ported.path)
+    return replace(ported, path=adapter.path, files=adapter.files, states=adapter.states, ported=ported.path)
 
 
 def _originals_names(base: Base, names: Sequence[str], families: FamilyLookup) -> bool:
@@ -200,28 +218,21 @@ def _originals_names(base: Base, names: Sequence[str], families: FamilyLookup) -
     return any(next(rules.of_source(f"{name}.weight"), None) is not None for name in names)
 
 
-def _require_same_base(base: Base, adapters: Sequence[LoraAdapter], digests: BackgroundDigests) -> None:
-    """An adapter that knows its base's hash must meet that base."""
-    from weightport.adapters.base_record import recorded_base
-
+def _identified(base: Base, adapters: Sequence[LoraAdapter], digests: BackgroundDigests) -> tuple[str, ...]:
+    """What is said of how each adapter is known to belong to the base. Raises AdapterError."""
+    found = []
     for adapter in adapters:
-        expected = recorded_base(adapter.path)
-        if expected is None:
-            continue
-        found = {digest.sha256 for digest in digests.result() if not digest.name.endswith(".json")}
-        if not found <= expected:
-            raise AdapterError(
-                f"{adapter.path} was trained on a base whose weights have another SHA-256 than those in {base.path}. "
-                "Merge it into the base it was trained on; if the weights were only saved again, remove base.json "
-                "from the adapter."
-            )
+        # Hashes take as long as reading the base: they are waited for where an adapter says what they should be.
+        hashes = None
+        if recorded_base(adapter.path) is not None:
+            hashes = [digest.sha256 for digest in digests.result() if not digest.name.endswith(".json")]
+        found.append(f"{adapter.path.name} knows {identify(base, adapter, hashes)}")
+    return tuple(found)
 
 
 def quantized_layers(adapters: Sequence[LoraAdapter], kind: str | None) -> frozenset[str] | None:
     """The layers that the adapters' trainings held in 4 bits of this `kind`; None where they do not say. Raises
     UsageError when they say another kind, or differ."""
-    from weightport.adapters.base_record import recorded_quantization
-
     found = [known for adapter in adapters if kind and (known := recorded_quantization(adapter.path)) is not None]
     for known in found:
         if known.kind != kind:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,10 @@ def load_adapter(model: Any, folder: Path, name: str = "default", **options: Any
     require_bounded(model, folder)
     try:
         if isinstance(model, PeftModel):
-            model.load_adapter(folder, name, **options)
+            missing = model.load_adapter(folder, name, **options).missing_keys
+            if missing:
+                # As peft says it of a first adapter.
+                warnings.warn(f"Found missing adapter keys while loading the checkpoint: {missing}.", stacklevel=2)
             return model
         return PeftModel.from_pretrained(model, folder, name, **options)
     except (ValueError, RuntimeError) as error:

@@ -1,15 +1,17 @@
-"""The proof of a merge: base + adapter run in peft against the merged directory, and every weight against peft's own.
+"""The second proof of a merge: base + adapter run in peft against the merged directory, every weight against peft's.
 
 This is the one part of merging that builds models, so it is run where they fit in memory.
 """
 
 from __future__ import annotations
 
-import inspect
+import json
 import math
+import re
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,10 +20,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from weightport.adapters.combination import SUM
+from weightport.adapters.lora_tensors import LoraAdapter
 from weightport.adapters.merging import Written, quantized_layers
+from weightport.adapters.module_names import ModuleNames
 from weightport.adapters.peft_loading import load_adapter
 from weightport.adapters.quantized import is_quantized_layer, nf4_round_trip
-from weightport.errors import ParityError
+from weightport.adapters.sample_inputs import sample_inputs
+from weightport.checkpoints import open_checkpoint
+from weightport.converters.name_spaces import NameSpace, name_space
+from weightport.errors import ConfigurationError, ParityError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,19 +62,24 @@ class SeamDifference:
 
 @dataclass(frozen=True)
 class Verification:
-    """How far the merged model lies from base + adapter. `weights` counts those compared with peft's own merge; of
-    their elements, the furthest lies `weight_steps` roundings of the stored dtype away."""
+    """How far the merged model lies from base + adapter. Of `changed` stored tensors `weights` were compared with
+    peft's own merge; of their elements, the furthest lies `weight_steps` roundings of the stored dtype away.
+    `unchecked`: what was not compared, or did not run on the inputs, with the reason."""
 
     seams: tuple[SeamDifference, ...]
+    changed: int
     weights: int
     weight_steps: float
     inputs: tuple[str, ...]
+    unchecked: Mapping[str, str]
 
     def record(self) -> dict[str, Any]:
         """As plain data, for merge.json."""
         return {
             "inputs": list(self.inputs),
             "seams": [asdict(seam) for seam in self.seams],
+            "changed": self.changed,
+            "unchecked": dict(self.unchecked),
             "weights": self.weights,
             "weight_steps": self.weight_steps,
         }
@@ -96,22 +108,70 @@ def available_memory() -> int:
 
 def verify_merge(written: Written) -> Verification:
     """Run base + adapters in peft and the merged directory, both in float32, on the same inputs. Raises
-    ParityError, UnverifiableError where the model takes none of the inputs that can be made for it, AdapterError
-    where peft does not take the adapter."""
-    with _quiet():
-        tuned = _tuned(written)
-        arguments, expected = _run(tuned, written.base)
-        weights = _merged_by_peft(tuned, written)
-        del tuned
+    UnverifiableError where the model takes none of the inputs that can be made for it, AdapterError where peft does
+    not take the adapter, ParityError for a difference; what cannot be compared is in `unchecked`, never a verdict."""
+    changed = {out.name: out.dtype for out in written.plan.outputs if out.edit is not None}
+    with _quiet(), ExitStack() as stack:
+        names = ModuleNames({}, _space_of(written))
+        held = names.space.held() if names.space is not None else {}
+        loaded = _tuned(written, names, stack)
+        if loaded.missing:
+            reason = f"peft did not load {len(loaded.missing)} keys of the adapter, {loaded.missing[0]} among them"
+            return Verification((), len(changed), 0, 0.0, (), dict.fromkeys(changed, reason))
+        tuned = loaded.model
+        try:
+            arguments = sample_inputs(tuned.get_base_model(), written.base)
+            expected = _outputs(tuned, arguments)
+        except Exception as error:
+            # Code of any architecture, called with inputs that were made without knowing it.
+            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            raise UnverifiableError(
+                f"{type(tuned.get_base_model()).__name__} does not run on sample inputs ({reason})"
+            ) from error
+        weights = dict(tuned.merge_and_unload().state_dict())
+        del tuned, loaded
         model = load_model(written.folder)
+        ran = _running_modules(model)
         found = _outputs(model, arguments)
+    steps, unchecked = _compare_weights(weights, model.state_dict(), changed, held)
+    compared = len(changed) - len(unchecked)
+    for name in changed:
+        idle = [of for of in held.get(name, ()) if not _has_run(of, model, ran)]
+        if idle and name not in unchecked:
+            unchecked[name] = f"{idle[0]} does not run on these inputs (its values are peft's)"
     result = Verification(
         tuple(_compare(expected, found, written, _depth(model.config))),
-        *_compare_weights(weights, model, written),
+        len(changed),
+        compared,
+        steps,
         tuple(arguments),
+        unchecked,
     )
     _require(result, expected, found)
     return result
+
+
+def _space_of(written: Written) -> NameSpace | None:
+    """The names of the merged model."""
+    try:
+        return name_space(written.folder, {out.name: out.shape for out in written.plan.outputs})
+    except ConfigurationError:
+        return None
+
+
+def _running_modules(model: torch.nn.Module) -> set[str]:
+    """Names of the modules that have run so far: filled as a forward pass goes."""
+    ran: set[str] = set()
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda module, inputs, output, name=name: ran.add(name))
+    return ran
+
+
+def _has_run(name: str, model: torch.nn.Module, ran: set[str]) -> bool:
+    """Whether the module of a tensor ran; of MultiheadAttention the parts are used without being called."""
+    owner = name.rpartition(".")[0]
+    above = owner.rpartition(".")[0]
+    return owner in ran or (above in ran and isinstance(model.get_submodule(above), torch.nn.MultiheadAttention))
 
 
 def load_model(directory: Path) -> PreTrainedModel:
@@ -130,7 +190,15 @@ def load_model(directory: Path) -> PreTrainedModel:
     return model.eval()
 
 
-def _tuned(written: Written) -> Any:
+@dataclass(frozen=True)
+class _Tuned:
+    """Base and adapters in peft, and the keys of the adapters that peft has found no place for."""
+
+    model: Any
+    missing: tuple[str, ...]
+
+
+def _tuned(written: Written, names: ModuleNames, stack: ExitStack) -> _Tuned:
     """Base and adapters in peft, each adapter as strong as the merge made it."""
     model = load_model(written.base)
     if written.options.quantized_base:
@@ -138,15 +206,25 @@ def _tuned(written: Written) -> Any:
         _quantize(model, kind, quantized_layers(written.adapters, kind))
     if written.plan.resized is not None:
         model.resize_token_embeddings(written.plan.resized[1], mean_resizing=False)
-    names = [f"adapter_{place}" for place in range(len(written.adapters))]
-    tuned: Any = model
-    for adapter, name in zip(written.adapters, names):
-        tuned = load_adapter(tuned, adapter.folder, name, autocast_adapter_dtype=False)
+    if written.plan.untied is not None:
+        _untie(model)
+    labels = [f"adapter_{place}" for place in range(len(written.adapters))]
+    folders = [_under_todays_names(adapter, names, stack) for adapter in written.adapters]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        tuned: Any = model
+        for folder, label in zip(folders, labels):
+            tuned = load_adapter(tuned, folder, label, autocast_adapter_dtype=False)
+    missing = [str(w.message) for w in said if "missing adapter keys" in str(w.message)]
+    if missing:
+        # A warning names all keys in one text.
+        listed = [key.strip(" '\"") for text in missing for key in text.partition("[")[2].partition("]")[0].split(",")]
+        return _Tuned(tuned, tuple(key for key in listed if key) or tuple(missing))
     tuned.float()
     combination = written.options.combination
-    if len(names) > 1 and combination.kind != SUM:
+    if len(labels) > 1 and combination.kind != SUM:
         tuned.add_weighted_adapter(
-            names,
+            labels,
             list(written.weights),
             "combined",
             combination.kind,
@@ -155,14 +233,53 @@ def _tuned(written: Written) -> Any:
             majority_sign_method=combination.majority_sign,
         )
         tuned.set_adapter("combined")
-        return tuned.float().eval()
+        return _Tuned(tuned.float().eval(), ())
     for module in tuned.modules():
         scaling = getattr(module, "scaling", None)
         if isinstance(scaling, dict):
-            scaling.update({n: scaling[n] * w for n, w in zip(names, written.weights) if n in scaling})
+            scaling.update({n: scaling[n] * w for n, w in zip(labels, written.weights) if n in scaling})
     tuner: Any = tuned.base_model
-    tuner.set_adapter(names if len(names) > 1 else names[0])
-    return tuned.eval()
+    tuner.set_adapter(labels if len(labels) > 1 else labels[0])
+    return _Tuned(tuned.eval(), ())
+
+
+def _under_todays_names(adapter: LoraAdapter, names: ModuleNames, stack: ExitStack) -> Path:
+    """The adapter's folder; of one with names of an earlier transformers, a copy with those that peft finds today."""
+    renamed = {m.module: (names.current(f"{m.module}.weight") or "").removesuffix(".weight") for m in adapter.modules}
+    settings = adapter.settings
+    if all(old == new for old, new in renamed.items()) or not all(renamed.values()) or settings.target_parameters:
+        return adapter.folder
+    from safetensors.torch import save_file
+
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="weightport-adapter-")))
+    tensors = {}
+    for key, ref in open_checkpoint(adapter.files[1]).items():
+        module = next((old for old in renamed if f".{old}." in key), None)
+        tensors[key if module is None else key.replace(module, renamed[module], 1)] = ref.read().contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    exact = {
+        "target_modules": sorted(renamed.values()),
+        "rank_pattern": {re.escape(new): settings.rank(old) for old, new in renamed.items()},
+        "alpha_pattern": {re.escape(new): settings.alpha(old) for old, new in renamed.items()},
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "exclude_modules": None,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps({**settings.data, **exact}), encoding="utf-8")
+    return folder
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Give every tied place a parameter of its own, so that peft changes and merges the places apart."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) in seen:
+                setattr(module, name, torch.nn.Parameter(parameter.detach().clone()))
+            seen.add(id(parameter))
+    model.all_tied_weights_keys = {}
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
 
 
 @torch.no_grad()
@@ -177,88 +294,6 @@ def _quantize(model: PreTrainedModel, kind: str, layers: frozenset[str] | None) 
             flipped = isinstance(module, Conv1D)
             stored = weight.to(model.config.dtype or torch.float32)
             weight.copy_(nf4_round_trip(stored, double=kind == "nf4-double", flipped=flipped))
-
-
-def _run(tuned: Any, directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(arguments, outputs) of the first sample inputs that the model takes. Raises UnverifiableError."""
-    model, reason = tuned.get_base_model(), "no inputs are known for it"
-    for made in (_processed, _image_and_text, _plain_inputs):
-        try:
-            arguments = sample_inputs(model, made(model, directory))
-            if arguments:
-                return arguments, _outputs(tuned, arguments)
-        except Exception as error:
-            # Code of any architecture, called with inputs that were made without knowing it.
-            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    raise UnverifiableError(f"{type(model).__name__} does not run on sample inputs ({reason})")
-
-
-def sample_inputs(model: PreTrainedModel, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Arguments of a forward pass: those found, and the decoder's where the model has one; none when none were
-    found."""
-    if found and getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" not in found:
-        found["decoder_input_ids"] = _tokens(model, 7)
-    return found
-
-
-def _processed(model: PreTrainedModel, directory: Path) -> dict[str, torch.Tensor]:
-    if not any((directory / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
-        return {}
-    from PIL import Image
-    from transformers import AutoProcessor
-
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (64, 80, 3), generator=generator, dtype=torch.uint8)
-    prompt = {"florence2": "<CAPTION>", "paligemma": "<image>caption en"}.get(model.config.model_type, "what is this?")
-    try:
-        processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
-        batch = processor(text=prompt, images=Image.fromarray(pixels.numpy()), return_tensors="pt")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        # A directory with an image processor alone, or one that takes other arguments: token ids do as well.
-        return {}
-    return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
-
-
-@torch.no_grad()
-def _image_and_text(model: PreTrainedModel, directory: Path) -> dict[str, torch.Tensor]:
-    """Random pixels of the size that the vision tower takes, and token ids with as many placeholders as the image has
-    features; nothing for models without a vision tower. For directories without a processor."""
-    vision = getattr(model.config, "vision_config", None)
-    if vision is None or "pixel_values" not in inspect.signature(model.forward).parameters:
-        return {}
-    pixels, ids = _pixels(vision), _tokens(model, 12)
-    config: Any = model.config
-    placeholder = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
-    if placeholder is not None:
-        found: Any = model.get_image_features(pixel_values=pixels)  # type: ignore[operator]
-        features = getattr(found, "pooler_output", found)
-        features = torch.cat(list(features)) if isinstance(features, (list, tuple)) else features
-        count = features.numel() // features.shape[-1]
-        ids = torch.cat([torch.full((1, count), placeholder), ids], dim=1)
-    return {"pixel_values": pixels, "input_ids": ids}
-
-
-def _plain_inputs(model: PreTrainedModel, directory: Path) -> dict[str, torch.Tensor]:
-    """Token ids; an image alone for models that take nothing else."""
-    if model.main_input_name == "pixel_values" and not hasattr(model.config.get_text_config(), "vocab_size"):
-        return {"pixel_values": _pixels(model.config)}
-    return {"input_ids": _tokens(model, 12)}
-
-
-def _pixels(config: Any) -> torch.Tensor:
-    channels, size = getattr(config, "num_channels", 3), getattr(config, "image_size", 64)
-    side = size if isinstance(size, int) else size[0]
-    return torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(0))
-
-
-def _tokens(model: PreTrainedModel, length: int) -> torch.Tensor:
-    """Token ids [1, length], of the lower half of the vocabulary: special tokens for images stand at its end."""
-    try:
-        embedding: Any = model.get_input_embeddings()
-        rows = int(embedding.weight.shape[0])
-    except NotImplementedError:
-        rows = int(model.config.get_text_config().vocab_size)
-    return torch.randint(min(4, rows - 1), max(rows // 2, 5), (1, length), generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
@@ -308,30 +343,29 @@ def _compare(
         yield SeamDifference(seam, difference, scale, noise * max(scale, 1e-6))
 
 
-def _merged_by_peft(tuned: Any, written: Written) -> dict[str, torch.Tensor]:
-    """The weights of peft's own merge in float32, but for tied places that it cannot merge apart."""
-    merged = tuned.merge_and_unload().state_dict()
-    untied = written.plan.untied
-    left_out = {untied.head, untied.embedding, *untied.aliases} if untied is not None else set()
-    return {name: weight for name, weight in merged.items() if name not in left_out}
-
-
 def _compare_weights(
-    weights: Mapping[str, torch.Tensor], model: PreTrainedModel, written: Written
-) -> tuple[int, float]:
-    """(weights compared, largest distance in roundings of the stored dtype)."""
-    changed = {out.name: out.dtype for out in written.plan.outputs if out.edit is not None}
-    furthest, compared = 0.0, 0
-    for name, found in model.state_dict().items():
-        reference = weights.get(name)
-        if reference is None or name not in changed or reference.shape != found.shape:
+    weights: Mapping[str, torch.Tensor],
+    found: Mapping[str, torch.Tensor],
+    changed: Mapping[str, torch.dtype],
+    held: Mapping[str, Sequence[str]],
+) -> tuple[float, dict[str, str]]:
+    """(largest distance from peft's merge in roundings of the stored dtype, stored tensors that were not compared)."""
+    furthest = 0.0
+    unchecked: dict[str, str] = {}
+    for stored, dtype in changed.items():
+        names = held.get(stored, ())
+        lacking = [n for n in names if n not in found or n not in weights or weights[n].shape != found[n].shape]
+        if lacking or not names:
+            what = lacking[0] if lacking else "its name in the running model"
+            unchecked[stored] = f"peft's merge has no {what} of this shape"
             continue
-        compared += 1
-        # float32 products and sums of peft's merge are themselves some roundings away.
-        eps = max(torch.finfo(changed[name]).eps, 16 * torch.finfo(torch.float32).eps)
-        step = eps * reference.abs().clamp(min=float(reference.abs().mean()) + torch.finfo(torch.float32).tiny)
-        furthest = max(furthest, float(((found - reference).abs() / step).max()))
-    return compared, furthest
+        for name in names:
+            reference = weights[name].float()
+            # float32 products and sums of peft's merge are themselves some roundings away.
+            eps = max(torch.finfo(dtype).eps if dtype.is_floating_point else 0.0, 16 * torch.finfo(torch.float32).eps)
+            step = eps * reference.abs().clamp(min=float(reference.abs().mean()) + torch.finfo(torch.float32).tiny)
+            furthest = max(furthest, float(((found[name].float() - reference).abs() / step).max()))
+    return furthest, unchecked
 
 
 def _require(result: Verification, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from weightport.hashing import BackgroundDigests, likely_weights
 if TYPE_CHECKING:
     from weightport.adapters.merge_plan import MergePlan
     from weightport.adapters.merging import Written
+    from weightport.adapters.weights_check import WeightsCheck
 
 COMBINATIONS = ("cat", "linear", "svd", "ties", "ties_svd", "magnitude_prune", "magnitude_prune_svd")
 RANDOM = ("dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd")
@@ -86,8 +87,8 @@ class WeightedAdapter(click.ParamType):
 @click.option(
     "--verify/--no-verify",
     default=None,
-    help="Run base + adapter in peft and the merged model, and refuse a difference. "
-    "By default where both fit in memory.",
+    help="Run base + adapter in peft and the merged model, and refuse a difference. By default where both fit in "
+    "memory. The weights are always compared with base + adapter, computed a second time.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @quiet_option
@@ -137,8 +138,20 @@ def port_merge_lora(
                 lines.line("written", f"{size(written.plan.nbytes)} in {time.monotonic() - begun:.1f} s")
                 return _verified(lines, written, verify)
 
+            def weighed(proof: WeightsCheck) -> None:
+                lines.line("weights", f"{_share(proof.compared, proof.changed)} changed tensors {_within(proof)}")
+                _show_unchecked(lines, proof.unchecked)
+
             result = merge_lora(
-                base, adapters, out, options, digests=digests, announce=announce, advance=advance, check=check
+                base,
+                adapters,
+                out,
+                options,
+                digests=digests,
+                announce=announce,
+                advance=advance,
+                weighed=weighed,
+                check=check,
             )
         if as_json:
             click.echo(json.dumps({"directory": str(result.directory), **result.record}, ensure_ascii=False))
@@ -181,7 +194,9 @@ def _verified(lines: Lines, written: Written, verify: bool | None) -> Mapping[st
             raise
         lines.line("verify", f"not run: {error}")
         return None
-    shown = {seam.seam: seam for seam in (worst(result.seams), *(s for s in result.seams if s.seam == "logits"))}
+    shown = {seam.seam: seam for seam in result.seams if seam.seam == "logits"}
+    if result.seams:
+        shown = {worst(result.seams).seam: worst(result.seams), **shown}
     for seam in shown.values():
         lines.line(
             "verify",
@@ -190,10 +205,35 @@ def _verified(lines: Lines, written: Written, verify: bool | None) -> Mapping[st
         )
     lines.line(
         "verify",
-        f"{len(result.seams)} seams agree · {result.weights} weights within "
-        f"{result.weight_steps:.2f} roundings of peft's",
+        f"{len(result.seams)} seams agree · {_share(result.weights, result.changed)} changed tensors within "
+        f"{result.weight_steps:.2f} roundings of peft's"
+        if result.seams
+        else f"{_share(0, result.changed)} changed tensors: the model was not checked",
     )
-    return result.record()
+    _show_unchecked(lines, result.unchecked)
+    if verify and not result.seams:
+        raise UsageError(f"--verify: not checked: {next(iter(result.unchecked.values()), 'nothing is comparable')}.")
+    return result.record() if result.seams else None
+
+
+def _share(compared: int, changed: int) -> str:
+    return f"{compared} of {changed}"
+
+
+def _within(proof: WeightsCheck) -> str:
+    return f"are base + adapter, computed twice, within {proof.furthest:.2f} of what rounding explains"
+
+
+def _show_unchecked(lines: Lines, unchecked: Mapping[str, str]) -> None:
+    """What was not checked, a line for each reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in unchecked.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in list(reasons.items())[:5]:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        lines.line("not checked", f"{names[0]}{more}: {reason}")
+    if len(reasons) > 5:
+        lines.line("not checked", f"… for {len(reasons) - 5} further reasons; merge.json has all")
 
 
 merge_lora_command = click.Command(
