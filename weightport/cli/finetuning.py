@@ -136,12 +136,15 @@ def port_finetune(
             "directory": str(outcome.directory),
             "report": str(outcome.report),
             "metrics": dict(outcome.metrics),
+            "step": outcome.step,
             "notes": list(outcome.notes),
         }
         click.echo(json.dumps(found, ensure_ascii=False))
         return
+    last = max((entry.get("step", 0) for entry in outcome.history), default=outcome.step)
+    where = "" if outcome.step == last else f" · at step {outcome.step:,}"
     for name, value in outcome.metrics.items():
-        lines.line("measured", f"{name} {value:.4g}")
+        lines.line("measured", f"{name} {value:.4g}{where}")
     for note in outcome.notes:
         if note not in told:
             lines.line("note", note)

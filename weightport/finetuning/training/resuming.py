@@ -19,11 +19,17 @@ def last_checkpoint(run: Path) -> Path | None:
     """The newest whole checkpoint of a run folder. A checkpoint's trainer_state.json is written last, so that one
     without it was interrupted."""
     found = [
-        (int(match.group(1)), folder)
+        (step, folder)
         for folder in (run / CHECKPOINTS).glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and _is_whole(folder)
+        if (step := checkpoint_step(folder)) is not None and _is_whole(folder)
     ]
     return max(found)[1] if found else None
+
+
+def checkpoint_step(folder: Path) -> int | None:
+    """The step that a folder's name says it is a checkpoint of."""
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return int(match.group(1)) if match else None
 
 
 def _is_whole(folder: Path) -> bool:

@@ -28,7 +28,12 @@ from weightport.finetuning.recipes.settings import Recipe
 from weightport.finetuning.setup.preparing import Job, Prepared, prepare
 from weightport.finetuning.training.results import Outcome, finish
 from weightport.finetuning.training.resuming import RECIPE, last_checkpoint, write_inputs
-from weightport.finetuning.training.trainer import LogBeforeSaving, PortTrainer, loss_with_padding
+from weightport.finetuning.training.trainer import (
+    BestCheckpointOfThisRun,
+    LogBeforeSaving,
+    PortTrainer,
+    loss_with_padding,
+)
 from weightport.formatting import samples as in_words
 
 
@@ -132,7 +137,7 @@ def _train(job: Job, prepared: Prepared, *, say: Callable[[str], None], quiet: b
             train_dataset=Indexed(prepared.samples),
             eval_dataset=_subset(eval_samples, recipe) if eval_samples is not None else None,
             compute_loss_func=loss_with_padding if recipe.batch.count_padding and family.own_loss else None,
-            callbacks=[LogBeforeSaving(), progress],
+            callbacks=[LogBeforeSaving(), BestCheckpointOfThisRun(), progress],
             samples=prepared.samples,
             eval_collator=collator(BadSamples(eval_samples, recipe.data.skip_bad)) if eval_samples else None,
             measure=measuring,
@@ -142,11 +147,11 @@ def _train(job: Job, prepared: Prepared, *, say: Callable[[str], None], quiet: b
         trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
         if eval_samples is not None and not _evaluated(trainer):
             trainer.evaluate()
-    notes = list(prepared.notes)
+    notes = [*prepared.notes, *_chosen_model(trainer)]
     if bad.count:
         were, they = ("was", "it") if bad.count == 1 else ("were", "they")
         notes.append(f"{in_words(bad.count)} {were} left out while training, because {they} could not be read")
-    return finish(job, prepared, trainer, measuring.predictions if measuring else [], notes)
+    return finish(job, prepared, trainer, measuring, notes)
 
 
 def _features(job: Job, prepared: Prepared, say: Callable[[str], None]) -> StoredFeatures | None:
@@ -160,9 +165,22 @@ def _features(job: Job, prepared: Prepared, say: Callable[[str], None]) -> Store
 
 
 def _evaluated(trainer: PortTrainer) -> bool:
-    """Whether the last step was evaluated."""
-    state = trainer.state
-    return any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history)
+    """Whether the model that will be saved was evaluated."""
+    return any("eval_loss" in entry and entry["step"] == trainer.held_step for entry in trainer.state.log_history)
+
+
+def _chosen_model(trainer: PortTrainer) -> list[str]:
+    """A note on which step's model is the result, where `load_best_model_at_end` was to choose it."""
+    arguments, state, step = trainer.args, trainer.state, trainer.held_step
+    if not arguments.load_best_model_at_end or state.best_metric is None:
+        return []
+    name = (arguments.metric_for_best_model or "loss").removeprefix("eval_")
+    if step == state.best_global_step:
+        return [f"the result is the model of step {step:,} of {state.global_step:,}, the best by {name}"]
+    return [
+        f"the result is the model of step {step:,}: the best by {name} was that of step {state.best_global_step:,}, "
+        "where no checkpoint was saved (training.save_steps)"
+    ]
 
 
 def _subset(samples: Samples, recipe: Recipe) -> Any:

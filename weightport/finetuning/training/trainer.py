@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from weightport.errors import DataError, TrainingError
 from weightport.finetuning.data.collation import FAILURE, FEATURE_LENGTHS, FEATURES, INDICES, Collator
 from weightport.finetuning.data.samples import Samples
 from weightport.finetuning.features.plan import FeaturePlan
+from weightport.finetuning.training.resuming import checkpoint_step, last_checkpoint
 
 IGNORED = -100
 """The label that no loss counts."""
@@ -47,6 +49,17 @@ class PortTrainer(Trainer):
         self._measure = measure
         self._features = features
         self._evaluated = -1
+        self._best_loaded: int | None = None
+
+    @property
+    def held_step(self) -> int:
+        """The step that the model's weights are of: the last one, or that of the best model which was loaded."""
+        return self.state.global_step if self._best_loaded is None else self._best_loaded
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        # best_global_step may name a step that no checkpoint was saved at.
+        self._best_loaded = checkpoint_step(Path(self.state.best_model_checkpoint or ""))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         collator = self.data_collator
@@ -76,10 +89,12 @@ class PortTrainer(Trainer):
         # Trainer's own filter of NaN waits for the loss too; it would hide it.
         if not torch.isfinite(loss):
             places = "\n      ".join(self._samples[index].place for index in indices)
+            found = last_checkpoint(Path(self.args.output_dir or "").parent)
+            left = f"{found.name} is whole (--resume)" if found else "there is no checkpoint yet to resume from"
             raise TrainingError(
                 f"The loss is {loss.item()} at step {self.state.global_step + 1}. The batch was\n      {places}\n"
-                "  A smaller learning rate, bfloat16 instead of float16, or max_grad_norm=1.0 often helps; the last "
-                "checkpoint is untouched (--resume)."
+                "  A smaller learning rate, bfloat16 instead of float16, or max_grad_norm=1.0 often helps; "
+                f"{left}."
             )
         return loss
 
@@ -134,6 +149,20 @@ class LogBeforeSaving(TrainerCallback):
     ) -> TrainerControl:
         control.should_log = control.should_log or control.should_save
         return control
+
+
+class BestCheckpointOfThisRun(TrainerCallback):
+    """Takes the best checkpoint of a resumed run from its own folder: its state names the path that it had then, and
+    Trainer would save the last model in its place when the run was moved."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        known = state.best_model_checkpoint
+        step = state.best_global_step if known is None else checkpoint_step(Path(known))
+        here = Path(args.output_dir or "") / f"checkpoint-{step}"
+        if step is not None and here.is_dir():
+            state.best_model_checkpoint = str(here)
 
 
 def loss_with_padding(
