@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import asdict
@@ -74,6 +75,9 @@ class CocoImages:
         self.answer_counts = np.ones(len(ids), dtype=np.int32)
         self.question_keys = np.arange(len(ids), dtype=np.int64)
         self.skipped = tuple(faults.skipped)
+        arrays = (self.ids, self.file_names, self.sizes, self.labels, self.starts, self.boxes)
+        digests = [hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() for array in arrays]
+        self.content = fingerprint_of(["coco", self.classes, digests, [size for size, _ in stamps]])
         self.fingerprint = fingerprint_of(["coco", file.identity, asdict(settings), stamps])
 
     def entry(self, row: int) -> Entry:

@@ -107,9 +107,10 @@ def _in_folder_or_splits(folder: Path, settings: DataSettings) -> Layout:
         return found
     wanted = settings.split
     named = sorted(inner for inner in folder.iterdir() if inner.is_dir() and split_named(inner.name))
-    inside = [inner for inner in folder.iterdir() if inner.is_dir() and wanted and names_split(inner.name, wanted)]
-    inside = named if wanted is None else inside
-    parts = {inner: layout for inner in inside if (layout := _in_folder(inner, settings)) is not None}
+    chosen = named
+    if wanted is not None:
+        chosen = [inner for inner in folder.iterdir() if inner.is_dir() and names_split(inner.name, wanted)]
+    parts = {inner: layout for inner in chosen if (layout := _in_folder(inner, settings)) is not None}
     if len(parts) == 1:
         return next(iter(parts.values()))
     if parts:

@@ -63,7 +63,8 @@ class Samples(Protocol):
     """A data set: a map from 0 … len - 1 to samples, read on demand. Pickles, so that data loader workers can read.
 
     `samples[i]` raises DataError naming file and line. `skipped` are the places that `skip_bad` left out when the data
-    set was opened, each with the reason. `fingerprint`: 64 hexadecimal digits that change with files and settings.
+    set was opened, each with the reason. `fingerprint`: 64 hexadecimal digits that change with files and settings;
+    `content`: 64 that change with questions, answers and names of pictures, wherever the files are.
     """
 
     @property
@@ -74,6 +75,9 @@ class Samples(Protocol):
 
     @property
     def fingerprint(self) -> str: ...
+
+    @property
+    def content(self) -> str: ...
 
     def __len__(self) -> int: ...
 

@@ -98,7 +98,7 @@ def _begin(job: Job, prepared: Prepared) -> None:
         comments = [f"Fine-tuned by weightport {__version__}. The same run again:"]
         comments.append(f"{job.command}  (--recipe with this file in place of the settings)")
         (job.output / RECIPE).write_text(as_yaml(job.recipe, comments), encoding="utf-8")
-        write_inputs(job.output, job.inputs(prepared.samples))
+        write_inputs(job.output, job.inputs(prepared.samples, prepared.eval_samples))
     except OSError as error:
         raise OutputError(f"{job.output} cannot be written: {error}.") from error
 
