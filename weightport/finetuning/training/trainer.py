@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import EvalLoopOutput
 
 from weightport.errors import DataError, TrainingError
-from weightport.finetuning.data.collation import FAILURE, FEATURE_LENGTHS, FEATURES, INDICES, Collator
+from weightport.finetuning.data.collation import FAILURE, FEATURE_LENGTHS, FEATURES, INDICES, STAND_IN, Collator
 from weightport.finetuning.data.samples import Samples
 from weightport.finetuning.features.plan import FeaturePlan
 from weightport.finetuning.training.resuming import checkpoint_step, last_checkpoint
@@ -61,6 +61,13 @@ class PortTrainer(Trainer):
         # best_global_step may name a step that no checkpoint was saved at.
         self._best_loaded = checkpoint_step(Path(self.state.best_model_checkpoint or ""))
 
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
+        # Trainer counts the labels of all batches of a step before it takes the first: one that could not be made has
+        # none.
+        for batch in batch_samples:
+            _require_made(batch)
+        return super()._get_num_items_in_batch(batch_samples, device)
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         collator = self.data_collator
         self.data_collator = self._eval_collator or collator
@@ -99,7 +106,11 @@ class PortTrainer(Trainer):
         return loss
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        stands_in = STAND_IN in inputs
         indices = _indices(inputs)
+        if stands_in and self.args.world_size == 1:
+            # Its samples were bad: another one's loss is not theirs. Processes must go on in step, and count it.
+            return None, None, None
         # Several processes get batches of one size, the last ones filled with samples from the beginning: these have
         # been counted. A batch of nothing else is left as it is: Trainer drops its loss.
         highest = list(accumulate((self._evaluated, *indices), max))
@@ -183,6 +194,11 @@ def loss_with_padding(
 
 def _indices(inputs: dict[str, Any]) -> list[int]:
     """Take what is not the model's out of a batch. Raises DataError when the batch could not be made."""
+    _require_made(inputs)
+    inputs.pop(STAND_IN, None)
+    return inputs.pop(INDICES).tolist()
+
+
+def _require_made(inputs: Mapping[str, Any]) -> None:
     if FAILURE in inputs:
         raise DataError(inputs[FAILURE])
-    return inputs.pop(INDICES).tolist()
