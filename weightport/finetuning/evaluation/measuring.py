@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from weightport.errors import OutputError
 from weightport.finetuning.data.samples import Samples
 from weightport.finetuning.display.previews import preview_lines
 from weightport.finetuning.display.progress import ProgressLine
@@ -22,7 +23,8 @@ PREDICTIONS = "predictions"
 
 
 class Measuring:
-    """Called with the model and the step; metrics by name, the same in every process."""
+    """Called with the model and the step; metrics by name, the same in every process. `notes`: on answers that could
+    not be written."""
 
     def __init__(
         self,
@@ -33,6 +35,7 @@ class Measuring:
         progress: ProgressLine,
         say: Callable[[str], None],
     ) -> None:
+        self.notes: list[str] = []
         self._latest: tuple[int, list[Prediction]] = (-1, [])
         self._run = run
         self._recipe = recipe
@@ -71,13 +74,20 @@ class Measuring:
             advance=self._progress.answering(len(indices[world.rank :: world.size])),
         )
         if world.rank == 0:
-            write_predictions(self._file(step), predictions)
+            self._write(step, predictions)
         self._latest = step, predictions
         return score_all(recipe.evaluation.metrics, predictions)
 
     def predictions_at(self, step: int) -> list[Prediction]:
         """The answers of the model at `step`, of this session or of one before it; nothing where they are gone."""
         return self._latest[1] if self._latest[0] == step else read_predictions(self._file(step))
+
+    def _write(self, step: int, predictions: list[Prediction]) -> None:
+        try:
+            write_predictions(self._file(step), predictions)
+        except OutputError as error:
+            # The model that is being trained is worth more than a page of its answers.
+            self.notes.append(f"the answers at step {step:,} are not kept: {error}")
 
     def _file(self, step: int) -> Path:
         return self._run / PREDICTIONS / f"step-{step:06}.jsonl"

@@ -130,7 +130,7 @@ def prepare(job: Job) -> Prepared:
         raise TrainingError(
             f"Nothing is left to train: {', '.join(recipe.model.freeze)} together are the whole model. Freeze less."
         )
-    _require_space(job.output, found, arguments)
+    _require_space(job.output, found, arguments, adapter=recipe.model.method != "full")
     recipe, fitting = fitted(recipe, loaded)
     notes += fitting
     # One sample shows whether prompts and answers fit the model, before any step does.
@@ -200,14 +200,15 @@ def _output_state(job: Job) -> Path | None:
     return None
 
 
-def _require_space(output: Path, found: list[Share], arguments: TrainingArguments) -> None:
-    """Raises OutputError when the disk cannot hold the checkpoints that the run keeps."""
+def _require_space(output: Path, found: list[Share], arguments: TrainingArguments, *, adapter: bool) -> None:
+    """Raises OutputError when the disk cannot hold the result and the checkpoints that the run keeps."""
     trainable = sum(share.trainable for share in found)
-    total = sum(share.total for share in found)
+    # An adapter is what is trained; a model is saved whole.
+    saved = trainable if adapter else sum(share.total for share in found)
     # float32 weights, and Adam's two moments of what is trained; one more while the oldest is not yet removed.
-    checkpoint = 4 * total + 8 * trainable
+    checkpoint = 4 * saved + 8 * trainable
     kept = 0 if arguments.save_strategy == "no" else (arguments.save_total_limit or 3) + 1
-    needs = kept * checkpoint + 4 * total
+    needs = kept * checkpoint + 4 * saved
     existing = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if needs > free:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import torch
 
 from weightport import __version__
+from weightport.errors import DataError
 from weightport.finetuning.data.samples import Samples
 from weightport.finetuning.display.previews import spread
 from weightport.finetuning.evaluation.answering import chosen
 from weightport.finetuning.evaluation.measuring import Measuring
 from weightport.finetuning.evaluation.predictions import Prediction
 from weightport.finetuning.recipes.recipe import plain
+from weightport.finetuning.rescue import WRITING, rescued
 from weightport.finetuning.setup.precision import autocast_dtype
 from weightport.finetuning.setup.preparing import Job, Prepared
 from weightport.finetuning.training.resuming import CHECKPOINTS
@@ -24,6 +27,7 @@ from weightport.finetuning.training.trainer import PortTrainer
 from weightport.reports.training_report import RunSummary, write_report
 
 REPORT, HISTORY = "report.html", "history.json"
+RESULTS = ("model", "adapter")
 REPORTED_SAMPLES = 12
 
 
@@ -47,7 +51,7 @@ def finish(
     gather weights."""
     recipe, loaded = job.recipe, prepared.loaded
     full = recipe.model.method == "full"
-    directory = job.output / ("model" if full else "adapter")
+    directory = job.output / RESULTS[0 if full else 1]
     history = trainer.state.log_history
     step = trainer.held_step
     metrics = _metrics_at(history, step)
@@ -72,14 +76,26 @@ def finish(
             metrics,
             weights,
         )
-        save = save_model if full else save_adapter
-        save(saved, directory)
-        write_json(job.output / METRICS, metrics)
-        write_json(job.output / HISTORY, history)
         predictions = measuring.predictions_at(step) if measuring is not None else []
-        write_report(job.output / REPORT, _summary(job, prepared, history, metrics, predictions, notes, step))
+        summary = _summary(job, prepared, history, metrics, predictions, notes, step)
+
+        def write(folder: Path) -> None:
+            (save_model if full else save_adapter)(saved, folder / directory.name)
+            write_json(folder / METRICS, metrics)
+            write_json(folder / HISTORY, history)
+            write_report(folder / REPORT, summary)
+
+        try:
+            write(job.output)
+        except WRITING as error:
+            raise rescued(job.output, write, _bytes_saved(model, full=full), error) from error
     trainer.accelerator.wait_for_everyone()
     return Outcome(directory, job.output / REPORT, metrics, history, tuple(notes), step)
+
+
+def _bytes_saved(model: Any, *, full: bool) -> int:
+    """Bytes of the weights that are written: all of a model, of an adapter what is trained."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if full or p.requires_grad)
 
 
 def _measured_as_saved(
@@ -114,9 +130,11 @@ def _summary(
     shown = spread(predictions, REPORTED_SAMPLES)
     pictures = {}
     for prediction in shown:
-        picture = prepared.eval_samples[prediction.index].picture if prepared.eval_samples is not None else None
-        if picture is not None:
-            pictures[prediction.index] = picture.read()
+        # A picture that is gone meanwhile costs the report a picture, not the run its result.
+        with suppress(DataError):
+            picture = prepared.eval_samples[prediction.index].picture if prepared.eval_samples is not None else None
+            if picture is not None:
+                pictures[prediction.index] = picture.read()
     return RunSummary(
         title=f"{job.recipe.title}: {job.model.resolve().name}",
         command=job.command,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,8 +24,9 @@ from weightport.finetuning.evaluation.measuring import Measuring
 from weightport.finetuning.features.filling import filled_store
 from weightport.finetuning.recipes.recipe import as_yaml
 from weightport.finetuning.recipes.settings import Recipe
+from weightport.finetuning.rescue import is_full_disk
 from weightport.finetuning.setup.preparing import Job, Prepared, prepare
-from weightport.finetuning.training.results import Outcome, finish
+from weightport.finetuning.training.results import RESULTS, Outcome, finish
 from weightport.finetuning.training.resuming import RECIPE, last_checkpoint, write_inputs
 from weightport.finetuning.training.trainer import (
     BestCheckpointOfThisRun,
@@ -63,8 +63,9 @@ def finetune(
                 replace(job, recipe=prepared.recipe), prepared, say=say if main else _silent, quiet=quiet or not main
             )
     except BaseException:
-        # A run that has nothing to resume from leaves nothing behind.
-        if main and not job.resume and last_checkpoint(job.output) is None:
+        # A run that has neither a result nor anything to resume from leaves nothing behind.
+        finished = any((job.output / name).is_dir() for name in RESULTS)
+        if main and not job.resume and not finished and last_checkpoint(job.output) is None:
             shutil.rmtree(job.output, ignore_errors=True)
         raise
 
@@ -75,15 +76,10 @@ def _full_disk_named(run: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and not any(sign in str(error) for sign in _SIGNS_OF_A_FULL_DISK):
+        if not is_full_disk(error):
             raise
         left = "The checkpoints before are whole (--resume)." if last_checkpoint(run) else "Nothing was left behind."
         raise OutputError(f"The disk of {run} is full. {left} Make room, or choose another --output.") from error
-
-
-_SIGNS_OF_A_FULL_DISK = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos")
-"""safetensors and torch.save say so in words only."""
 
 
 def _begin(job: Job, prepared: Prepared) -> None:
@@ -144,14 +140,28 @@ def _train(job: Job, prepared: Prepared, *, say: Callable[[str], None], quiet: b
             features=prepared.features,
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
+        lost = _trained(trainer, prepared.checkpoint)
         if eval_samples is not None and not _evaluated(trainer):
             trainer.evaluate()
-    notes = [*prepared.notes, *_chosen_model(trainer)]
+    notes = [*prepared.notes, *lost, *_chosen_model(trainer), *(measuring.notes if measuring else [])]
     if bad.count:
         were, they = ("was", "it") if bad.count == 1 else ("were", "they")
         notes.append(f"{in_words(bad.count)} {were} left out while training, because {they} could not be read")
     return finish(job, prepared, trainer, measuring, notes)
+
+
+def _trained(trainer: PortTrainer, checkpoint: Path | None) -> list[str]:
+    """Train to the end. A disk that is full when the last checkpoint is written does not cost the trained model, which
+    takes less room: that is a note."""
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        state = trainer.state
+        if not is_full_disk(error) or state.global_step < state.max_steps or trainer.args.world_size > 1:
+            raise
+        trainer.end_without_checkpoint()
+        return [f"the checkpoint of step {state.global_step:,} is not kept: the disk was full"]
+    return []
 
 
 def _features(job: Job, prepared: Prepared, say: Callable[[str], None]) -> StoredFeatures | None:

@@ -4,6 +4,7 @@ end when a loss is no number."""
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Mapping
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -60,6 +61,16 @@ class PortTrainer(Trainer):
         super()._load_best_model()
         # best_global_step may name a step that no checkpoint was saved at.
         self._best_loaded = checkpoint_step(Path(self.state.best_model_checkpoint or ""))
+
+    def end_without_checkpoint(self) -> None:
+        """Take the place of the end of a training whose last checkpoint could not be written, as far as the result
+        depends on it: the best model is loaded, and what there is of the checkpoint removed."""
+        self.is_in_train = False
+        partial = Path(self.args.output_dir or "") / f"checkpoint-{self.state.global_step}"
+        shutil.rmtree(partial, ignore_errors=True)
+        best = self.state.best_model_checkpoint
+        if self.args.load_best_model_at_end and best is not None and Path(best).is_dir():
+            self._load_best_model()
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         # Trainer counts the labels of all batches of a step before it takes the first: one that could not be made has
