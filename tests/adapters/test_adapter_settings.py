@@ -17,13 +17,12 @@ pytest.importorskip("peft")
 from peft import LoraConfig
 from tiny_models import write_adapter, write_base
 
-from weightport.api import port_adapter
 from weightport.adapters.lora_config import parse_merge_settings
 from weightport.adapters.lora_dumps import merge_dump
 from weightport.adapters.lora_settings import parse_lora_settings, parse_settings
 from weightport.adapters.lora_tensors import open_adapter
 from weightport.adapters.merging import MergeOptions
-from weightport.api import merge_lora
+from weightport.api import merge_lora, port_adapter
 from weightport.converters import lora_patterns
 from weightport.errors import AdapterError, WeightportError
 

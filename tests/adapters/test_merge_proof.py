@@ -18,9 +18,9 @@ from tiny_models import write_adapter
 
 from weightport.adapters import sample_inputs, verification
 from weightport.adapters.merging import Written
-from weightport.api import merge_lora
 from weightport.adapters.verification import Verification, verify_merge
 from weightport.adapters.weights_check import WeightsCheck, check_weights
+from weightport.api import merge_lora
 from weightport.errors import ParityError
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from weightport.hashing import BackgroundDigests
 
 from weightport.checkpoints import open_checkpoint
 from weightport.errors import CheckpointError
+from weightport.hashing import BackgroundDigests
 
 VALUES = {"a": torch.arange(100_000.0), "b": torch.ones(100_000)}
 

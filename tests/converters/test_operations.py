@@ -9,7 +9,22 @@ from hypothesis import strategies as st
 
 from weightport.checkpoints.lazy_tensors import LazyTensor, blocks, in_memory
 from weightport.converters.low_rank_pair import LowRankPair
-from weightport.converters.operations import COPY, Cast, Chain, Concatenate, Operation, Pad, Permute, Reshape, Resize, Split, Stack, Truncate, Unstack, applied
+from weightport.converters.operations import (
+    COPY,
+    Cast,
+    Chain,
+    Concatenate,
+    Operation,
+    Pad,
+    Permute,
+    Reshape,
+    Resize,
+    Split,
+    Stack,
+    Truncate,
+    Unstack,
+    applied,
+)
 from weightport.errors import AdapterError
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool)

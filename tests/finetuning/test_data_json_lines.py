@@ -46,10 +46,10 @@ def test_split_chooses_a_folder_and_without_it_the_error_names_them(tmp_path: Pa
         draw_jsonl(tmp_path / split, count)
     assert len(open_data(tmp_path, DataSettings(split="validation"))) == 3
     assert len(open_data(f"{tmp_path}:test", PLAIN)) == 4
-    assert len(open_data(tmp_path / "train", DataSettings(split="test"))) == 2
+    assert len(open_data(tmp_path / "train", DataSettings(split="train"))) == 2
     with pytest.raises(DataError, match=r"has the parts test, train, valid.*data\.split"):
         open_data(tmp_path, PLAIN)
-    with pytest.raises(DataError, match="no one part holdout; found test, train, valid"):
+    with pytest.raises(DataError, match=r"has no split holdout\. Found: test, train, valid"):
         open_data(tmp_path, DataSettings(split="holdout"))
 
 

@@ -241,6 +241,48 @@ def test_undecodable_picture_met_on_the_way_is_named_and_can_be_skipped(
     assert "1 sample was left out" in skipping.output, skipping.output
 
 
+def test_broken_picture_among_accumulated_batches_is_named(finetune: Callable[..., Result], tmp_path: Path) -> None:
+    path = draw_jsonl(tmp_path / "data", 8)
+    (tmp_path / "data" / "6.png").write_bytes(b"this is no picture")
+    more = ("--set", "gradient_accumulation_steps=4")
+    refused(finetune(*more, data=path), 1, "annotations.jsonl, line 7", "6.png", "--skip-bad")
+    assert finetune(*more, "--skip-bad", "1", data=path).exit_code == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_next_good_sample_takes_the_place_of_a_bad_one_that_is_a_batch_alone(
+    workers: int, finetune: Callable[..., Result], tmp_path: Path
+) -> None:
+    path = draw_jsonl(tmp_path / "data", 5)
+    for number in (1, 4):
+        (tmp_path / "data" / f"{number}.png").write_bytes(b"this is no picture")
+    more = ["--set", "per_device_train_batch_size=1", "--set", f"dataloader_num_workers={workers}"]
+    more += ["--set", "max_steps=5", "--set", "per_device_eval_batch_size=1", "--eval-data", str(path)]
+    refused(finetune("--skip-bad", "1", *more, data=path), 1, "More than 1 samples are bad")
+    done = finetune("--skip-bad", "2", *more, data=path)
+    assert done.exit_code == 0, done.output
+    assert "2 samples were left out while training" in done.output
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert len([row for row in history if "loss" in row]) == 5
+
+    good = [line for n, line in enumerate(path.read_text("utf-8").splitlines()) if n not in (1, 4)]
+    write_lines(path, good)
+    again = finetune("--overwrite", "--set", "learning_rate=0", *more, data=path)
+    assert again.exit_code == 0, again.output
+    without = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    write_lines(path, [good[0], good[0].replace("0.png", "1.png"), *good[1:]])
+    bad = finetune("--overwrite", "--set", "learning_rate=0", "--skip-bad", "2", *more, data=path)
+    assert bad.exit_code == 0, bad.output
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == pytest.approx(without, abs=1e-6)
+
+
+def test_data_of_bad_pictures_alone_are_refused(finetune: Callable[..., Result], tmp_path: Path) -> None:
+    path = draw_jsonl(tmp_path / "data", 2)
+    for number in range(2):
+        (tmp_path / "data" / f"{number}.png").write_bytes(b"this is no picture")
+    refused(finetune("--skip-bad", "5", data=path), 1, "is bad")
+
+
 def test_skip_bad_counts_broken_lines_and_broken_pictures_together(
     finetune: Callable[..., Result], tmp_path: Path
 ) -> None:
@@ -305,7 +347,8 @@ def test_loss_that_is_no_number_stops_the_run_and_names_the_batch(
     finetune: Callable[..., Result], tmp_path: Path
 ) -> None:
     done = finetune("--set", "learning_rate=1e30", "--set", "max_grad_norm=0")
-    refused(done, 1, "The loss is", "at step", "annotations.jsonl, line ", "learning rate")
+    refused(done, 1, "The loss is", "at step", "annotations.jsonl, line ", "learning rate", "there is no checkpoint")
+    assert "--resume" not in done.output
     assert not (tmp_path / "run" / "model").exists()
 
 
@@ -366,3 +409,27 @@ def test_warm_up_longer_than_the_run_is_noted(finetune: Callable[..., Result]) -
     assert done.exit_code == 0, done.output
     assert "3 of 3,000 warm-up steps" in done.output
     assert "warm-up" not in finetune("--set", "warmup_steps=2", "--overwrite").output
+
+
+def test_loss_that_is_no_number_offers_the_checkpoint_that_there_is(
+    finetune: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    step = Trainer.training_step
+
+    def broken(trainer: Trainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = step(trainer, *args, **kwargs)
+        return loss * torch.nan if trainer.state.global_step == 2 else loss
+
+    monkeypatch.setattr(Trainer, "training_step", broken)
+    done = finetune("--set", "save_strategy=steps", "--set", "save_steps=1")
+    refused(done, 1, "The loss is nan at step 3", "checkpoint-2 is whole (--resume)")
+
+
+def test_header_says_what_the_run_will_do(finetune: Callable[..., Result], pairs: Path) -> None:
+    short = finetune("--eval-data", pairs, "--set", "evaluation.samples=2")
+    assert "steps    3, of up to 2 samples each" in short.output and "epoch" not in short.output.split("train ")[0]
+    assert "measured on 2 of 4" in short.output
+    steps = [each for each in FEW if not each.startswith("max_steps")]
+    whole = finetune("--overwrite", "--set", "num_train_epochs=2", steps=steps)
+    assert "steps    4 in 2 epochs, of up to 2 samples each" in whole.output
+    assert "nothing is measured (--eval-data)" in whole.output

@@ -110,6 +110,33 @@ def test_resuming_on_other_data_is_refused_and_on_moved_data_is_noted(
         run(tiny("florence2"), "docvqa", moved, tmp_path / "run", resume=True, more=SHORT)
 
 
+def test_resuming_on_other_labels_is_refused(tiny: Callable[[str], Path], pairs: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(pairs.parent, tmp_path / "data")) / pairs.name
+    run(tiny("florence2"), "docvqa", data, tmp_path / "run", more=SHORT)
+    data.write_text(data.read_text("utf-8").replace("red cat on mat", "red dog on mat"), encoding="utf-8")
+    with pytest.raises(TrainingError, match=r"holds other questions, answers or pictures now: their fingerprints"):
+        run(tiny("florence2"), "docvqa", data, tmp_path / "run", resume=True, more=SHORT)
+
+
+def test_resuming_with_other_evaluation_data_is_noted(
+    tiny: Callable[[str], Path], pairs: Path, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(pairs.parent, tmp_path / "data")) / pairs.name
+    run(tiny("florence2"), "docvqa", pairs, tmp_path / "run", eval_data=data, more=SHORT)
+    data.write_text(data.read_text("utf-8").replace("red cat on mat", "red dog on mat"), encoding="utf-8")
+    again = run(tiny("florence2"), "docvqa", pairs, tmp_path / "run", eval_data=data, resume=True, more=SHORT)
+    assert any("earlier figures do not compare" in note for note in again.notes)
+
+
+def test_resuming_without_a_checkpoint_says_that_it_begins_again(
+    tiny: Callable[[str], Path], pairs: Path, tmp_path: Path
+) -> None:
+    more = {**SHORT, "training.save_strategy": "no", "training.max_steps": 1}
+    assert not run(tiny("florence2"), "docvqa", pairs, tmp_path / "run", more=more).notes
+    again = run(tiny("florence2"), "docvqa", pairs, tmp_path / "run", resume=True, more=more)
+    assert again.notes == ("there is no checkpoint to resume from: the run begins again at its first step",)
+
+
 def test_resuming_what_is_no_run_is_refused(tiny: Callable[[str], Path], pairs: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"is not a run that could be resumed"):
         run(tiny("florence2"), "docvqa", pairs, tmp_path / "nothing", resume=True, more=SHORT)

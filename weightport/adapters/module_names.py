@@ -74,7 +74,7 @@ class ModuleNames:
     def bound(self, name: str) -> str | None:
         """The stored tensor of which `name` is a further place in the model; None where it is none."""
         current = self.current(name)
-        if self.space is None or current not in self.space.tied:
+        if self.space is None or current is None or current not in self.space.tied:
             return None
         return self.space.pieces(current)[0].stored
 

@@ -29,6 +29,7 @@ from weightport.adapters.sample_inputs import sample_inputs
 from weightport.checkpoints import open_checkpoint
 from weightport.converters.name_spaces import NameSpace, name_space
 from weightport.errors import ConfigurationError, ParityError
+from weightport.extras import install_command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,7 +90,7 @@ def why_not_verified(written: Written, available: int | None = None) -> str | No
     """Why the check cannot run here; None when it can. `available`: bytes of free memory."""
     absent = [name for name in ("transformers", "peft") if find_spec(name) is None]
     if absent:
-        return f"{' and '.join(absent)} not installed (pip install weightport[adapters])"
+        return f"{' and '.join(absent)} not installed ({install_command('adapters')})"
     needed = int(sum(math.prod(out.shape) for out in written.plan.outputs) * 4 * MODELS_AT_ONCE)
     available = available_memory() if available is None else available
     if needed > available:

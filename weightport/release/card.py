@@ -210,7 +210,10 @@ def _parity(found: CheckedDirectory) -> str:
 def _metrics(found: CheckedDirectory) -> str:
     rows = [(name, _shown(value)) for name, value in _numbers(found.records.get("metrics.json")).items()]
     data = _evaluated(found)
-    where = f"On {data['name']}, {data.get('samples'):,} samples:\n\n" if data else ""
+    training = found.records.get("training.json")
+    step = training.get("result_step") if isinstance(training, Mapping) else None
+    at = f", by the model of step {step:,}, which is this one" if isinstance(step, int) else ""
+    where = f"On {data['name']}, {data.get('samples'):,} samples{at}:\n\n" if data else ""
     return "## Metrics\n\n" + where + _table(("metric", "value"), rows) if rows else ""
 
 

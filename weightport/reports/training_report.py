@@ -37,9 +37,9 @@ class RunSummary:
     """All that the report shows; nothing else, and no clock, enters it.
 
     `settings`: the resolved recipe, nested as in its file. `trainable`: (module group, trainable parameters, all
-    parameters). `history`: Trainer's log_history. `metrics`: those of the last evaluation, with or without Trainer's
-    "eval_". `pictures`: by Prediction.index, decoded. `notes`: warnings, skipped samples, what the published guide
-    does wrong.
+    parameters). `history`: Trainer's log_history. `metrics`: those of the model that was saved, with or without
+    Trainer's "eval_"; `measured_at` is its step. `pictures`: by Prediction.index, decoded. `notes`: warnings, skipped
+    samples, what the published guide does wrong.
     """
 
     title: str
@@ -51,6 +51,7 @@ class RunSummary:
     predictions: Sequence[Prediction]
     pictures: Mapping[int, Image.Image]
     notes: Sequence[str]
+    measured_at: int | None = None
 
 
 def write_report(path: Path, summary: RunSummary) -> None:
@@ -91,8 +92,11 @@ def _section(title: str, body: str) -> str:
 
 def _headline(summary: RunSummary) -> str:
     """Metrics first, then losses, then what they cost."""
+    steps, epochs, seconds = (_latest(summary.history, key) for key in ("step", "epoch", "train_runtime"))
+    at = summary.measured_at
+    where = "" if at is None or at == steps else f", at step {figure(at)}"
     cards = [
-        _card(figure(value), name, "measured")
+        _card(figure(value), f"{name}{where}", "measured")
         for name, value in _plain_metrics(summary.metrics).items()
         if name != "loss"
     ][:HEADLINE]
@@ -104,7 +108,6 @@ def _headline(summary: RunSummary) -> str:
     if evaluated:
         best = min(evaluated, key=lambda point: point.value)
         cards.append(_card(figure(best.value), f"evaluation loss, lowest, at step {figure(best.step)}"))
-    steps, epochs, seconds = (_latest(summary.history, key) for key in ("step", "epoch", "train_runtime"))
     if steps is not None:
         cards.append(_card(figure(steps), f"steps, {epochs:.4g} epochs" if epochs is not None else "steps"))
     if seconds is not None and 0 <= seconds < 1e9:

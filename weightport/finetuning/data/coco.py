@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import asdict
@@ -12,6 +13,7 @@ import numpy as np
 
 from weightport.errors import DataError
 from weightport.finetuning.data.coco_document import Box, CocoDocument, read_box, read_category, read_coco, read_size
+from weightport.finetuning.data.columns import shown
 from weightport.finetuning.data.entries import Entry
 from weightport.finetuning.data.faults import Faults
 from weightport.finetuning.data.files import PinnedFile
@@ -74,6 +76,9 @@ class CocoImages:
         self.answer_counts = np.ones(len(ids), dtype=np.int32)
         self.question_keys = np.arange(len(ids), dtype=np.int64)
         self.skipped = tuple(faults.skipped)
+        arrays = (self.ids, self.file_names, self.sizes, self.labels, self.starts, self.boxes)
+        digests = [hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() for array in arrays]
+        self.content = fingerprint_of(["coco", self.classes, digests, [size for size, _ in stamps]])
         self.fingerprint = fingerprint_of(["coco", file.identity, asdict(settings), stamps])
 
     def entry(self, row: int) -> Entry:
@@ -109,7 +114,7 @@ class CocoImages:
         return size or (0, 0), objects
 
     def _place(self, image_id: object, file_name: object) -> str:
-        return f"{self.name}, image {image_id} ({file_name})"
+        return f"{self.name}, image {image_id} ({shown(file_name)})"
 
 
 def counting_question(question: str, what: str, classes: tuple[str, ...]) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ from weightport.finetuning.family import Family
 from weightport.finetuning.features.store import FeatureStore
 from weightport.finetuning.recipes.settings import BatchSettings
 
-INDICES, FAILURE = "sample_indices", "failure"
+INDICES, FAILURE, STAND_IN = "sample_indices", "failure", "stand_in"
 """Beside the model's inputs, a batch says which samples it holds, or why it could not be made: an exception that
-crosses a worker's process would arrive as a traceback."""
+crosses a worker's process would arrive as a traceback. STAND_IN is there where all of its samples were bad, and
+another one took their place."""
 
 FEATURES, FEATURE_LENGTHS = "features", "feature_lengths"
 """In the place of pictures where these have been computed into features: see `FeatureStore.read`."""
@@ -47,12 +49,18 @@ class BadSamples:
     def __init__(self, samples: Samples, skip_bad: int) -> None:
         self.skip_bad = skip_bad
         self.allowed = left_to_skip(samples, skip_bad)
+        self._samples = Indexed(samples)
         self._seen = torch.zeros(len(samples), dtype=torch.uint8).share_memory_()
 
     @property
     def count(self) -> int:
         """Samples left out so far, each once."""
         return int(self._seen.sum())
+
+    def following(self, index: int) -> Iterator[tuple[int, Sample | str]]:
+        """All other samples, from the one after `index` on."""
+        for offset in range(1, len(self._samples)):
+            yield self._samples[(index + offset) % len(self._samples)]
 
     def may_skip(self, index: int) -> bool:
         """Count the sample; False when it is one too many."""
@@ -83,7 +91,8 @@ class StoredFeatures:
 @dataclass(frozen=True)
 class Collator:
     """What the data loader calls: samples with their indices → the model's inputs, labels, and the indices. With
-    `features` no picture is read."""
+    `features` no picture is read. Where all samples of a batch are bad, the next good one takes their place: every
+    process needs a batch."""
 
     family: Family
     processor: Any
@@ -93,31 +102,35 @@ class Collator:
     features: StoredFeatures | None = None
 
     def __call__(self, items: Sequence[tuple[int, Sample | str]]) -> dict[str, Any]:
-        indices, prompts, answers, images = [], [], [], []
         try:
-            for index, sample in items:
-                try:
-                    if isinstance(sample, str):
-                        raise DataError(sample)
-                    answer = self.family.answer(self.processor, self.batch, sample)
-                    image = self._picture(index, sample)
-                except DataError as error:
-                    if self.bad.may_skip(index):
-                        continue
-                    raise DataError(_advice(str(error), self.bad)) from error
-                indices.append(index)
-                prompts.append(self.family.prompt(self.processor, self.batch, sample))
-                answers.append(answer)
-                images.append(image)
-            if not indices:
-                raise DataError("Every sample of a batch is bad, so that there is nothing to train on.")
+            good = list(self._good(items))
+            stands_in = not good
+            if stands_in:
+                good = list(islice(self._good(self.bad.following(items[-1][0])), 1))
+            if not good:
+                raise DataError("Every sample is bad, so that there is nothing to train on.")
+            indices, prompts, answers, images = map(list, zip(*good))
             pictures = None if self.features is not None else images
             tensors = self.family.encode(self.processor, self.config, self.batch, prompts, answers, pictures)
         except DataError as error:
             return {INDICES: torch.zeros(0, dtype=torch.long), FAILURE: str(error)}
         if self.features is not None:
             tensors |= self.features.batch(indices)
-        return {**tensors, INDICES: torch.tensor(indices)}
+        return {**tensors, INDICES: torch.tensor(indices)} | ({STAND_IN: True} if stands_in else {})
+
+    def _good(self, items: Iterable[tuple[int, Sample | str]]) -> Iterator[tuple[int, str, str, Image.Image | None]]:
+        """Index, prompt, answer and picture of each sample that is good. Raises DataError for a bad one too many."""
+        for index, sample in items:
+            try:
+                if isinstance(sample, str):
+                    raise DataError(sample)
+                answer = self.family.answer(self.processor, self.batch, sample)
+                image = self._picture(index, sample)
+            except DataError as error:
+                if self.bad.may_skip(index):
+                    continue
+                raise DataError(_advice(str(error), self.bad)) from error
+            yield index, self.family.prompt(self.processor, self.batch, sample), answer, image
 
     def _picture(self, index: int, sample: Sample) -> Image.Image | None:
         if self.features is not None:

@@ -28,12 +28,14 @@ class Source(Protocol):
 
     answer_counts: int32 [rows], how many answers a row has. question_keys: int64 [rows], equal where two rows ask the
     same question about the same picture. each_answer: whether training by default takes every answer.
-    fingerprint: 64 hexadecimal digits that change with the files and with how they are read.
+    fingerprint: 64 hexadecimal digits that change with the files and with how they are read. content: 64 that change
+    with what the rows say and with the names of their pictures, and stay where files are copied.
     """
 
     name: str
     skipped: tuple[str, ...]
     fingerprint: str
+    content: str
     each_answer: bool
 
     @property
@@ -117,6 +119,11 @@ class EntrySamples:
     def fingerprint(self) -> str:
         """64 hexadecimal digits that change with the files, with their images, and with how they are read."""
         return self.source.fingerprint
+
+    @property
+    def content(self) -> str:
+        """64 hexadecimal digits that change with questions, answers and names of pictures, wherever the files are."""
+        return self.source.content
 
     def __len__(self) -> int:
         return len(self.view)

@@ -33,7 +33,7 @@ class JsonLines(LineRows):
         sample = first_object(file)
         self.columns = find_columns(tuple(sample), settings, self.name)
         self.images: ImageFolder = find_image_folder(settings.images, path, sample[self.columns.image])
-        images_seen = hashlib.blake2b()
+        images_seen, rows_seen = hashlib.blake2b(), hashlib.blake2b()
 
         def examine(line: Line) -> tuple[int, int]:
             place = self.place_of(line)
@@ -43,10 +43,12 @@ class JsonLines(LineRows):
             answers = answers_of(row, self.columns.suffix, place)
             _, size, modified = self.images.find(image, place)
             images_seen.update(f"{image}\0{size}\0{modified}\n".encode())
+            rows_seen.update(f"{image!r} {size} {question!r} {answers!r}\n".encode())
             return len(answers), key_of(image.encode(), question.encode())
 
         self.index = index_lines(file, examine, faults)
         self.skipped = tuple(faults.skipped)
+        self.content = fingerprint_of(["jsonl", rows_seen.hexdigest()])
         self.fingerprint = fingerprint_of(["jsonl", file.identity, asdict(settings), images_seen.hexdigest()])
 
     def picture(self, found: dict[str, Any], place: str) -> Picture:

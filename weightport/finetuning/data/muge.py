@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class MugeCaptions(LineRows):
             settings.image_column or IMAGE_ID, settings.prefix_column, settings.suffix_column or TEXT
         )
         faults = Faults(settings.skip_bad)
-        captions = PinnedFile(path)
+        captions, rows_seen = PinnedFile(path), hashlib.blake2b()
         self.images = ImageTable(find_image_table(path, settings.images), faults)
 
         def examine(line: Line) -> tuple[int, int]:
@@ -53,11 +54,13 @@ class MugeCaptions(LineRows):
             found = parse_object(line.content, place)
             question = question_of(found, self.columns.prefix, place)
             answers = answers_of(found, self.columns.suffix, place)
-            _, name = self._image_row(found, place)
+            row, name = self._image_row(found, place)
+            rows_seen.update(f"{name!r} {self.images.index.lengths[row]} {question!r} {answers!r}\n".encode())
             return len(answers), key_of(name.encode(), question.encode())
 
         self.index = index_lines(captions, examine, faults)
         self.skipped = tuple(faults.skipped)
+        self.content = fingerprint_of(["muge", rows_seen.hexdigest()])
         self.fingerprint = fingerprint_of(
             ["muge", captions.identity, self.images.index.file.identity, asdict(settings)]
         )

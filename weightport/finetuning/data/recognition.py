@@ -14,7 +14,7 @@ from weightport.finetuning.data.files import PinnedFile
 from weightport.finetuning.data.json_lines import first_object
 from weightport.finetuning.data.muge import IMAGE_ID
 from weightport.finetuning.data.settings import DataSettings
-from weightport.finetuning.data.splits import names_split, split_named
+from weightport.finetuning.data.splits import is_of_split, named_splits, names_split, no_split, split_named
 
 LINES = (".jsonl", ".ndjson", ".jsonlines")
 HEAD = 2**16
@@ -56,6 +56,8 @@ def recognise(path: str, settings: DataSettings) -> Layout:
         except OSError as error:
             raise DataError(f"{place} cannot be looked into: {error.strerror}.") from error
     if place.exists():
+        if settings.split is not None and not is_of_split(place, settings.split):
+            raise no_split(place, settings.split, named_splits([place]))
         return _of_file(place, settings.reader)
     if glob.has_magic(path) and settings.reader in ("auto", "table"):
         return Layout("table", path)
@@ -105,18 +107,21 @@ def _in_folder_or_splits(folder: Path, settings: DataSettings) -> Layout:
     found = _in_folder(folder, settings)
     if found is not None:
         return found
-    named = sorted(inner for inner in folder.iterdir() if inner.is_dir() and split_named(inner.name))
     wanted = settings.split
+    named = sorted(inner for inner in folder.iterdir() if inner.is_dir() and split_named(inner.name))
+    chosen = named
     if wanted is not None:
-        named = [inner for inner in folder.iterdir() if inner.is_dir() and names_split(inner.name, wanted)] or named
-    parts = {inner: layout for inner in named if (layout := _in_folder(inner, settings)) is not None}
-    chosen = [inner for inner in parts if wanted is None or names_split(inner.name, wanted)]
-    if len(chosen) == 1:
-        return parts[chosen[0]]
+        chosen = [inner for inner in folder.iterdir() if inner.is_dir() and names_split(inner.name, wanted)]
+    parts = {inner: layout for inner in chosen if (layout := _in_folder(inner, settings)) is not None}
+    if len(parts) == 1:
+        return next(iter(parts.values()))
     if parts:
         names = ", ".join(inner.name for inner in parts)
         problem = f"has the parts {names}" if wanted is None else f"has no one part {wanted}; found {names}"
         raise DataError(f"{folder} {problem}. Choose one with data.split, or give its folder.")
+    others = [path for place in (folder, *named) for path in annotation_files(place, settings)]
+    if wanted is not None and others:
+        raise no_split(folder, wanted, named_splits(others))
     looked = [words for reader, _, words in FOLDER_PATTERNS if words and _allowed(reader, settings.reader)]
     inside = sorted(inner.name for inner in folder.iterdir())
     more = f" and {len(inside) - 10} more" if len(inside) > 10 else ""
@@ -127,21 +132,27 @@ def _in_folder_or_splits(folder: Path, settings: DataSettings) -> Layout:
 
 
 def _in_folder(folder: Path, settings: DataSettings) -> Layout | None:
-    """The layout whose files lie in this folder itself, or None."""
+    """The layout whose files, of the wanted split, lie in this folder itself, or None."""
     for reader, pattern, _ in FOLDER_PATTERNS:
         if not _allowed(reader, settings.reader):
             continue
         found = sorted(path for path in folder.glob(pattern) if path.is_file())
         if found and reader == "table":
             return Layout("table", str(folder))
-        if settings.split is not None and len(found) > 1:
-            found = [path for path in found if names_split(path.stem, settings.split)]
+        if settings.split is not None:
+            found = [path for path in found if is_of_split(path, settings.split)]
         if len(found) > 1:
             names = ", ".join(path.name for path in found[:10])
             raise DataError(f"{folder} has several annotation files: {names}. Give one of them, or data.split.")
         if found:
             return _of_file(found[0], settings.reader)
     return None
+
+
+def annotation_files(folder: Path, settings: DataSettings) -> list[Path]:
+    """The annotation files of every layout in this folder itself, whatever split they are of."""
+    wanted = [pattern for reader, pattern, _ in FOLDER_PATTERNS if _allowed(reader, settings.reader)]
+    return list(dict.fromkeys(path for pattern in wanted for path in sorted(folder.glob(pattern)) if path.is_file()))
 
 
 def _allowed(reader: str, wanted: str) -> bool:

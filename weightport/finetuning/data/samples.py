@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from typing import Protocol
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from weightport.errors import DataError
+
+BROKEN_PICTURE = (
+    OSError, ValueError, SyntaxError, TypeError, EOFError, LookupError, ArithmeticError, RuntimeError, struct.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
+"""What Pillow's decoders raise for damaged files, and for those that would fill the memory."""
+
+
+@cache
+def picture_formats() -> tuple[str, ...]:
+    """Pillow's formats but EPS: it is a program, which Pillow hands to Ghostscript to run."""
+    Image.init()
+    return tuple(name for name in Image.ID if name != "EPS")
 
 
 @dataclass(frozen=True)
@@ -24,11 +39,11 @@ class Picture:
         """The decoded picture in RGB. Raises DataError, naming `place`, when it is missing or no picture."""
         try:
             found = self.load()
-            picture = Image.open(BytesIO(found)) if isinstance(found, bytes) else found
+            picture = Image.open(BytesIO(found), formats=picture_formats()) if isinstance(found, bytes) else found
             return picture.convert("RGB")
         except FileNotFoundError as error:
             raise DataError(f"{self.place}: the image {self.key} does not exist.") from error
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except BROKEN_PICTURE as error:
             raise DataError(f"{self.place}: the image {self.key} cannot be read as a picture: {error}.") from error
 
 
@@ -63,7 +78,8 @@ class Samples(Protocol):
     """A data set: a map from 0 … len - 1 to samples, read on demand. Pickles, so that data loader workers can read.
 
     `samples[i]` raises DataError naming file and line. `skipped` are the places that `skip_bad` left out when the data
-    set was opened, each with the reason. `fingerprint`: 64 hexadecimal digits that change with files and settings.
+    set was opened, each with the reason. `fingerprint`: 64 hexadecimal digits that change with files and settings;
+    `content`: 64 that change with questions, answers and names of pictures, wherever the files are.
     """
 
     @property
@@ -74,6 +90,9 @@ class Samples(Protocol):
 
     @property
     def fingerprint(self) -> str: ...
+
+    @property
+    def content(self) -> str: ...
 
     def __len__(self) -> int: ...
 

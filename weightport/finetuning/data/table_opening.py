@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightport.errors import DataError, UsageError
+from weightport.extras import install_command
 from weightport.finetuning.data.settings import DataSettings
-from weightport.finetuning.data.splits import names_split, split_named
+from weightport.finetuning.data.splits import is_of_split, named_splits, names_split, no_split, split_named
 from weightport.hub import HUB_ERRORS, at_once, reason
 
 if TYPE_CHECKING:
@@ -24,9 +25,7 @@ def open_table(path: str, settings: DataSettings) -> Dataset:
     try:
         import datasets
     except ImportError as error:
-        raise UsageError(
-            'Tables need the package "datasets". Install it: pip install "weightport[finetune]"'
-        ) from error
+        raise UsageError(f'Tables need the package "datasets". Install it: {install_command("finetune")}') from error
     folder = Path(path).expanduser()
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
@@ -63,22 +62,26 @@ def find_parquet(path: str, settings: DataSettings) -> list[str]:
     Where a folder's files speak of several splits, those of the settings' split.
     """
     folder = Path(path).expanduser()
+    given = folder.is_file() or (glob.has_magic(path) and not folder.is_dir())
     if folder.is_file():
-        return [str(folder)]
-    if glob.has_magic(path) and not folder.is_dir():
+        found = [str(folder)]
+    elif given:
         found = sorted(name for name in glob.glob(os.path.expanduser(path), recursive=True) if os.path.isfile(name))
         if not found:
             raise DataError(f"{path}: no file fits this pattern.")
-        return found
-    found = sorted(str(file) for place in (folder, folder / "data") for file in place.glob("*.parquet"))
+    else:
+        found = sorted(str(file) for place in (folder, folder / "data") for file in place.glob("*.parquet"))
     splits = sorted({split for file in found if (split := split_named(Path(file).stem)) is not None})
-    if settings.split is None and len(splits) > 1:
-        raise DataError(f"{path} has the splits {', '.join(splits)}. Choose one with data.split.")
-    if settings.split is None or not splits:
+    if settings.split is None:
+        # A file or a pattern says itself what is meant.
+        if len(splits) > 1 and not given:
+            raise DataError(f"{path} has the splits {', '.join(splits)}. Choose one with data.split.")
         return found
-    chosen = [file for file in found if names_split(Path(file).stem, settings.split)]
-    if not chosen:
-        raise DataError(f"{path} has no split {settings.split}. Found: {', '.join(splits)}.")
+    # data/ stands for the folder that it is in.
+    own = names_split(folder.absolute().name, settings.split) and not splits
+    chosen = [file for file in found if own or is_of_split(Path(file), settings.split)]
+    if found and not chosen:
+        raise no_split(path, settings.split, splits or named_splits(map(Path, found)))
     return chosen
 
 
@@ -112,8 +115,13 @@ def _load_saved(folder: Path, settings: DataSettings) -> Dataset:
         splits = [str(split) for split in json.loads(index.read_text("utf-8"))["splits"]]
         folder = folder / _plain(_choose(splits, settings.split, str(folder)), index)
     state = folder / "state.json"
-    for file in json.loads(state.read_text("utf-8"))["_data_files"]:
+    content = json.loads(state.read_text("utf-8"))
+    for file in content["_data_files"]:
         _plain(file["filename"], state)
+    if settings.split is not None and not index.is_file():
+        own = content.get("_split")
+        if not names_split(str(own or folder.absolute().name), settings.split):
+            raise no_split(folder, settings.split, [str(own)] if own else [])
     found: Any = datasets.load_from_disk(str(folder))
     return found.with_format(None)
 
@@ -131,8 +139,14 @@ def _load_from_hub(name: str, settings: DataSettings) -> Dataset:
     options = {"revision": settings.revision}
     split = settings.split
     with at_once():
-        if split is None:
-            split = _choose(datasets.get_dataset_split_names(name, settings.subset, **options), None, name)
+        if split is not None:
+            try:
+                return datasets.load_dataset(name, settings.subset, split=split, **options)
+            except ValueError as error:
+                if not str(error).startswith('Unknown split "'):
+                    raise
+        # No split, or one that the Hub knows by another name: valid for validation.
+        split = _choose(datasets.get_dataset_split_names(name, settings.subset, **options), split, name)
         return datasets.load_dataset(name, settings.subset, split=split, **options)
 
 
@@ -144,7 +158,7 @@ def _choose(splits: Sequence[str], wanted: str | None, place: str) -> str:
         raise DataError(f"{place} has the splits {', '.join(splits)}. Choose one with data.split.")
     found = wanted if wanted in splits else next((split for split in splits if names_split(split, wanted)), None)
     if found is None:
-        raise DataError(f"{place} has no split {wanted}. Found: {', '.join(splits)}.")
+        raise no_split(place, wanted, splits)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -61,21 +62,24 @@ class TableRows:
         self.folder = _folder_beside(path, settings)
 
         faults = Faults(settings.skip_bad)
-        rows, counts = [], []
+        rows, counts, rows_seen = [], [], hashlib.blake2b()
         for row, (cell, texts) in enumerate(zip(self._image_places(), self._all_texts())):
             place = self._place(row)
             try:
-                count = len(answers_of(texts, self.columns.suffix, place))
-                question_of(texts, self.columns.prefix, place)
+                answers = answers_of(texts, self.columns.suffix, place)
+                question = question_of(texts, self.columns.prefix, place)
                 self._check_image(cell, place)
             except DataError as fault:
                 faults.add(fault)
                 continue
             rows.append(row)
-            counts.append(count)
+            counts.append(len(answers))
+            name = os.path.basename(cell) if isinstance(cell, str) else cell
+            rows_seen.update(f"{name!r} {question!r} {answers!r}\n".encode())
         self.rows = np.array(rows, dtype=np.int64)
         self.answer_counts = np.array(counts, dtype=np.int32)
         self.skipped = tuple(faults.skipped)
+        self.content = fingerprint_of(["table", rows_seen.hexdigest()])
         self.fingerprint = fingerprint_of(["table", path, _identity(table), asdict(settings)])
 
     @property

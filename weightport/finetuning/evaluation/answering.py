@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from weightport.errors import DataError, RecipeError
 from weightport.finetuning.data.collation import Indexed, Questioner, Questions
-from weightport.finetuning.data.samples import Samples, left_to_skip
+from weightport.finetuning.data.samples import Objects, Samples, left_to_skip
 from weightport.finetuning.evaluation.predictions import Prediction
 from weightport.finetuning.family import Family
 from weightport.finetuning.recipes.settings import BatchSettings, EvaluationSettings
@@ -154,6 +154,30 @@ def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
     with own_file(path) as work:
         lines = [json.dumps(asdict(each), ensure_ascii=False) for each in predictions]
         work.write_text("\n".join([*lines, ""]), encoding="utf-8")
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """What `write_predictions` wrote; nothing where the file is gone or not whole."""
+    try:
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        return [
+            Prediction(
+                **{**row, "references": tuple(row["references"])}
+                | {name: _objects(row[name]) for name in ("found", "expected")}
+            )
+            for row in rows
+        ]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+
+
+def _objects(row: Mapping[str, Any] | None) -> Objects | None:
+    if row is None:
+        return None
+    boxes = tuple((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in row["boxes"])
+    width, height = row["size"]
+    scores = None if row["scores"] is None else tuple(row["scores"])
+    return Objects(tuple(row["labels"]), boxes, (width, height), scores)
 
 
 def _placed(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -18,6 +18,7 @@ from weightport.finetuning.evaluation.predictions import Prediction
 from weightport.finetuning.family import Family
 from weightport.finetuning.features.plan import FeaturePlan, plan_features
 from weightport.finetuning.metrics import metric_named, score_all
+from weightport.finetuning.overlap import overlap_note
 from weightport.finetuning.recipes.recipe import for_family
 from weightport.finetuning.recipes.settings import Recipe
 from weightport.finetuning.setup.freezing import Share, freeze, frozen_parts, shares
@@ -62,9 +63,16 @@ class Job:
         named = [each for each in (self.data, self.eval_data, self.recipe.data.images) if each is not None]
         return tuple(local_place(str(each)) for each in named)
 
-    def inputs(self, samples: Samples) -> dict[str, Any]:
-        """What it is trained on, for the records of --resume."""
-        return {"model": str(self.model.resolve()), "data": samples.name, "samples": len(samples)}
+    def inputs(self, samples: Samples, eval_samples: Samples | None) -> dict[str, Any]:
+        """What it is trained and measured on, for the records of --resume."""
+        return {
+            "model": str(self.model.resolve()),
+            "data": samples.name,
+            "samples": len(samples),
+            "content": samples.content,
+            "eval_data": None if eval_samples is None else eval_samples.name,
+            "eval_content": None if eval_samples is None else eval_samples.content,
+        }
 
 
 @dataclass(frozen=True)
@@ -115,8 +123,12 @@ def prepare(job: Job) -> Prepared:
         if each is not None and each.skipped:
             are, more = ("is", "") if len(each.skipped) == 1 else ("are", " …")
             notes.append(f"{in_words(len(each.skipped))} of {each.name} {are} left out: {each.skipped[0]}{more}")
-    if checkpoint is not None:
-        notes += changed_inputs(job.output, job.inputs(samples))
+    if job.resume:
+        notes += changed_inputs(job.output, job.inputs(samples, eval_samples))
+        if checkpoint is None:
+            notes.append("there is no checkpoint to resume from: the run begins again at its first step")
+    if eval_samples is not None and arguments.process_index == 0 and (note := overlap_note(samples, eval_samples)):
+        notes.append(note)
     steps = planned_steps(arguments, len(samples))
     if (warm_up := arguments.get_warmup_steps(steps)) > steps:
         notes.append(
@@ -207,9 +219,9 @@ def _output_state(job: Job) -> Path | None:
 
 
 def _require_space(output: Path, found: list[Share], arguments: TrainingArguments, *, adapter: bool) -> None:
-    """Raises OutputError when the disk cannot hold the checkpoints that the run keeps; of an `adapter`, checkpoints
-    and result hold what is trained alone."""
+    """Raises OutputError when the disk cannot hold the result and the checkpoints that the run keeps."""
     trainable = sum(share.trainable for share in found)
+    # An adapter is what is trained; a model is saved whole.
     saved = trainable if adapter else sum(share.total for share in found)
     # float32 weights, and Adam's two moments of what is trained; one more while the oldest is not yet removed.
     checkpoint = 4 * saved + 8 * trainable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,44 +11,61 @@ from typing import Any
 import torch
 
 from weightport import __version__
+from weightport.errors import DataError
 from weightport.finetuning.data.samples import Samples
 from weightport.finetuning.display.previews import spread
+from weightport.finetuning.evaluation.answering import chosen
+from weightport.finetuning.evaluation.measuring import Measuring
 from weightport.finetuning.evaluation.predictions import Prediction
 from weightport.finetuning.recipes.recipe import plain
+from weightport.finetuning.rescue import WRITING, rescued
+from weightport.finetuning.setup.precision import autocast_dtype
 from weightport.finetuning.setup.preparing import Job, Prepared
 from weightport.finetuning.training.resuming import CHECKPOINTS
-from weightport.finetuning.training.saving import METRICS, Result, save_adapter, save_model, write_json
+from weightport.finetuning.training.saving import METRICS, Result, in_base_dtype, save_adapter, save_model, write_json
 from weightport.finetuning.training.trainer import PortTrainer
 from weightport.reports.training_report import RunSummary, write_report
 
 REPORT, HISTORY = "report.html", "history.json"
+RESULTS = ("model", "adapter")
 REPORTED_SAMPLES = 12
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run left: the model directory or adapter, metrics by name, losses by step."""
+    """What a run left: the model directory or adapter, metrics by name, losses by step. `step`: whose model it is, and
+    where the metrics were measured."""
 
     directory: Path
     report: Path
     metrics: Mapping[str, float]
     history: list[dict[str, Any]]
     notes: tuple[str, ...]
+    step: int
 
 
 def finish(
-    job: Job, prepared: Prepared, trainer: PortTrainer, predictions: Sequence[Prediction], notes: list[str]
+    job: Job, prepared: Prepared, trainer: PortTrainer, measuring: Measuring | None, notes: list[str]
 ) -> Outcome:
-    """Save the result and its records; only the main process writes, but all may have to gather weights."""
+    """Measure the result as it is saved, save it and its records; only the main process writes, but all may have to
+    gather weights."""
     recipe, loaded = job.recipe, prepared.loaded
     full = recipe.model.method == "full"
-    directory = job.output / ("model" if full else "adapter")
+    directory = job.output / RESULTS[0 if full else 1]
     history = trainer.state.log_history
-    metrics = _final_metrics(history)
+    step = trainer.held_step
+    metrics = _metrics_at(history, step)
     model, weights = trainer.accelerator.unwrap_model(trainer.model), None
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         weights = job.output / CHECKPOINTS / "final"
         trainer.save_model(str(weights))
+    elif full:
+        trained_in = autocast_dtype(prepared.arguments) or model.dtype
+        model, more = in_base_dtype(model, job.model)
+        notes += more
+        if measuring is not None and metrics and trained_in != model.dtype:
+            metrics, more = _measured_as_saved(measuring, model, step, metrics)
+            notes += more
     if trainer.is_world_process_zero():
         saved = Result(
             model,
@@ -58,12 +76,46 @@ def finish(
             metrics,
             weights,
         )
-        notes += save_model(saved, directory) if full else save_adapter(saved, directory)
-        write_json(job.output / METRICS, metrics)
-        write_json(job.output / HISTORY, history)
-        write_report(job.output / REPORT, _summary(job, prepared, history, metrics, predictions, notes))
+        predictions = measuring.predictions_at(step) if measuring is not None else []
+        summary = _summary(job, prepared, history, metrics, predictions, notes, step)
+
+        def write(folder: Path) -> None:
+            (save_model if full else save_adapter)(saved, folder / directory.name)
+            write_json(folder / METRICS, metrics)
+            write_json(folder / HISTORY, history)
+            write_report(folder / REPORT, summary)
+
+        try:
+            write(job.output)
+        except WRITING as error:
+            raise rescued(job.output, write, _bytes_saved(model, full=full), error) from error
     trainer.accelerator.wait_for_everyone()
-    return Outcome(directory, job.output / REPORT, metrics, history, tuple(notes))
+    return Outcome(directory, job.output / REPORT, metrics, history, tuple(notes), step)
+
+
+def _bytes_saved(model: Any, *, full: bool) -> int:
+    """Bytes of the weights that are written: all of a model, of an adapter what is trained."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if full or p.requires_grad)
+
+
+def _measured_as_saved(
+    measuring: Measuring, model: Any, step: int, before: dict[str, float]
+) -> tuple[dict[str, float], list[str]]:
+    """(the metrics of the model in the dtype that it is saved in, a note on what that changes). `before`: those that
+    were measured in the arithmetic of training."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    try:
+        found = measuring.as_saved(model, step)
+    except RuntimeError as error:
+        # The trained model is not lost because this machine cannot run it so.
+        return before, [f"the metrics are not those of the result in {dtype}, which does not run here: {error}"]
+    changed = [
+        f"{name} {value:.4g} ({before[name]:.4g} while training)"
+        for name, value in found.items()
+        if name in before and f"{value:.4g}" != f"{before[name]:.4g}"
+    ]
+    notes = [f"measured on the result in {dtype}, as it is saved: {', '.join(changed)}"] if changed else []
+    return before | found, notes
 
 
 def _summary(
@@ -73,13 +125,16 @@ def _summary(
     metrics: Mapping[str, float],
     predictions: Sequence[Prediction],
     notes: list[str],
+    step: int,
 ) -> RunSummary:
     shown = spread(predictions, REPORTED_SAMPLES)
     pictures = {}
     for prediction in shown:
-        picture = prepared.eval_samples[prediction.index].picture if prepared.eval_samples is not None else None
-        if picture is not None:
-            pictures[prediction.index] = picture.read()
+        # A picture that is gone meanwhile costs the report a picture, not the run its result.
+        with suppress(DataError):
+            picture = prepared.eval_samples[prediction.index].picture if prepared.eval_samples is not None else None
+            if picture is not None:
+                pictures[prediction.index] = picture.read()
     return RunSummary(
         title=f"{job.recipe.title}: {job.model.resolve().name}",
         command=job.command,
@@ -90,13 +145,14 @@ def _summary(
         predictions=predictions,
         pictures=pictures,
         notes=[*job.mistakes, *notes],
+        measured_at=step,
     )
 
 
-def _final_metrics(history: list[dict[str, Any]]) -> dict[str, float]:
-    """Metrics of the last evaluation by their own names, the loss as eval_loss."""
+def _metrics_at(history: list[dict[str, Any]], step: int) -> dict[str, float]:
+    """Metrics of the evaluation at `step` by their own names, the loss as eval_loss."""
     last: Mapping[str, float] = next(
-        (entry for entry in reversed(history) if any(key.startswith("eval_") for key in entry)), {}
+        (entry for entry in reversed(history) if entry.get("step") == step and "eval_loss" in entry), {}
     )
     timings = ("runtime", "per_second", "preparation_time", "compilation_time")
     return {
@@ -118,9 +174,10 @@ def _training_record(
         "as_published": bool(job.mistakes),
         "base": job.model.resolve().name,
         "data": _data_record(prepared.samples),
-        "eval_data": _data_record(prepared.eval_samples) if prepared.eval_samples is not None else None,
+        "eval_data": _evaluated_record(job, prepared),
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
+        "result_step": trainer.held_step,
         "processes": prepared.arguments.world_size,
         "samples_per_step": prepared.arguments.train_batch_size
         * prepared.arguments.world_size
@@ -139,6 +196,17 @@ def _training_record(
 
 def _data_record(samples: Samples) -> dict[str, Any]:
     return {"name": _public(samples.name), "samples": len(samples)}
+
+
+def _evaluated_record(job: Job, prepared: Prepared) -> dict[str, Any] | None:
+    """The data that metrics were measured on."""
+    samples = prepared.eval_samples
+    if samples is None:
+        return None
+    return {
+        "name": _public(samples.name),
+        "samples": len(chosen(len(samples), job.recipe.evaluation.samples)),
+    }
 
 
 def _published(recipe: dict[str, Any]) -> dict[str, Any]:

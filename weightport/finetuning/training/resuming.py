@@ -31,11 +31,17 @@ def last_checkpoint(run: Path) -> Path | None:
     """The newest whole checkpoint of a run folder. A checkpoint's trainer_state.json is written last, so that one
     without it was interrupted."""
     found = [
-        (int(match.group(1)), folder)
+        (step, folder)
         for folder in (run / CHECKPOINTS).glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and _is_whole(folder)
+        if (step := checkpoint_step(folder)) is not None and _is_whole(folder)
     ]
     return max(found)[1] if found else None
+
+
+def checkpoint_step(folder: Path) -> int | None:
+    """The step that a folder's name says it is a checkpoint of."""
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return int(match.group(1)) if match else None
 
 
 def _is_whole(folder: Path) -> bool:
@@ -72,7 +78,7 @@ def write_inputs(run: Path, inputs: Mapping[str, Any]) -> None:
 
 def changed_inputs(run: Path, inputs: Mapping[str, Any]) -> list[str]:
     """Notes on what is elsewhere now than when the run was started: data and models may have been moved. Raises
-    TrainingError when the data have another number of samples, whose order would be another."""
+    TrainingError when the data have another number of samples, whose order would be another, or say other things."""
     try:
         before = json.loads((run / CHECKPOINTS / INPUTS).read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -82,11 +88,20 @@ def changed_inputs(run: Path, inputs: Mapping[str, Any]) -> list[str]:
             f"{run} was started on {before['samples']:,} samples ({before['data']}), and there are "
             f"{inputs['samples']:,} now ({inputs['data']}). Resume with the same data, or start another run."
         )
-    return [
+    # Records of earlier versions do not say what the data held.
+    if before.get("content", inputs["content"]) != inputs["content"]:
+        raise TrainingError(
+            f"{run} was started on {before['data']} as it was then, and {inputs['data']} holds other questions, "
+            "answers or pictures now: their fingerprints differ. Resume with the same data, or start another run."
+        )
+    notes = [
         f"the run was started with {name} {before[name]}, and goes on with {inputs[name]}"
-        for name in ("model", "data")
-        if before[name] != inputs[name]
+        for name in ("model", "data", "eval_data")
+        if name in before and before[name] != inputs[name]
     ]
+    if before.get("eval_content") and inputs["eval_content"] and before["eval_content"] != inputs["eval_content"]:
+        notes.append("the evaluation data are not those that the run was started with: earlier figures do not compare")
+    return notes
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

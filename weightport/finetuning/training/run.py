@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
@@ -24,10 +23,17 @@ from weightport.finetuning.evaluation.measuring import Measuring
 from weightport.finetuning.features.filling import filled_store
 from weightport.finetuning.recipes.recipe import as_yaml
 from weightport.finetuning.recipes.settings import Recipe
+from weightport.finetuning.rescue import is_full_disk
 from weightport.finetuning.setup.preparing import Job, Prepared, prepare
-from weightport.finetuning.training.results import Outcome, finish
+from weightport.finetuning.training.results import RESULTS, Outcome, finish
 from weightport.finetuning.training.resuming import OWN_FILES, RECIPE, last_checkpoint, write_inputs
-from weightport.finetuning.training.trainer import FirstCheckpoint, LogBeforeSaving, PortTrainer, loss_with_padding
+from weightport.finetuning.training.trainer import (
+    BestCheckpointOfThisRun,
+    FirstCheckpoint,
+    LogBeforeSaving,
+    PortTrainer,
+    loss_with_padding,
+)
 from weightport.formatting import samples as in_words
 from weightport.writing import replaced_directory
 
@@ -55,14 +61,20 @@ def finetune(
             if not job.resume:
                 keep = stack.enter_context(_begun(job, prepared))
         PartialState().wait_for_everyone()
-        with _full_disk_named(job.output):
-            return _train(
-                replace(job, recipe=prepared.recipe),
-                prepared,
-                keep,
-                say=say if main else _silent,
-                quiet=quiet or not main,
-            )
+        try:
+            with _full_disk_named(job.output):
+                return _train(
+                    replace(job, recipe=prepared.recipe),
+                    prepared,
+                    keep,
+                    say=say if main else _silent,
+                    quiet=quiet or not main,
+                )
+        except BaseException:
+            # What is trained is worth keeping, also where what comes after it fails.
+            if main and any((job.output / name).is_dir() for name in RESULTS):
+                keep()
+            raise
 
 
 @contextmanager
@@ -71,15 +83,10 @@ def _full_disk_named(run: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and not any(sign in str(error) for sign in _SIGNS_OF_A_FULL_DISK):
+        if not is_full_disk(error):
             raise
         left = "The checkpoints before are whole (--resume)." if last_checkpoint(run) else "Nothing was left behind."
         raise OutputError(f"The disk of {run} is full. {left} Make room, or choose another --output.") from error
-
-
-_SIGNS_OF_A_FULL_DISK = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos")
-"""safetensors and torch.save say so in words only."""
 
 
 def _begun(job: Job, prepared: Prepared) -> AbstractContextManager[Callable[[], None]]:
@@ -90,7 +97,7 @@ def _begun(job: Job, prepared: Prepared) -> AbstractContextManager[Callable[[], 
         comments = [f"Fine-tuned by weightport {__version__}. The same run again:"]
         comments.append(f"{job.command}  (--recipe with this file in place of the settings)")
         (folder / RECIPE).write_text(as_yaml(job.recipe, comments), encoding="utf-8")
-        write_inputs(folder, job.inputs(prepared.samples))
+        write_inputs(folder, job.inputs(prepared.samples, prepared.eval_samples))
 
     features, output = prepared.features, job.output.absolute()
     within = features is not None and features.folder.absolute().is_relative_to(output)
@@ -130,21 +137,35 @@ def _train(
             train_dataset=Indexed(prepared.samples),
             eval_dataset=_subset(eval_samples, recipe) if eval_samples is not None else None,
             compute_loss_func=loss_with_padding if recipe.batch.count_padding and family.own_loss else None,
-            callbacks=[LogBeforeSaving(), FirstCheckpoint(keep), progress],
+            callbacks=[LogBeforeSaving(), FirstCheckpoint(keep), BestCheckpointOfThisRun(), progress],
             samples=prepared.samples,
             eval_collator=collator(BadSamples(eval_samples, recipe.data.skip_bad)) if eval_samples else None,
             measure=measuring,
             features=prepared.features,
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
+        lost = _trained(trainer, prepared.checkpoint)
         if eval_samples is not None and not _evaluated(trainer):
             trainer.evaluate()
-    notes = list(prepared.notes)
+    notes = [*prepared.notes, *lost, *_chosen_model(trainer), *(measuring.notes if measuring else [])]
     if bad.count:
         were, they = ("was", "it") if bad.count == 1 else ("were", "they")
         notes.append(f"{in_words(bad.count)} {were} left out while training, because {they} could not be read")
-    return finish(job, prepared, trainer, measuring.predictions if measuring else [], notes)
+    return finish(job, prepared, trainer, measuring, notes)
+
+
+def _trained(trainer: PortTrainer, checkpoint: Path | None) -> list[str]:
+    """Train to the end. A disk that is full when the last checkpoint is written does not cost the trained model, which
+    takes less room: that is a note."""
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        state = trainer.state
+        if not is_full_disk(error) or state.global_step < state.max_steps or trainer.args.world_size > 1:
+            raise
+        trainer.end_without_checkpoint()
+        return [f"the checkpoint of step {state.global_step:,} is not kept: the disk was full"]
+    return []
 
 
 def _features(job: Job, prepared: Prepared, say: Callable[[str], None]) -> StoredFeatures | None:
@@ -158,9 +179,22 @@ def _features(job: Job, prepared: Prepared, say: Callable[[str], None]) -> Store
 
 
 def _evaluated(trainer: PortTrainer) -> bool:
-    """Whether the last step was evaluated."""
-    state = trainer.state
-    return any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history)
+    """Whether the model that will be saved was evaluated."""
+    return any("eval_loss" in entry and entry["step"] == trainer.held_step for entry in trainer.state.log_history)
+
+
+def _chosen_model(trainer: PortTrainer) -> list[str]:
+    """A note on which step's model is the result, where `load_best_model_at_end` was to choose it."""
+    arguments, state, step = trainer.args, trainer.state, trainer.held_step
+    if not arguments.load_best_model_at_end or state.best_metric is None:
+        return []
+    name = (arguments.metric_for_best_model or "loss").removeprefix("eval_")
+    if step == state.best_global_step:
+        return [f"the result is the model of step {step:,} of {state.global_step:,}, the best by {name}"]
+    return [
+        f"the result is the model of step {step:,}: the best by {name} was that of step {state.best_global_step:,}, "
+        "where no checkpoint was saved (training.save_steps)"
+    ]
 
 
 def _subset(samples: Samples, recipe: Recipe) -> Any:

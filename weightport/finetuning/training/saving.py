@@ -36,16 +36,10 @@ class Result:
     weights: Path | None = None
 
 
-def save_model(result: Result, out: Path) -> list[str]:
-    """Write the model directory `out`: the trained weights in the base's dtype, and all else as the base has it, but
-    for what the recipe changed. Returns notes."""
-    model, notes = result.model, []
-    wanted = base_dtype(result.base)
-    if result.weights is None and wanted is not None and wanted != model.dtype:
-        if largest(model) <= torch.finfo(wanted).max:
-            model = model.to(wanted)
-        else:
-            notes.append(f"the weights grew beyond {wanted}, so that they stay in {model.dtype}")
+def save_model(result: Result, out: Path) -> None:
+    """Write the model directory `out`: the trained weights, and all else as the base has it, but for what the recipe
+    changed."""
+    model = result.model
     with whole_directory(out, overwrite=True) as work:
         if result.weights is None:
             model.save_pretrained(work)
@@ -58,10 +52,9 @@ def save_model(result: Result, out: Path) -> list[str]:
         write_json(work / CONFIG, _config(result, model.dtype), indent=2)
         _write_processor(result, work)
         _write_records(result, work)
-    return notes
 
 
-def save_adapter(result: Result, out: Path) -> list[str]:
+def save_adapter(result: Result, out: Path) -> None:
     """Write the adapter folder `out`: peft's files, tokenizer and processor, and which base it belongs to."""
     with whole_directory(out, overwrite=True) as work:
         if result.weights is None:
@@ -74,7 +67,16 @@ def save_adapter(result: Result, out: Path) -> list[str]:
         _write_processor(result, work)
         record_base(work, result.base, _quantization(result.model))
         _write_records(result, work)
-    return []
+
+
+def in_base_dtype(model: Any, base: Path) -> tuple[Any, list[str]]:
+    """(the model as it is saved, in the base's dtype; notes)."""
+    wanted = base_dtype(base)
+    if wanted is None or wanted == model.dtype:
+        return model, []
+    if largest(model) <= torch.finfo(wanted).max:
+        return model.to(wanted), []
+    return model, [f"the weights grew beyond {wanted}, so that they stay in {model.dtype}"]
 
 
 def base_dtype(base: Path) -> torch.dtype | None:

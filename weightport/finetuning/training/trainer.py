@@ -4,8 +4,10 @@ end when a loss is no number."""
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Mapping
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +16,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import EvalLoopOutput
 
 from weightport.errors import DataError, TrainingError
-from weightport.finetuning.data.collation import FAILURE, FEATURE_LENGTHS, FEATURES, INDICES, Collator
+from weightport.finetuning.data.collation import FAILURE, FEATURE_LENGTHS, FEATURES, INDICES, STAND_IN, Collator
 from weightport.finetuning.data.samples import Samples
 from weightport.finetuning.features.plan import FeaturePlan
+from weightport.finetuning.training.resuming import checkpoint_step, last_checkpoint
 
 IGNORED = -100
 """The label that no loss counts."""
@@ -47,6 +50,34 @@ class PortTrainer(Trainer):
         self._measure = measure
         self._features = features
         self._evaluated = -1
+        self._best_loaded: int | None = None
+
+    @property
+    def held_step(self) -> int:
+        """The step that the model's weights are of: the last one, or that of the best model which was loaded."""
+        return self.state.global_step if self._best_loaded is None else self._best_loaded
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        # best_global_step may name a step that no checkpoint was saved at.
+        self._best_loaded = checkpoint_step(Path(self.state.best_model_checkpoint or ""))
+
+    def end_without_checkpoint(self) -> None:
+        """Take the place of the end of a training whose last checkpoint could not be written, as far as the result
+        depends on it: the best model is loaded, and what there is of the checkpoint removed."""
+        self.is_in_train = False
+        partial = Path(self.args.output_dir or "") / f"checkpoint-{self.state.global_step}"
+        shutil.rmtree(partial, ignore_errors=True)
+        best = self.state.best_model_checkpoint
+        if self.args.load_best_model_at_end and best is not None and Path(best).is_dir():
+            self._load_best_model()
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
+        # Trainer counts the labels of all batches of a step before it takes the first: one that could not be made has
+        # none.
+        for batch in batch_samples:
+            _require_made(batch)
+        return super()._get_num_items_in_batch(batch_samples, device)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         collator = self.data_collator
@@ -76,15 +107,21 @@ class PortTrainer(Trainer):
         # Trainer's own filter of NaN waits for the loss too; it would hide it.
         if not torch.isfinite(loss):
             places = "\n      ".join(self._samples[index].place for index in indices)
+            found = last_checkpoint(Path(self.args.output_dir or "").parent)
+            left = f"{found.name} is whole (--resume)" if found else "there is no checkpoint yet to resume from"
             raise TrainingError(
                 f"The loss is {loss.item()} at step {self.state.global_step + 1}. The batch was\n      {places}\n"
-                "  A smaller learning rate, bfloat16 instead of float16, or max_grad_norm=1.0 often helps; the last "
-                "checkpoint is untouched (--resume)."
+                "  A smaller learning rate, bfloat16 instead of float16, or max_grad_norm=1.0 often helps; "
+                f"{left}."
             )
         return loss
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        stands_in = STAND_IN in inputs
         indices = _indices(inputs)
+        if stands_in and self.args.world_size == 1:
+            # Its samples were bad: another one's loss is not theirs. Processes must go on in step, and count it.
+            return None, None, None
         # Several processes get batches of one size, the last ones filled with samples from the beginning: these have
         # been counted. A batch of nothing else is left as it is: Trainer drops its loss.
         highest = list(accumulate((self._evaluated, *indices), max))
@@ -149,6 +186,20 @@ class FirstCheckpoint(TrainerCallback):
         return control
 
 
+class BestCheckpointOfThisRun(TrainerCallback):
+    """Takes the best checkpoint of a resumed run from its own folder: its state names the path that it had then, and
+    Trainer would save the last model in its place when the run was moved."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        known = state.best_model_checkpoint
+        step = state.best_global_step if known is None else checkpoint_step(Path(known))
+        here = Path(args.output_dir or "") / f"checkpoint-{step}"
+        if step is not None and here.is_dir():
+            state.best_model_checkpoint = str(here)
+
+
 def loss_with_padding(
     outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
 ) -> torch.Tensor:
@@ -167,6 +218,11 @@ def loss_with_padding(
 
 def _indices(inputs: dict[str, Any]) -> list[int]:
     """Take what is not the model's out of a batch. Raises DataError when the batch could not be made."""
+    _require_made(inputs)
+    inputs.pop(STAND_IN, None)
+    return inputs.pop(INDICES).tolist()
+
+
+def _require_made(inputs: Mapping[str, Any]) -> None:
     if FAILURE in inputs:
         raise DataError(inputs[FAILURE])
-    return inputs.pop(INDICES).tolist()
