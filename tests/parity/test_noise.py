@@ -54,7 +54,7 @@ def test_error_of_the_original_s_own_size_is_no_departure_where_the_formula_says
 def test_error_below_the_formula_departs_where_the_original_is_quieter() -> None:
     assert judged(8e-6, None).verdict is Verdict.AGREES
     assert judged(8e-6, OwnNoise(1e-6, 512, 1.7)).verdict is Verdict.DEPARTS
-    assert judged(3e-6, OwnNoise(1e-6, 512, 1.7)).verdict is Verdict.AGREES
+    assert judged(2.5e-6, OwnNoise(1e-6, 512, 1.7)).verdict is Verdict.AGREES
 
 
 def test_few_elements_keep_the_formula() -> None:
@@ -104,7 +104,7 @@ def test_norms_of_gradients_are_measured_together() -> None:
     assert all(
         own[f"grad_norm.p{i}"].largest == pytest.approx(1e-6 * float(s), rel=1e-3) for i, s in enumerate(scales)
     )
-    assert all(each.measured for each in own.values())
+    assert not any(each.decides for each in own.values()), "a backward pass may be noisier than the original's"
     alone = own_noise_of(reference("train", **seams), kinked=lambda seam: seam == "grad_norm.p3")
     assert alone["grad_norm.p3"].elements == 1 and alone["grad_norm.p0"].largest == 0
 

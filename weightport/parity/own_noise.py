@@ -9,7 +9,7 @@ import torch
 from weightport.parity.noise import GRADIENT_FLOOR, OwnNoise
 from weightport.parity.reference import Expected, Run
 from weightport.parity.seams import DERIVED, base_seam
-from weightport.parity.training import GRADIENT_NORM, whole_gradient
+from weightport.parity.training import GRADIENT, GRADIENT_NORM, TOTAL_NORM, whole_gradient
 
 
 def own_noise_of(run: Run, kinked: Callable[[str], bool] = lambda seam: False) -> dict[str, OwnNoise]:
@@ -21,7 +21,11 @@ def own_noise_of(run: Run, kinked: Callable[[str], bool] = lambda seam: False) -
     if run.kind == "generate":
         return {}
     pairs = _pairs(run)
-    alone = {seam: _own(*pair) for seam, pair in pairs.items() if not seam.startswith(GRADIENT_NORM) or kinked(seam)}
+    alone = {
+        seam: _own(*pair, gradient=seam.startswith((GRADIENT, TOTAL_NORM)))
+        for seam, pair in pairs.items()
+        if not seam.startswith(GRADIENT_NORM) or kinked(seam)
+    }
     norms = {seam: pair for seam, pair in pairs.items() if seam not in alone}
     return {seam: own for seam, own in alone.items() if own is not None} | _together(norms, whole_gradient(run))
 
@@ -46,16 +50,16 @@ def _pairs(run: Run) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 _IDS = frozenset(DERIVED) - {"lse"}
 
 
-def _own(single: torch.Tensor, double: torch.Tensor) -> OwnNoise | None:
+def _own(single: torch.Tensor, double: torch.Tensor, gradient: bool) -> OwnNoise | None:
     error = (single - double).abs()
     error = error[error.isfinite()]
     if not error.numel():
         return None
-    return OwnNoise(float(error.max()), error.numel(), float(double[double.isfinite()].abs().max()))
+    return OwnNoise(float(error.max()), error.numel(), float(double[double.isfinite()].abs().max()), gradient)
 
 
 def _together(norms: Mapping[str, tuple[torch.Tensor, torch.Tensor]], total: float) -> dict[str, OwnNoise]:
     scales = {seam: max(abs(float(pair[1])), GRADIENT_FLOOR * total) for seam, pair in norms.items()}
     errors = [abs(float(pair[0] - pair[1])) / scales[seam] for seam, pair in norms.items() if scales[seam]]
     worst = max(errors, default=0.0)
-    return {seam: OwnNoise(worst * scale, len(errors), scale) for seam, scale in scales.items()}
+    return {seam: OwnNoise(worst * scale, len(errors), scale, gradient=True) for seam, scale in scales.items()}
