@@ -139,7 +139,5 @@ def test_right_model_of_full_size_does_not_depart(family: str, tmp_path: Path) -
             own = f"{each.relative_own:.1e}" if each.relative_own is not None else "-"
             errors = f"{each.relative:.1e} own {own} allowed {each.relative_allowed:.1e}"
             print(f"{family} {each.seam} f32/{each.against} {errors}")
-                f"{family} {each.seam} f32/{each.against} {each.relative:.1e} own {own} allowed {each.relative_allowed:.1e}"
-            )
         assert report.passed and not report.passing, report.verdict
         assert {each.verdict for each in report.comparisons} <= {Verdict.AGREES, Verdict.WITHIN_NOISE}
