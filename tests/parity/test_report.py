@@ -16,6 +16,7 @@ from weightport.families.ofa.parity import OFA
 from weightport.parity import Expected, Selection, Verdict, render
 from weightport.parity.compare import Place, compare, compare_generation
 from weightport.parity.noise import KINK, Noise
+from weightport.parity.report import worst_of
 from weightport.parity.seams import Observed, observe
 
 NOISE = Noise(growth=48.0, limit=1e-5)
@@ -42,8 +43,8 @@ def report(native, whole_reference, tmp_path_factory):
 def test_table_prints_every_seam_beside_its_threshold(report) -> None:
     lines = printed(report).splitlines()
     logits = next(line for line in lines if line.startswith("logits"))
-    comparison = next(each for each in report.comparisons if each.seam == "logits")
-    assert f"{comparison.relative_allowed:.1e}" in logits
+    comparison = worst_of([each for each in report.comparisons if (each.seam, each.against) == ("logits", "float32")])
+    assert f"{comparison.relative_own:.1e}" in logits and f"{comparison.relative_allowed:.1e}" in logits
     for seam in ("vision", "projector", "encoder.layers.0", "encoder", "decoder.layers.0", "loss", "sequences"):
         assert any(line.startswith(seam) for line in lines), seam
     assert sum(line.startswith("grad_norm.*") for line in lines) <= 2, "one line for all parameters"
@@ -101,6 +102,22 @@ def test_seam_that_the_model_does_not_have_is_left_out_and_named(native, referen
     assert report.passed
     assert {each.seam for each in report.not_compared} == {"qformer", "encoder.layers.99"}
     assert "not compared" in printed(report) and "qformer" in printed(report)
+
+
+def test_end_of_the_chain_decides_and_a_departure_on_the_way_is_told(native, reference) -> None:
+    def on_the_way(runs, tensors, slices) -> None:
+        tensors["image_text/out/vision"] = tensors["image_text/out/vision"] * 1.001
+
+    def at_the_end(runs, tensors, slices) -> None:
+        on_the_way(runs, tensors, slices)
+        tensors["image_text/out/logits"] = tensors["image_text/out/logits"] * 1.001
+
+    told = check_parity(native, reference("image_text", change=on_the_way), dtypes=[torch.float32])
+    assert told.passed and {each.seam for each in told.passing} == {"vision"}
+    assert told.verdict.startswith("same model") and "vision departs on the way, and no later seam" in told.verdict
+    assert "departs here only" in printed(told)
+    wrong = check_parity(native, reference("image_text", change=at_the_end), dtypes=[torch.float32])
+    assert not wrong.passed and wrong.first_departure.seam == "vision" and not wrong.passing
 
 
 def test_other_shape_departs_and_both_shapes_are_named(native, reference) -> None:

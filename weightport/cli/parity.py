@@ -37,7 +37,8 @@ def attention_names(value: str | None) -> tuple[str, ...]:
     "dtypes",
     multiple=True,
     type=click.Choice(("float32", "float64", "float16", "bfloat16")),
-    help="Run in this type only. By default float32, and float64 too when the model fits in memory. Repeatable.",
+    help="Run in this type only. By default float32 and float64, of which training runs are left out that do not fit "
+    "in memory. Repeatable.",
 )
 @click.option(
     "--attn",
@@ -82,7 +83,8 @@ def port_parity(
     quiet: bool,
 ) -> None:
     """Run the converted model in DIRECTORY on the inputs of a reference file and compare every seam with what the
-    original gave there. The exit status is 1 when a seam departs, 2 when the reference does not fit."""
+    original gave there. The exit status is 1 when the model departs, 2 when the reference does not fit. docs/parity.md says what
+    counts as noise."""
     import torch
     from transformers.utils import logging
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -16,16 +15,20 @@ from weightport.errors import ReferenceFileError
 from weightport.parity.compare import Comparison, Place, compare, compare_generation
 from weightport.parity.evidence import Evidence, Hypotheses, evidence_of, hypotheses, tokenizer_of
 from weightport.parity.family import Family
-from weightport.parity.invariance import INVARIANCES, check_invariances
-from weightport.parity.loading import element_count, load_native
+from weightport.parity.invariance import check_invariances
+from weightport.parity.loading import load_native
 from weightport.parity.localisation import Localisation, last_agreeing, localise
-from weightport.parity.noise import GRADIENT_FLOOR, scale_of
+from weightport.parity.memory import free_memory
+from weightport.parity.order import forward_order, is_outcome, seam_order
 from weightport.parity.originals import Originals, originals_of
-from weightport.parity.reference import Expected, Reference, Run, read_reference
+from weightport.parity.own_noise import own_noise_of
+from weightport.parity.passing import mark_passing
+from weightport.parity.reference import Expected, Run, read_reference
 from weightport.parity.report import NotCompared, ParityReport
 from weightport.parity.runner import execute, native_arguments
 from weightport.parity.seams import Missed, Observed, base_seam
-from weightport.parity.training import GRADIENT, GRADIENT_NORM, TOTAL_NORM
+from weightport.parity.streaming import resident_weights
+from weightport.parity.training import TrainingMemory, gradient_floor, whole_gradient
 
 DTYPES = (torch.float32, torch.float64)
 HALVES = (torch.float16, torch.bfloat16)
@@ -55,10 +58,12 @@ def check_parity(
 
     `family` is the model family's table, `conversion` knows the original's names.
 
-    Every run is repeated in each of `dtypes` (by default float32, and float64 when it fits into memory) and compared
-    with what the original gave in float32 and in float64. Nothing is written. `use_cache`: generate with or without
-    cached keys. Several attention implementations are each held against the reference. `invariance`: also hold every
-    forward run against itself alone, behind more padding, and decoded step by step.
+    Every run is repeated in each of `dtypes` (by default float32 and float64) and compared with what the original gave
+    in float32 and in float64. Nothing is written. Weights stay in their files and are widened one by one as the model
+    takes them; what needs more memory than is free is a training step in float64, and one that does is left out by
+    name unless `dtypes` asks for it. `use_cache`: generate with or without cached keys. Several attention
+    implementations are each held against the reference. `invariance`: also hold every forward run against itself
+    alone, behind more padding, and decoded step by step.
 
     Raises ReferenceFileError when the reference is malformed, of another family or version, or does not fit the model;
     CheckpointError when the directory is no model.
@@ -68,25 +73,35 @@ def check_parity(
         raise ReferenceFileError(
             f"{path} is a reference of {opened.family!r}, but the model in {directory} is {family.name!r}."
         )
-    chosen, notes = (tuple(dtypes), ()) if dtypes else _affordable(directory)
+    chosen = tuple(dtypes or DTYPES)
     implementations = (
         (attn_implementation,) if isinstance(attn_implementation, str) else attn_implementation or (None,)
     )
     comparisons: list[Comparison] = []
     missed: dict[NotCompared, None] = {}
     places: dict[tuple[str, str, str], Localisation] = {}
-    order = _forward_order(family, opened)
+    order = forward_order(family, opened)
+    memory, left_out = TrainingMemory(), dict[str, str]()
     evidence, tokenizer = Evidence(), tokenizer_of(directory)
     texts: dict[str, Hypotheses] = {}
     with _exact_arithmetic():
         for dtype, attention in ((dtype, attention) for dtype in chosen for attention in implementations):
             model = load_native(
-                directory, family, dtype, overrides=family.plain, device=device, attn_implementation=attention
+                directory,
+                family,
+                dtype,
+                overrides=family.plain,
+                device=device,
+                attn_implementation=attention,
+                stream=True,
             )
             originals = originals_of(directory, conversion, model.config)
             for run in opened.runs:
                 found: list[Comparison] = []
-                for result in _judge(model, family, run, dtype, originals, use_cache, invariance):
+                if not dtypes and (short := memory.shortage(run, model)):
+                    left_out[run.name] = short
+                    continue
+                for result in _judge(model, family, run, dtype, originals, use_cache, invariance, memory):
                     if isinstance(result, NotCompared):
                         missed[result] = None
                     elif isinstance(result, Generated):
@@ -110,11 +125,11 @@ def check_parity(
         family.name,
         opened.source,
         tuple(str(dtype).removeprefix("torch.") for dtype in chosen),
-        tuple(comparisons),
+        tuple(mark_passing(comparisons, order, lambda seam: is_outcome(family, seam))),
         tuple(missed),
         {name: version(name) for name in ("weightport", "torch", "transformers")},
         order,
-        notes,
+        tuple(f"left out: run {name} in float64 ({why}; --dtype float64 insists)" for name, why in left_out.items()),
         evidence=replace(evidence, texts=tuple(texts.values())),
     )
     first = report.first_departure
@@ -141,14 +156,19 @@ def _judge(
     originals: Originals,
     use_cache: bool,
     invariance: bool,
+    memory: TrainingMemory,
 ) -> Iterator[Comparison | NotCompared | Generated]:
     """One run in one dtype: the seams in forward order."""
     if run.kind == "train" and dtype in HALVES:
         yield NotCompared(run.name, "loss", "losses and gradients are not compared in half precision")
         return
     wanted = _against(run, dtype)
-    observations = execute(model, family, run, wanted, originals, use_cache=use_cache)
-    total = _whole_gradient(run)
+    # `generate` takes every weight at every token: as many as half of what is free holds stay widened.
+    spare = free_memory(model.device) // 2 if run.kind == "generate" else 0
+    with resident_weights(model, spare), memory.measuring(run, model):
+        observations = execute(model, family, run, wanted, originals, use_cache=use_cache)
+    total = whole_gradient(run)
+    own = own_noise_of(run, lambda seam: family.kinked(model.config, seam))
     generated: dict[str, tuple[Observed, Expected]] = {}
     for expected in sorted(wanted, key=lambda each: seam_order(family, each.seam)):
         observed = observations[expected.tensor.name]
@@ -159,8 +179,9 @@ def _judge(
         else:
             seam, _ = base_seam(expected.seam)
             depth, kinked = family.depth(model.config, seam), family.kinked(model.config, seam)
-            floor = _floor(expected, observed, total)
-            yield compare(observed, expected, Place(run.name, dtype, depth, family.noise, floor, kinked))
+            floor = gradient_floor(expected, observed.value, total)
+            place = Place(run.name, dtype, depth, family.noise_at(seam), floor, kinked, own.get(expected.seam))
+            yield compare(observed, expected, place)
     if generated:
         # Searches are decided by log-probabilities, which are float32 whatever is wider.
         arithmetic = dtype if dtype in HALVES else torch.float32
@@ -184,66 +205,6 @@ def _against(run: Run, dtype: torch.dtype) -> list[Expected]:
         return list(run.outputs)
     exact = {each.seam for each in run.outputs if each.dtype == torch.float64}
     return [each for each in run.outputs if each.dtype == torch.float64 or each.seam not in exact]
-
-
-def seam_order(family: Family, seam: str) -> tuple[int, int, str]:
-    """Sort key that puts seams in forward order: the family's own, then losses, gradients and hypotheses."""
-    name, derivation = base_seam(seam)
-    for place, each in enumerate(family.seams):
-        layer = each.layer_of(name)
-        if layer is not None:
-            return _stage(family, place, layer), int(layer or 0), f"{place:04d}{derivation}"
-    later = [*family.losses, TOTAL_NORM, "sequences", "scores", "positional_scores"]
-    place = later.index(name) if name in later else len(later)
-    return len(family.seams) + place, 0, name
-
-
-def _stage(family: Family, place: int, layer: str) -> int:
-    """Seams of one stack are interleaved by layer: they share the first one's place."""
-    if not layer:
-        return place
-    stack = family.seams[place].name.partition("*")[0]
-    return next(i for i, each in enumerate(family.seams) if each.name.partition("*")[0] == stack and "*" in each.name)
-
-
-def _forward_order(family: Family, reference: Reference) -> tuple[str, ...]:
-    seams = {each.seam for run in reference.runs for each in run.outputs}
-    return (*sorted(seams, key=lambda seam: seam_order(family, seam)), *INVARIANCES)
-
-
-def _whole_gradient(run: Run) -> float:
-    """Norm of the whole gradient in the reference, as far as it says; 0 when the run holds no gradient."""
-    by_seam = {
-        each.seam: each for each in run.outputs if each.seam == TOTAL_NORM or each.seam.startswith(GRADIENT_NORM)
-    }
-    if TOTAL_NORM in by_seam:
-        return float(by_seam[TOTAL_NORM].tensor.read())
-    if by_seam:
-        return float(torch.stack([each.tensor.read().double() for each in by_seam.values()]).norm())
-    gradients = [each.tensor.read().double().norm() for each in run.outputs if each.seam.startswith(GRADIENT)]
-    return float(torch.stack(gradients).norm()) if gradients else 0.0
-
-
-def _floor(expected: Expected, observed: Observed, total: float) -> float:
-    """The smallest scale a gradient is measured against (see noise.GRADIENT_FLOOR); 0 for everything else."""
-    if expected.seam.startswith(GRADIENT_NORM):
-        return GRADIENT_FLOOR * total
-    if expected.seam.startswith(GRADIENT):
-        return max(GRADIENT_FLOOR * total / max(observed.value.numel(), 1) ** 0.5, scale_of(expected.tensor.read()))
-    return 0.0
-
-
-def _affordable(directory: Path) -> tuple[tuple[torch.dtype, ...], tuple[str, ...]]:
-    """float32, and float64 when weights, gradients and activations in it fit into the memory that is free."""
-    needed = element_count(directory) * torch.float64.itemsize * 3
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed <= free:
-        return DTYPES, ()
-    note = (
-        f"float64 was left out: it needs about {needed / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free "
-        "(--dtype float64 insists)"
-    )
-    return DTYPES[:1], (note,)
 
 
 class _exact_arithmetic:  # noqa: N801 - reads as a statement

@@ -8,16 +8,23 @@ from enum import StrEnum
 
 import torch
 
-from weightport.parity.noise import Noise, scale_of
+from weightport.parity.noise import Allowed, Noise, OwnNoise, scale_of
 from weightport.parity.reference import Expected
 from weightport.parity.seams import Observed
 
 
 class Verdict(StrEnum):
-    """What a comparison says. `TIED` agrees: choices of equal score in another order."""
+    """What a comparison says; only `DEPARTS` fails.
+
+    `TIED`: choices of equal score in another order. `WITHIN_NOISE`: an error above the depth formula, and below what
+    the original's own float32 lies from its float64 there. `PASSING`: an error above both, at a seam on the way, that
+    no later seam of the run shows.
+    """
 
     AGREES = "agrees"
     TIED = "tied"
+    WITHIN_NOISE = "within the original's own noise"
+    PASSING = "departs here only"
     DEPARTS = "departs"
 
     @property
@@ -29,9 +36,11 @@ class Verdict(StrEnum):
 class Comparison:
     """A seam's figures. Errors are absolute, in the seam's own units; `scale` is the reference's root mean square.
 
-    `dtype` is what the native model ran in, `against` what the original did. For ids, `agreement` is the part of them
-    that is equal; for logits, the part of positions with the same argmax. `note` says what a figure
-    cannot. `attention` is the native model's attention implementation, where several were asked for.
+    `dtype` is what the native model ran in, `against` what the original did. `own` is the original's own noise in the
+    coarser of the two, measured or, in float64, inferred from float32; None where the reference holds one precision.
+    `formula` is what the depth alone explains, where that is less than what is allowed. For ids,
+    `agreement` is the part of them that is equal; for logits, the part of positions with the same argmax. `note` says
+    what a figure cannot. `attention` is the native model's attention implementation, where several were asked for.
     """
 
     run: str
@@ -47,6 +56,8 @@ class Comparison:
     agreement: float | None = None
     note: str = ""
     attention: str = ""
+    own: float | None = None
+    formula: float | None = None
 
     @property
     def relative(self) -> float | None:
@@ -57,11 +68,15 @@ class Comparison:
     def relative_allowed(self) -> float | None:
         return self.allowed / self.scale if self.allowed is not None and self.scale else None
 
+    @property
+    def relative_own(self) -> float | None:
+        return self.own / self.scale if self.own is not None and self.scale else None
+
 
 @dataclass(frozen=True)
 class Place:
     """Where a comparison belongs, and how far into the model it lies. `floor`: the smallest scale to measure
-    against."""
+    against. `own`: the original's own noise there, where it is known."""
 
     run: str
     dtype: torch.dtype
@@ -69,6 +84,7 @@ class Place:
     noise: Noise
     floor: float = 0.0
     kinked: bool = False
+    own: OwnNoise | None = None
 
 
 def compare(observed: Observed, expected: Expected, place: Place) -> Comparison:
@@ -138,11 +154,18 @@ def _numbers(
     blank: Comparison, value: torch.Tensor, reference: torch.Tensor, expected: Expected, place: Place
 ) -> Comparison:
     scale = max(scale_of(reference), place.floor)
-    allowed = scale * place.noise.allowance(place.depth, place.dtype, expected.dtype, kinked=place.kinked)
+    allowed = Allowed.of(place.noise, place.own, scale, place.depth, (place.dtype, expected.dtype), place.kinked)
     agreement = None
     if expected.seam == "logits" and value.ndim and value.shape[-1] > 1 and value.numel():
         agreement = float((value.argmax(-1) == reference.argmax(-1)).double().mean())
-    blank = replace(blank, scale=scale, allowed=allowed, agreement=agreement)
+    blank = replace(
+        blank,
+        scale=scale,
+        allowed=allowed.largest,
+        agreement=agreement,
+        own=allowed.own,
+        formula=allowed.formula if allowed.formula < allowed.largest else None,
+    )
     for tensor, whose in ((value, "the native model's values"), (reference, "the reference")):
         if bool(tensor.isnan().any()):
             return replace(blank, note=f"{int(tensor.isnan().sum())} NaN in {whose}")
@@ -151,8 +174,13 @@ def _numbers(
         return replace(blank, note=f"{int(error.isinf().sum())} values are infinite in one and not in the other")
     largest = float(error.max()) if error.numel() else 0.0
     mean = float(error.mean()) if error.numel() else 0.0
-    verdict = Verdict.AGREES if largest <= allowed else Verdict.DEPARTS
-    return replace(blank, verdict=verdict, largest=largest, mean=mean)
+    return replace(blank, verdict=_verdict(largest, allowed), largest=largest, mean=mean)
+
+
+def _verdict(largest: float, allowed: Allowed) -> Verdict:
+    if largest <= allowed.formula:
+        return Verdict.AGREES
+    return Verdict.WITHIN_NOISE if largest <= allowed.largest else Verdict.DEPARTS
 
 
 def _ids(

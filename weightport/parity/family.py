@@ -81,7 +81,8 @@ class Family:
     `required` names the original arguments that a run of each kind cannot do without, `options` the options it may
     have. `complete` adds native arguments that follow from others (attention masks, the loss's settings).
     `depth(config, seam)` counts the residual blocks before a seam: rounding errors grow with its square root.
-    `noise` is what lies between two correct implementations. `kinked(config, seam)`: whether a gradient has passed
+    `noise` is what lies between two correct implementations where a reference does not say it; `noise_of` has that of
+    seams whose names begin so, where it is another. `kinked(config, seam)`: whether a gradient has passed
     rectifiers. `plain` are configuration values that make a training step reproducible (no dropout). `losses` computes
     further training seams from the model's output, the native arguments and the configuration. `exact_loss` stands in
     for the model's own loss in float64, where transformers rounds logits to float32 first.
@@ -98,12 +99,17 @@ class Family:
     generation: Callable[[Tensors, Mapping[str, Any], PreTrainedConfig], Generation]
     depth: Callable[[PreTrainedConfig, str], int]
     noise: Noise
+    noise_of: Mapping[str, Noise] = field(default_factory=dict)
     kinked: Callable[[PreTrainedConfig, str], bool] = lambda config, seam: False
     plain: Mapping[str, Any] = field(default_factory=dict)
     losses: Mapping[str, Callable[[Any, Mapping[str, Any], PreTrainedConfig], torch.Tensor]] = field(
         default_factory=dict
     )
     exact_loss: Callable[..., torch.Tensor] | None = None
+
+    def noise_at(self, seam: str) -> Noise:
+        """The noise of a seam."""
+        return next((noise for start, noise in self.noise_of.items() if seam.startswith(start)), self.noise)
 
 
 def stack_and_layer(seam: str) -> tuple[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from transformers.utils import logging
 
 from weightport.errors import CheckpointError, ConfigurationError, CoverageError
 from weightport.parity.family import Family
+from weightport.parity.streaming import stream_weights
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Floating-point types by their names in a safetensors header."""
 
 
 def load_native(
@@ -24,13 +29,16 @@ def load_native(
     overrides: Mapping[str, Any] | None = None,
     device: str | torch.device = "cpu",
     attn_implementation: str | None = None,
+    stream: bool = False,
 ) -> PreTrainedModel:
     """The model of a converted directory, in evaluation mode; no code of the directory is executed.
 
-    `dtype` None keeps the stored one. `overrides` replace configuration values. Raises CheckpointError when the
-    directory is none, CoverageError when its weights and its configuration do not meet.
+    `dtype` None keeps the stored one. `stream`: weights stay as the files have them, and are widened to `dtype` one by
+    one while the model runs (see streaming.py). `overrides` replace configuration values. Raises CheckpointError when
+    the directory is none, CoverageError when its weights and its configuration do not meet.
     """
     directory = Path(directory)
+    loaded_in = _narrower(directory, dtype) if stream and dtype is not None else dtype
     settings: dict[str, Any] = dict(overrides or {})
     if attn_implementation is not None:
         settings["attn_implementation"] = attn_implementation
@@ -38,7 +46,7 @@ def load_native(
         with _quiet():
             model, info = family.auto_class.from_pretrained(
                 directory,
-                dtype=dtype or "auto",
+                dtype=loaded_in or "auto",
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
@@ -54,7 +62,10 @@ def load_native(
     if any(wrong.values()):
         found = "; ".join(f"{what.replace('_', ' ')}: {', '.join(keys[:8])}" for what, keys in wrong.items() if keys)
         raise CoverageError(f"The weights in {directory} are not those of its config.json ({found}).")
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    if loaded_in != dtype and dtype is not None:
+        stream_weights(model, dtype)
+    return model
 
 
 @contextmanager
@@ -69,13 +80,16 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def element_count(directory: Path) -> int:
-    """Elements of all tensors in the directory's safetensors files, from their headers. 0 when it has none."""
-    total = 0
-    for path in sorted(Path(directory).glob("*.safetensors")):
+def _narrower(directory: Path, dtype: torch.dtype) -> torch.dtype:
+    """The type that holds every floating-point tensor of the directory's safetensors files, by their headers: `dtype`
+    itself where that is no narrower."""
+    stored: set[torch.dtype] = set()
+    for path in sorted(directory.glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as file:
-                total += sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys())  # noqa: SIM118 - safe_open is no mapping
+                names = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
         except SafetensorError as error:
             raise CheckpointError(f"{path} is not a readable safetensors file: {error}.") from error
-    return total
+        stored |= {FLOATS[name] for name in names if name in FLOATS}
+    widest = reduce(torch.promote_types, stored) if stored else dtype
+    return widest if widest != dtype and torch.promote_types(widest, dtype) == dtype else dtype

@@ -56,6 +56,7 @@ class ParityReport:
 
     @property
     def passed(self) -> bool:
+        """Whether nothing departs; what departs on the way only is told, and does not fail."""
         return bool(self.comparisons) and not self.departures
 
     @property
@@ -64,14 +65,28 @@ class ParityReport:
         return next(iter(self.departures), None)
 
     @property
+    def passing(self) -> tuple[Comparison, ...]:
+        """What departs on the way and is seen by no later seam, earliest first."""
+        place = {seam: i for i, seam in enumerate(self.order)}
+        found = [c for c in self.comparisons if c.verdict is Verdict.PASSING]
+        return tuple(sorted(found, key=lambda c: place.get(c.seam, len(place))))
+
+    @property
     def verdict(self) -> str:
-        """One sentence."""
-        runs = len({c.run for c in self.comparisons})
+        """One sentence: what the end of the chain (logits, losses, ids) says, then what was seen on the way."""
         first = self.first_departure
-        if first is None:
-            seams = len({(c.run, c.seam) for c in self.comparisons})
-            return f"same model: {seams} seams of {runs} runs agree within the noise of arithmetic"
-        return f"departs from the original, first at {first.seam} (run {first.run}, {first.dtype}){why(first)}"
+        if first is not None:
+            return f"departs from the original, first at {first.seam} (run {first.run}, {first.dtype}){why(first)}"
+        runs = len({c.run for c in self.comparisons})
+        agree = {(c.run, c.seam) for c in self.comparisons} - {(c.run, c.seam) for c in self.passing}
+        said = f"same model: {len(agree)} seams of {runs} runs agree within the noise of arithmetic"
+        noisy = {(c.run, c.seam) for c in self.comparisons if c.verdict is Verdict.WITHIN_NOISE}
+        if noisy:
+            said += f", {len(noisy)} of them within the original's own noise"
+        if self.passing:
+            named = ", ".join(dict.fromkeys(c.seam for c in self.passing))
+            said += f"; {named} departs on the way, and no later seam shows it"
+        return said
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: everything that the table is made of."""
@@ -96,6 +111,7 @@ class ParityReport:
                     **asdict(c),
                     "verdict": c.verdict.value,
                     "relative": c.relative,
+                    "relative_own": c.relative_own,
                     "relative_allowed": c.relative_allowed,
                 }
                 for c in self.comparisons
@@ -128,6 +144,8 @@ def render(report: ParityReport, console: Console) -> None:
         say(line, "yellow")
     for note in report.notes:
         say(note)
+    for each in report.passing[:5]:
+        say(f"departs here only  {each.seam} (run {each.run}, {each.dtype}){why(each)}", "yellow")
     for departure in report.departures[1:6]:
         say(f"departs  {departure.seam} (run {departure.run}, {departure.dtype}){why(departure)}")
     if len(report.departures) > 6:
@@ -149,6 +167,8 @@ class Column:
 GAP = 2
 NARROWEST = 8
 """Columns that a seam's name has at least."""
+
+STYLES = {Verdict.DEPARTS: "bold red", Verdict.PASSING: "yellow"}
 SHORT = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16"}
 
 COLUMNS = (
@@ -161,6 +181,7 @@ COLUMNS = (
     Column("mean", lambda rows, worst: _number(worst.mean), spare=True),
     Column("scale", lambda rows, worst: _number(worst.scale), spare=True),
     Column("relative", lambda rows, worst: _number(worst.relative)),
+    Column("own", lambda rows, worst: _number(worst.relative_own), spare=True),
     Column("allowed", lambda rows, worst: _number(worst.relative_allowed)),
     Column("equal", lambda rows, worst: _lowest_agreement(rows)),
     Column("", lambda rows, worst: worst.verdict.value),
@@ -173,7 +194,7 @@ def _table(report: ParityReport, columns: Sequence[Column], available: int | Non
     for seam, rows in grouped(report):
         worst = worst_of(rows)
         lines.append((seam, *(column.show(rows, worst) for column in columns)))
-        styles.append("" if worst.verdict.passes else "bold red")
+        styles.append(STYLES.get(worst.verdict, ""))
     widths = [max(map(len, cells)) for cells in zip(*lines)]
     surplus = sum(widths) + GAP * len(widths) - available if available is not None else 0
     widths[0] = min(widths[0], max(widths[0] - surplus, NARROWEST))
@@ -216,10 +237,14 @@ def worst_of(rows: Sequence[Comparison]) -> Comparison:
     return max(rows, key=_badness)
 
 
-def _badness(comparison: Comparison) -> tuple[bool, float]:
+_GRAVITY = (Verdict.AGREES, Verdict.TIED, Verdict.WITHIN_NOISE, Verdict.PASSING, Verdict.DEPARTS)
+
+
+def _badness(comparison: Comparison) -> tuple[int, float]:
+    gravity = _GRAVITY.index(comparison.verdict)
     if comparison.largest is None or not comparison.allowed:
-        return not comparison.verdict.passes, comparison.largest or 0.0
-    return not comparison.verdict.passes, comparison.largest / comparison.allowed
+        return gravity, comparison.largest or 0.0
+    return gravity, comparison.largest / comparison.allowed
 
 
 def left_out(not_compared: Sequence[NotCompared]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,9 +12,12 @@ from transformers import PreTrainedModel
 
 from weightport.errors import ReferenceFileError
 from weightport.parity.family import Family
+from weightport.parity.memory import free_memory
+from weightport.parity.noise import GRADIENT_FLOOR, gradient_scale_of
 from weightport.parity.originals import Originals
 from weightport.parity.reference import Expected, Run
 from weightport.parity.seams import Missed, Observations, observe, recording
+from weightport.parity.streaming import WideWeight
 
 GRADIENT, GRADIENT_NORM, TOTAL_NORM, AFTER = "grad.", "grad_norm.", "grad_norm", "after."
 
@@ -41,6 +45,42 @@ def run_training(
             output.loss.backward()
         _record_originals(model, special, originals, observations)
     return observations
+
+
+@dataclass
+class TrainingMemory:
+    """What training steps take, measured where they were run: bytes of activations kept for the backward pass, an
+    element, by run."""
+
+    elements: dict[str, int] = field(default_factory=dict)
+
+    @contextmanager
+    def measuring(self, run: Run, model: PreTrainedModel) -> Iterator[None]:
+        """Count what the block keeps for its backward pass, when `run` is a training run."""
+        if run.kind != "train":
+            yield
+            return
+        weights = {id(each) for each in model.parameters()}
+        kept: dict[int, int] = {}
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            if id(tensor) not in weights and not isinstance(tensor, WideWeight):
+                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            yield
+        self.elements[run.name] = sum(kept.values())
+
+    def shortage(self, run: Run, model: PreTrainedModel) -> str:
+        """Why a training run in float64 cannot be taken: gradients and activations of `model` do not fit into the
+        memory that is free. Empty where they do, where another run is meant, or where nothing was measured before."""
+        if model.dtype != torch.float64 or run.name not in self.elements:
+            return ""
+        gradients = sum(each.numel() for each in model.parameters())
+        needed = (gradients + self.elements[run.name]) * torch.float64.itemsize
+        free = free_memory(model.device)
+        return f"it needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free" if needed > free else ""
 
 
 def _record_originals(
@@ -94,6 +134,33 @@ def _exact_loss(model: PreTrainedModel, family: Family) -> Iterator[None]:
         yield
     finally:
         del model._loss_function
+
+
+def whole_gradient(run: Run) -> float:
+    """Norm of the whole gradient in the reference, as far as it says; 0 when the run holds no gradient."""
+    by_seam = {
+        each.seam: each for each in run.outputs if each.seam == TOTAL_NORM or each.seam.startswith(GRADIENT_NORM)
+    }
+    if TOTAL_NORM in by_seam:
+        return float(by_seam[TOTAL_NORM].tensor.read())
+    if by_seam:
+        return float(torch.stack([each.tensor.read().double() for each in by_seam.values()]).norm())
+    gradients = {each.seam: each for each in run.outputs if each.seam.startswith(GRADIENT)}
+    norms = [each.tensor.read().double().norm() for each in gradients.values()]
+    return float(torch.stack(norms).norm()) if norms else 0.0
+
+
+def gradient_floor(expected: Expected, observed: torch.Tensor, total: float) -> float:
+    """The smallest scale a gradient is measured against (see noise.GRADIENT_FLOOR); 0 for everything else.
+
+    `total`: the norm of the whole gradient.
+    """
+    if expected.seam.startswith(GRADIENT_NORM):
+        return GRADIENT_FLOOR * total
+    if expected.seam.startswith(GRADIENT):
+        even = GRADIENT_FLOOR * total / max(observed.numel(), 1) ** 0.5
+        return max(even, gradient_scale_of(expected.tensor.read()))
+    return 0.0
 
 
 def _is_gradient(seam: str) -> bool:

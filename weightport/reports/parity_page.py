@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
+from weightport.parity.compare import Comparison, Verdict
 from weightport.parity.evidence import Evidence, Hypotheses
 from weightport.parity.report import COLUMNS, ParityReport, grouped, left_out, why, worst_of
 from weightport.reports.parity_plot import plot
@@ -43,8 +44,8 @@ def page(report: ParityReport) -> str:
 
 
 _PLOT_NOTE = (
-    "Each point is the largest error at a seam, the worst of all runs, in units of the seam's scale. Dashed: what "
-    "floating-point arithmetic explains at that depth. A point above its dashed line departs."
+    "Each point is the largest error at a seam, the worst of all runs, in units of the seam's scale; forward order "
+    "from the top. A point to the right of its dashed line departs."
 )
 
 
@@ -67,16 +68,47 @@ def _verdict(report: ParityReport) -> str:
 
 
 def _seams(report: ParityReport) -> str:
-    heads = "".join(f"<th>{escape(column.title or 'verdict')}</th>" for column in COLUMNS)
-    rows = []
-    for seam, comparisons in grouped(report):
-        worst = worst_of(comparisons)
-        cells = "".join(f'<td class="figure">{escape(column.show(comparisons, worst))}</td>' for column in COLUMNS)
-        style = "" if worst.verdict.passes else ' class="wrong"'
-        rows.append(f'<tr{style}><td class="seam-name">{escape(seam)}</td>{cells}</tr>')
+    """One fold a seam, closed where it agrees; the filter hides those."""
+    by_seam: dict[str, list[tuple[str, list[Comparison]]]] = {}
+    for label, rows in grouped(report):
+        by_seam.setdefault(label.partition(" · ")[0], []).append((label, rows))
+    folds = [_fold(seam, lines) for seam, lines in by_seam.items()]
+    agree = sum('class="seam agrees"' in fold for fold in folds)
     return (
-        f'<div class="scroll"><table class="seams"><thead><tr><th>seam</th>{heads}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        '<div class="seams"><div class="filter">'
+        f'<input type="radio" name="shown" id="shown-all" checked="checked"/><label for="shown-all">all {len(folds)}'
+        '</label><input type="radio" name="shown" id="shown-rest"/><label for="shown-rest">'
+        f"{len(folds) - agree} that do not simply agree</label></div>{''.join(folds)}</div>"
+    )
+
+
+def _fold(seam: str, lines: list[tuple[str, list[Comparison]]]) -> str:
+    worst = worst_of([row for _, rows in lines for row in rows])
+    agrees = worst.verdict in (Verdict.AGREES, Verdict.TIED)
+    style = "agrees" if agrees else "open" if worst.verdict.passes else "wrong"
+    titles = [column.title or "verdict" for column in COLUMNS]
+    body = []
+    for label, rows in lines:
+        line = worst_of(rows)
+        cells = "".join(
+            f'<td class="figure" data-label="{escape(title)}">{escape(shown)}</td>'
+            for title, column in zip(titles, COLUMNS)
+            if (shown := column.show(rows, line)) or title != "equal"
+        )
+        attention = label.partition(" · ")[2]
+        body.append(f"<tr>{f'<td>{escape(label)}</td>' if attention else ''}{cells}</tr>")
+    part = (worst.largest or 0.0) / worst.allowed if worst.allowed else 0.0
+    figures = (
+        f"{worst.relative:.1e} of {worst.relative_allowed:.1e}"
+        if worst.relative_allowed and worst.relative is not None
+        else ""
+    )
+    bar = f'<span class="bar"><span style="width: {min(part, 1.0):.0%}"></span></span>' if worst.allowed else ""
+    opened = "" if agrees else ' open="open"'
+    return (
+        f'<details class="seam {style}"{opened}><summary><span class="seam-name">{escape(seam)}</span>'
+        f'<span class="said">{escape(worst.verdict.value)}</span><span class="soft">{figures}</span>{bar}</summary>'
+        f"<table><tbody>{''.join(body)}</tbody></table></details>"
     )
 
 

@@ -9,12 +9,14 @@ from html import escape
 
 from weightport.parity.compare import Comparison
 
-HEIGHT, TOP, LEFT, RIGHT = 260, 16, 58, 24
-STEP, WIDEST, WIDTH = 30, 56, 1000
-"""Pixels between seams: the first at least, the second at most, so that a short plot fills about the third."""
+ROW, TOP, BOTTOM, MARGIN = 19, 26, 12, 18
+"""Pixels of a seam's row, above and below all rows, and at the right: half a tick's label."""
 
-LABELS = 120
-"""Pixels below the axis for seam names, which stand at an angle."""
+WIDE, NARROW = 1040, 380
+"""Widths the figure is drawn for, a desk's and a phone's; the style shows one of them, and neither scrolls."""
+
+LETTER = 6.7
+"""Pixels of a letter of a seam's name, at most."""
 
 COLOURS = 4
 """Series have the classes s0 to s3; further ones repeat them."""
@@ -47,90 +49,101 @@ def series_of(comparisons: Sequence[Comparison], order: Sequence[str]) -> tuple[
 
 
 def plot(comparisons: Sequence[Comparison], order: Sequence[str]) -> str:
-    """A `figure` with the plot and its legend; a sentence where there is nothing to plot."""
+    """A `figure` with the plot, drawn for two widths, and its legend; a sentence where there is nothing to plot.
+
+    One row a seam, in forward order from the top; errors grow to the right.
+    """
     seams, series = series_of(comparisons, order)
     if not seams:
         return "<p>No seam with figures was compared.</p>"
-    axis = Axis.of(series)
-    step = min(WIDEST, max(STEP, WIDTH // len(seams)))
-    width = LEFT + step * len(seams) + RIGHT
-    x = {seam: LEFT + step * (i + 0.5) for i, seam in enumerate(seams)}
-    parts = [
-        f'<svg class="plot" role="img" aria-label="Largest error by depth, against the noise floor" '
-        f'viewBox="0 0 {width} {TOP + HEIGHT + LABELS}" width="{width}" height="{TOP + HEIGHT + LABELS}">'
-    ]
-    for tick in axis.ticks:
-        y = axis.at(10.0**tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" y1="{y:.1f}" x2="{width - RIGHT}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}">1e{tick}</text>')
-    bottom = TOP + HEIGHT
-    parts.append(f'<text class="tick" x="{LEFT - 8}" y="{bottom + 4}">0</text>')
-    parts.append(f'<line class="axis" x1="{LEFT}" y1="{bottom}" x2="{width - RIGHT}" y2="{bottom}"/>')
-    for seam in seams:
-        parts.append(
-            f'<text class="seam" transform="translate({x[seam] + 4:.1f} {bottom + 14}) rotate(-50)">'
-            f"{escape(seam)}</text>"
-        )
-    for number, each in enumerate(series):
-        parts += _drawn(each, f"s{number % COLOURS}", x, axis)
-    parts.append("</svg>")
-    legend = "".join(
-        f'<li><span class="swatch s{number % COLOURS}"></span>{escape(each.name)}</li>'
+    drawn = "".join(
+        f'<div class="{style}">{_drawing(seams, series, width)}</div>'
+        for style, width in (("wide", WIDE), ("narrow", NARROW))
+    )
+    named = "".join(
+        f'<li><span class="swatch s{number % COLOURS}"></span>{escape(each.name)}: largest error of all runs</li>'
         for number, each in enumerate(series)
     )
+    has_own = any(point.relative_own is not None for each in series for point in each.points.values())
+    own = '<li><span class="swatch own"></span>ring: the original\'s own noise there</li>' if has_own else ""
     return (
-        f'<figure><div class="scroll">{"".join(parts)}</div><ul class="legend">{legend}'
-        '<li><span class="swatch floor"></span>noise floor (dashed): what arithmetic allows</li>'
+        f'<figure>{drawn}<ul class="legend">{named}<li><span class="swatch floor"></span>dashed: allowed</li>{own}'
         '<li><span class="swatch wrong"></span>departs</li></ul></figure>'
     )
 
 
+def _drawing(seams: Sequence[str], series: Sequence[Series], width: int) -> str:
+    left = 10 + LETTER * max(map(len, seams))
+    axis = Axis.of(series, left, width - MARGIN)
+    height = TOP + ROW * len(seams) + BOTTOM
+    y = {seam: TOP + ROW * (i + 0.5) for i, seam in enumerate(seams)}
+    parts = [
+        f'<svg class="plot" role="img" aria-label="Largest error by depth, against what is allowed" '
+        f'viewBox="0 0 {width} {height}" style="max-width: {width}px">'
+    ]
+    for tick in axis.ticks:
+        x = axis.at(10.0**tick)
+        parts.append(f'<line class="grid" x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{height - BOTTOM}"/>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{TOP - 8}">1e{tick}</text>')
+    parts.append(f'<line class="axis" x1="{left:.1f}" y1="{TOP}" x2="{left:.1f}" y2="{height - BOTTOM}"/>')
+    parts += [f'<text class="seam" x="{left - 8:.1f}" y="{y[seam] + 4:.1f}">{escape(seam)}</text>' for seam in seams]
+    for number, each in enumerate(series):
+        parts += _drawn(each, f"s{number % COLOURS}", y, axis)
+    return "".join([*parts, "</svg>"])
+
+
 @dataclass(frozen=True)
 class Axis:
-    """Decades from `low` to `high`, the largest at the top. An error of 0 lies on the axis itself."""
+    """Decades from `low`, at the pixel `left`, to `high`, at `right`. An error of 0 lies at the left."""
 
     low: int
     high: int
+    left: float
+    right: float
 
     @classmethod
-    def of(cls, series: Sequence[Series]) -> Axis:
+    def of(cls, series: Sequence[Series], left: float, right: float) -> Axis:
         figures = [
             value
             for each in series
             for point in each.points.values()
-            for value in (point.relative, point.relative_allowed)
+            for value in (point.relative, point.relative_allowed, point.relative_own)
             if value and math.isfinite(value)
         ]
         low = math.floor(math.log10(min(figures, default=1e-7)))
-        return cls(low - 1, max(math.ceil(math.log10(max(figures, default=1.0))), low + 1))
+        return cls(low, max(math.ceil(math.log10(max(figures, default=1.0))), low + 1), left, right)
 
     @property
     def ticks(self) -> range:
-        step = max(1, math.ceil((self.high - self.low) / 9))
-        return range(self.low + 1, self.high + 1, step)
+        """As many decades as have room for their labels."""
+        room = max(2, int((self.right - self.left) // 46))
+        return range(self.low, self.high + 1, max(1, math.ceil((self.high - self.low) / room)))
 
     def at(self, value: float) -> float:
-        """The height of a value in pixels from the top."""
+        """The place of a value in pixels from the left."""
         if value <= 0:
-            return TOP + HEIGHT
-        return TOP + HEIGHT * (self.high - math.log10(value)) / (self.high - self.low)
+            return self.left
+        part = (math.log10(value) - self.low) / (self.high - self.low)
+        return self.left + (self.right - self.left) * max(part, 0.0)
 
 
-def _drawn(series: Series, style: str, x: dict[str, float], axis: Axis) -> list[str]:
-    placed = [(x[seam], point) for seam, point in series.points.items()]
-    floor = " ".join(f"{at:.1f},{axis.at(point.relative_allowed or 0.0):.1f}" for at, point in placed)
-    line = " ".join(f"{at:.1f},{axis.at(point.relative or 0.0):.1f}" for at, point in placed)
+def _drawn(series: Series, style: str, y: dict[str, float], axis: Axis) -> list[str]:
+    placed = [(y[seam], point) for seam, point in series.points.items()]
+    floor = " ".join(f"{axis.at(point.relative_allowed or 0.0):.1f},{at:.1f}" for at, point in placed)
+    line = " ".join(f"{axis.at(point.relative or 0.0):.1f},{at:.1f}" for at, point in placed)
     drawn = [
         f'<polyline class="noise {style}" points="{floor}"/>',
         f'<polyline class="error {style}" points="{line}"/>',
     ]
     for at, point in placed:
+        if point.relative_own is not None:
+            drawn.append(f'<circle class="own {style}" cx="{axis.at(point.relative_own):.1f}" cy="{at:.1f}" r="5"/>')
         figures = f"{point.relative:.1e}, allowed {point.relative_allowed:.1e}"
         said = f"{point.seam}, {series.name}: {figures} (run {point.run})"
         wrong = "" if point.verdict.passes else " wrong"
         drawn.append(
-            f'<circle class="point {style}{wrong}" cx="{at:.1f}" cy="{axis.at(point.relative or 0.0):.1f}" '
-            f'r="{6 if wrong else 3.5}"><title>{escape(said)}</title></circle>'
+            f'<circle class="point {style}{wrong}" cx="{axis.at(point.relative or 0.0):.1f}" cy="{at:.1f}" '
+            f'r="{5 if wrong else 3}"><title>{escape(said)}</title></circle>'
         )
     return drawn
 

@@ -30,16 +30,18 @@ code { overflow-wrap: anywhere; font-size: .92em; }
 .verdict p { overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; -webkit-overflow-scrolling: touch; }
 figure { margin: 0; }
-.plot { display: block; min-width: min-content; }
+.plot { display: block; width: 100%; height: auto; }
+.narrow { display: none; }
 .plot text { fill: var(--soft); font-size: 12px; }
-.plot .tick { text-anchor: end; }
-.plot .seam { text-anchor: end; font-size: 11px; }
+.plot .tick { text-anchor: middle; font-size: 11px; }
+.plot .seam { text-anchor: end; font: 11px ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 .plot .grid { stroke: var(--line); }
 .plot .axis { stroke: var(--soft); }
 .plot polyline { fill: none; stroke-width: 2; }
 .plot .noise { stroke-dasharray: 5 4; stroke-width: 1.5; opacity: .7; }
 .s0 { stroke: var(--s0); --own: var(--s0); } .s1 { stroke: var(--s1); --own: var(--s1); }
 .s2 { stroke: var(--s2); --own: var(--s2); } .s3 { stroke: var(--s3); --own: var(--s3); }
+.own { fill: none; stroke: var(--own); stroke-width: 1; opacity: .8; }
 .point { fill: var(--own); stroke: none; }
 .point.wrong { fill: var(--bad); stroke: var(--paper); stroke-width: 2; }
 .legend {
@@ -50,13 +52,37 @@ figure { margin: 0; }
   vertical-align: middle;
 }
 .swatch.floor { border-top-style: dashed; }
+.swatch.own { width: .8rem; height: .8rem; border: 1.5px solid var(--soft); border-radius: 50%; }
 .swatch.wrong { width: .8rem; height: .8rem; border: 0; border-radius: 50%; background: var(--bad); }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 600; white-space: nowrap; }
-.seams th, .seams td { white-space: nowrap; }
-.seams th:nth-child(n+4), td.figure { text-align: right; font-variant-numeric: tabular-nums; }
-tr.wrong td { color: var(--bad); font-weight: 600; }
+.filter { display: flex; flex-wrap: wrap; align-items: center; gap: .3rem .4rem; margin: .4rem 0 .6rem; }
+.filter label { margin-right: 1rem; }
+.seams:has(#shown-rest:checked) .agrees { display: none; }
+.seam { margin: 0; border-bottom: 1px solid var(--line); }
+.seam > summary {
+  display: grid; grid-template-columns: minmax(0, 1fr) 11rem 6rem minmax(9rem, max-content); gap: 0 1rem;
+  align-items: center; padding: .3rem 0; list-style: none;
+}
+.seam > summary::before { content: none; }
+.seam .seam-name { overflow-wrap: anywhere; font-size: .92em; grid-column: 1; }
+.seam .seam-name::before { content: "▸ "; color: var(--soft); }
+.seam[open] .seam-name::before { content: "▾ "; }
+.seam .said { grid-column: 4; text-align: right; }
+.seam .soft { grid-column: 2; grid-row: 1; font-size: .85rem; font-variant-numeric: tabular-nums; }
+.bar { grid-column: 3; grid-row: 1; height: .4rem; border-radius: .2rem; background: var(--line); overflow: hidden; }
+.bar span { display: block; height: 100%; background: var(--good); }
+.open .said, .open .bar span { color: var(--s3); } .open .bar span { background: var(--s3); }
+.wrong .said { color: var(--bad); font-weight: 600; } .wrong .bar span { background: var(--bad); }
+.seam table { margin: .2rem 0 .8rem; }
+.seam tr { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.2rem, 1fr)); padding: .3rem 0; }
+.seam td { border: 0; padding: .1rem .4rem; }
+.seam tr + tr { border-top: 1px solid var(--line); }
+td.figure { font-variant-numeric: tabular-nums; }
+td.figure::before {
+  content: attr(data-label); display: block; color: var(--soft); font: .75rem system-ui, sans-serif;
+}
 dl {
   display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .2rem 1rem; margin: 0; font-size: .95rem;
 }
@@ -73,6 +99,14 @@ details { margin: .4rem 0; }
 summary { cursor: pointer; }
 footer { margin: 2.5rem 0 1rem; color: var(--soft); font-size: .85rem; }
 @media (max-width: 40rem) {
+  .wide { display: none; }
+  .narrow { display: block; }
+  .seam > summary { grid-template-columns: minmax(0, 1fr) 30%; }
+  .seam .seam-name { grid-column: 1 / 3; grid-row: 1; }
+  .seam .said { grid-column: 1; grid-row: 2; text-align: left; padding-left: 1.1em; }
+  .seam .soft { grid-column: 1; grid-row: 3; padding-left: 1.3em; }
+  .bar { grid-column: 2; grid-row: 3; }
+  .seam tr { grid-template-columns: repeat(auto-fill, minmax(6.6rem, 1fr)); }
   body { padding: .8rem; }
   dl { grid-template-columns: 1fr; gap: 0; }
   dd { margin-bottom: .4rem; }

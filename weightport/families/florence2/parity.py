@@ -117,19 +117,20 @@ def exact_loss(logits: torch.Tensor, labels: torch.Tensor, **unused: Any) -> tor
 
 
 def depth(config: PreTrainedConfig, seam: str) -> int:
-    """Residual blocks before a seam; a gradient has passed all of them twice. A block of the tower has four: two
-    convolutions, an attention and a feed-forward, in space and then in channels."""
-    stages = [4 * blocks for blocks in config.vision_config.depths]
+    """Residual blocks before a seam; a gradient has passed all of them twice. A block of the tower has eight: two
+    convolutions, an attention and a feed-forward, in space and then in channels. A layer of the encoder has two, one
+    of the decoder three."""
+    stages = [8 * blocks for blocks in config.vision_config.depths]
     tower, text = sum(stages), config.text_config
-    encoder = tower + text.encoder_layers
-    whole = encoder + text.decoder_layers
+    encoder = tower + 2 * text.encoder_layers
+    whole = encoder + 3 * text.decoder_layers
     head, layer = stack_and_layer(seam)
     if head == "vision.stages":
-        return sum(stages[: int(layer) + 1])
+        return sum(stages[: int(layer) + (not seam.endswith(".embedding"))])
     if head == "encoder.layers":
-        return tower + int(layer) + 1
+        return tower + 2 * (int(layer) + 1)
     if head == "decoder.layers":
-        return encoder + int(layer) + 1
+        return encoder + 3 * (int(layer) + 1)
     if seam.startswith("grad"):
         return 2 * whole
     known = {"vision": tower, "projector": tower, "encoder.embeddings": tower, "encoder": encoder,
@@ -137,9 +138,23 @@ def depth(config: PreTrainedConfig, seam: str) -> int:
     return known.get(seam, whole)
 
 
-NOISE = Noise(growth=150.0, limit=2.5e-5)
-"""Between the original and native at the stages of the base model's vision tower, whose values grow a hundredfold on
-the way: up to 102 · √(1 + depth) eps in float64, 1.6e-5 of the scale in float32."""
+NOISE = Noise(growth=106.0, limit=2.5e-5)
+STAGE_NOISE = Noise(growth=106.0, limit=1.2e-4)
+"""The depth formula's constants. Growth: between the original and native in float64, at the stages of the base model's
+vision tower, up to 72 · √(1 + depth) eps.
+
+Limits, from the original's float32 against its own float64 (of the scale):
+
+                            tiny                  base        large
+    vision.stages.0, 1                            3.2e-6
+    vision.stages.2                               2.1e-5      5.0e-5
+    vision.stages.3                               8.5e-6
+    projector               2.8e-6 to 4.9e-6      1.1e-5
+    encoder                 3.8e-6 to 8.9e-6      7.5e-6
+    logits                  1.6e-6 to 3.4e-6      1.8e-6
+
+Values grow on the way through the third stage, of nine blocks, a hundredfold in the base model and further in the
+large one; the layer norms behind it bring values and errors back, so that the size shows in the stages only."""
 
 FLORENCE2 = Family(
     name="florence2",
@@ -157,6 +172,7 @@ FLORENCE2 = Family(
     generation=generation,
     depth=depth,
     noise=NOISE,
+    noise_of={"vision.stages.": STAGE_NOISE},
     plain=PLAIN,
     exact_loss=exact_loss,
 )
