@@ -165,3 +165,23 @@ def test_a_converted_directory_is_not_converted_again(request, tmp_path, family)
         arguments = [str(directory), str(tmp_path / "again")]
         result = CliRunner().invoke(getattr(cli, command), ["convert", *arguments] if command == "main" else arguments)
         refused(result, f"{directory} is a native", "already", f"weightport export {directory} TARGET")
+
+
+@pytest.mark.parametrize("family", ["ofa", "florence2"])
+def test_whoever_limits_an_answer_is_not_warned_of_the_directorys_limit(request, picture, family):
+    script = (
+        "import sys, weightport\n"
+        "from PIL import Image\n"
+        "from transformers import AutoModelForImageTextToText, AutoProcessor\n"
+        "folder, picture = sys.argv[1:]\n"
+        "processor = AutoProcessor.from_pretrained(folder)\n"
+        "model = AutoModelForImageTextToText.from_pretrained(folder)\n"
+        "prompt = processor.prompt('caption') if hasattr(processor, 'prompt') else '<CAPTION>'\n"
+        "inputs = processor(text=prompt, images=Image.open(picture), return_tensors='pt')\n"
+        "print(model.generate(**inputs, max_new_tokens=3).shape[1])\n"
+    )
+    directory = request.getfixturevalue(family)
+    run = subprocess.run([sys.executable, "-c", script, directory, picture], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) <= 4
+    assert "max_length" not in run.stderr and "max_new_tokens" not in run.stderr

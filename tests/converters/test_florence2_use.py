@@ -42,7 +42,7 @@ def picture():
 @pytest.mark.parametrize("name", ["tiny-main", "tiny-ft-untied", "tiny-vocab-4k"])
 def test_pipeline_answers_about_a_picture(directories, picture, name):
     pipe = pipeline("image-text-to-text", model=str(directories[name]))
-    settings = {"max_new_tokens": 8, "max_length": None}
+    settings = {"max_new_tokens": 8}
     (answer,) = pipe(images=picture, text="<CAPTION>", return_full_text=False, generate_kwargs=settings)
     assert answer["input_text"] == "<CAPTION>"
     processor = AutoProcessor.from_pretrained(directories[name])

@@ -204,3 +204,16 @@ def test_a_chat_asks_florence2_by_its_task_token(original, tmp_path):
     (answer,) = pipe(text=messages, **settings)
     (plain,) = pipe(images=image, text="<CAPTION>", **settings)
     assert answer["generated_text"] == plain["generated_text"]
+
+
+def test_an_ofa_whose_pictures_have_no_known_size_gets_one_that_fits_and_is_told_of(tmp_path):
+    import torch
+
+    case = originals_of_ofa(tmp_path)
+    model = torch.load(case, weights_only=False)["model"]
+    torch.save({"args": None, "cfg": None, "model": model}, case)
+    result = convert(case, tmp_path / "out")
+    limit = result.model.config.image_bucket_size
+    size = json.loads((tmp_path / "out" / "processor_config.json").read_text())["image_processor"]["size"]
+    assert size == {"height": 16 * limit, "width": 16 * limit}
+    assert any(f"{16 * limit} pixels are assumed" in note for note in result.record["notes"])

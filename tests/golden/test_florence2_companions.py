@@ -200,5 +200,6 @@ def test_converted_directory_has_the_originals_generation_settings(case: Case, c
     config = GenerationConfig.from_pretrained(converted(case))
     for name in ("num_beams", "no_repeat_ngram_size", "early_stopping", "forced_bos_token_id", "forced_eos_token_id"):
         assert getattr(config, name) == text[name], name
-    assert config.max_length == text.get("max_length", 20)
+    # The original's limit counts the start token.
+    assert config.max_length is None and config.max_new_tokens == text.get("max_length", 20) - 1
     assert config.decoder_start_token_id == text["decoder_start_token_id"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 
@@ -133,3 +135,28 @@ def test_codes_are_generated_at_code_positions(make_model, source):
 def test_prompts_padded_on_the_left_are_refused(make_model, source):
     with pytest.raises(ValueError, match="padded on the left"):
         make_model().generate(**source, decoder_input_ids=torch.tensor([[0, 5], [1, 0]]), max_new_tokens=3)
+
+
+def test_the_models_own_limit_gives_way_to_any_that_is_given(endless, source, tmp_path, caplog, recwarn):
+    endless.generation_config.ofa_max_length = 9
+    endless.save_pretrained(tmp_path)
+    model = OFAForConditionalGeneration.from_pretrained(tmp_path)
+    assert model.generation_config.max_length is None
+    logging.getLogger("transformers").propagate = True
+    try:
+        for given, length in (
+            ({}, 9),
+            ({"max_new_tokens": 5}, 6),
+            ({"max_length": 5}, 5),
+            ({"max_new_tokens": 20}, 21),
+        ):
+            sequences = model.generate(**source, num_beams=2, **given)
+            assert sequences.shape[1] == length, given
+            assert (sequences[:, -1] == 2).all()
+        # A prefix counts as fairseq's does: the limit is that of the whole sequence.
+        prefix = sequences[:, :4]
+        assert model.generate(**source, decoder_input_ids=prefix).shape[1] == 9
+    finally:
+        logging.getLogger("transformers").propagate = False
+    said = [record.getMessage() for record in caplog.records] + [str(each.message) for each in recwarn]
+    assert not [line for line in said if "max_length" in line or "max_new_tokens" in line], said

@@ -83,8 +83,8 @@ def port_parity(
     quiet: bool,
 ) -> None:
     """Run the converted model in DIRECTORY on the inputs of a reference file and compare every seam with what the
-    original gave there. The exit status is 1 when the model departs, 2 when the reference does not fit. docs/parity.md says what
-    counts as noise."""
+    original gave there. The exit status is 1 when the model departs, 2 when the reference does not fit.
+    docs/parity.md says what counts as noise."""
     import torch
     from transformers.utils import logging
 

@@ -3,6 +3,9 @@
 Its outer `generate` calls the inner language model, whose settings transformers 4 made from text_config: the released
 values are 3 beams, no repeated 3-gram, early stopping, forced first and last tokens, and a max_length of 20. The
 generation_config.json of the released repositories is never read.
+
+The limit is written as `max_new_tokens`, one less than `max_length`, which counts the start token: transformers warns
+everybody who passes the one when a directory states the other.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ _DEFAULTS: dict[str, Any] = {
     "eos_token_id": 2,
     "decoder_start_token_id": 2,
 }
+START_TOKENS = 1
 _ALWAYS = (
     "bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id",
     "forced_eos_token_id", "num_beams", "no_repeat_ngram_size", "early_stopping", "max_length", "do_sample",
@@ -48,4 +52,5 @@ def generation_settings(text: Mapping[str, Any]) -> dict[str, Any]:
     settings = {name: text.get(name, default) for name, default in _DEFAULTS.items()}
     kept = {name: settings[name] for name in _ALWAYS}
     kept |= {name: value for name, value in settings.items() if value != _DEFAULTS[name]}
+    kept["max_new_tokens"] = kept.pop("max_length") - START_TOKENS
     return {name: value for name, value in kept.items() if value is not None}

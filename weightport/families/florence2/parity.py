@@ -102,6 +102,9 @@ def complete(kind: Kind, tensors: Tensors, options: Mapping[str, Any], config: P
 def generation(arguments: Tensors, options: Mapping[str, Any], config: PreTrainedConfig) -> Generation:
     """The call of `generate`; the original returns the best hypothesis of each sample."""
     settings = {name: value for name, value in options.items() if name not in ("num_beams", "length_penalty")}
+    if (limit := settings.pop("max_length", None)) is not None:
+        # The directory states its own max_new_tokens, which would win over a max_length; that counts the start token.
+        settings.setdefault("max_new_tokens", limit - 1)
     return Generation(
         settings,
         beams=options.get("num_beams"),

@@ -37,6 +37,10 @@ _KEPT_TASK_OPTIONS = (
     "eval_args", "selected_cols", "max_source_positions", "max_target_positions",
 )  # fmt: skip
 
+PUBLISHED_IMAGE_SIZE = 480
+"""Side of a picture in pixels in OFA's published scripts of captioning, VQA and classification."""
+PATCH_SIZE = 16
+
 _EXTRAS = {
     r"classification_heads.": "a classification head, which no forward pass of the generative model uses; --drop "
     "'classification_heads.**' leaves it out",
@@ -73,6 +77,8 @@ class OFAConversion:
         values |= _tying(tensors, model_options)
         language = _language(values["vocab_size"], task)
         values |= _task_values(task)
+        assumed = _assumed_image_size(values)
+        values |= assumed
 
         from weightport.modeling.ofa.configuration_ofa import OFAConfig
 
@@ -92,7 +98,7 @@ class OFAConversion:
                 "section": found.section,
             },
             unread=_unread(checkpoint, found.section),
-            notes=_notes(found, options),
+            notes=(*_notes(found, options), *_image_note(assumed)),
         )
 
     def targets(self, config: PreTrainedConfig) -> NativeTensors:
@@ -179,6 +185,22 @@ def _language(rows: int, task: Mapping[str, Any]) -> str:
 def _task_values(task: Mapping[str, Any]) -> dict[str, Any]:
     stated = {"image_size": "patch_image_size", "num_bins": "num_bins", "code_dict_size": "code_dict_size"}
     return {field: int(task[option]) for field, option in stated.items() if task.get(option) is not None}
+
+
+def _assumed_image_size(values: Mapping[str, Any]) -> dict[str, int]:
+    """The side of pictures in pixels where no option tells it: that of OFA's fine-tunes, as far as positions go."""
+    if "image_size" in values:
+        return {}
+    return {"image_size": min(PUBLISHED_IMAGE_SIZE, PATCH_SIZE * values["image_bucket_size"])}
+
+
+def _image_note(assumed: Mapping[str, int]) -> tuple[str, ...]:
+    if not assumed:
+        return ()
+    return (
+        f"Nothing tells the size of the checkpoint's pictures: {assumed['image_size']} pixels are assumed "
+        "(image_processor.size in processor_config.json).",
+    )
 
 
 def _fact_options() -> tuple[str, ...]:

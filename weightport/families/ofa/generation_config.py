@@ -1,7 +1,7 @@
 """generation_config.json: how OFA itself decodes each task.
 
 Sources: fairseq's generator (beam 5, max_len_b 200, a length penalty of 1, one token at least) and the run scripts of
-OFA-Sys/OFA (evaluate_caption, evaluate_refcoco, MUGE's). `max_length` counts the start token and the end, hence + 2.
+OFA-Sys/OFA (evaluate_caption, evaluate_refcoco, MUGE's). The limit counts the start token and the end, hence + 2.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def generation_config(task: Mapping[str, Any], beam: Beam) -> dict[str, Any]:
         "eos_token_id": 2,
         "decoder_start_token_id": 0,
         "num_beams": beam.beam,
-        "max_length": beam.max_len_b + 2,
+        # Not `max_length`: transformers would warn everybody who passes max_new_tokens.
+        "ofa_max_length": beam.max_len_b + 2,
         "min_new_tokens": beam.min_len,
         "length_penalty": float(beam.lenpen),
         "no_repeat_ngram_size": beam.no_repeat_ngram_size,

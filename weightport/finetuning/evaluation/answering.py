@@ -122,9 +122,11 @@ def generation_options(model: Any, settings: Mapping[str, Any]) -> dict[str, Any
         if name not in known:
             raise RecipeError(f"evaluation.generation.{name}: transformers' generate has no such setting.")
     options = dict(settings)
+    # Two limits at once make transformers warn about the one that loses: the model's own gives way to the recipe's.
     if "max_new_tokens" in options:
-        # Two limits at once make transformers warn about the one that loses.
         options["max_length"] = None
+    elif "max_length" in options:
+        options["max_new_tokens"] = None
     try:
         config = GenerationConfig.from_dict({**model.generation_config.to_dict(), **options})
         config.validate()

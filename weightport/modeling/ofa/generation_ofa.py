@@ -56,10 +56,13 @@ class ConstraintRangeLogitsProcessor(LogitsProcessor):
 
 
 class OFAGenerationMixin(GenerationMixin):
-    """[`GenerationMixin`] with two settings of its own, which a `GenerationConfig` saves with all the others.
+    """[`GenerationMixin`] with three settings of its own, which a `GenerationConfig` saves with all the others.
 
-    `ofa_eos_at_max_length` (default `True`) switches [`EosAtMaxLengthLogitsProcessor`]; `ofa_constraint_range`
-    (default `None`) is the `[start, end]` of a [`ConstraintRangeLogitsProcessor`], such as that of the image codes.
+    `ofa_max_length` (default `None`) is the length of a sequence, start and end token included, where neither
+    `max_length` nor `max_new_tokens` is given: as a `max_length` of the model's own settings it would make the library
+    warn everybody who gives `max_new_tokens`. `ofa_eos_at_max_length` (default `True`) switches
+    [`EosAtMaxLengthLogitsProcessor`]; `ofa_constraint_range` (default `None`) is the `[start, end]` of a
+    [`ConstraintRangeLogitsProcessor`], such as that of the image codes.
     """
 
     config: Any
@@ -70,10 +73,22 @@ class OFAGenerationMixin(GenerationMixin):
         settings: Any = self.generation_config
         settings.ofa_eos_at_max_length = True
         settings.ofa_constraint_range = None
+        settings.ofa_max_length = None
         if self.config.pad_token_id is not None:
             settings.suppress_tokens = [self.config.pad_token_id]
         # A file of settings that only repeat the model's configuration would be read without those of our own.
         settings._from_model_config = False
+
+    def _prepare_generated_length(self, generation_config, has_default_max_length, input_ids_length, **kwargs):  # type: ignore[override]
+        limit = getattr(generation_config, "ofa_max_length", None)
+        if limit is not None and has_default_max_length and generation_config.max_new_tokens is None:
+            generation_config.max_new_tokens = limit - input_ids_length
+        return super()._prepare_generated_length(  # type: ignore[misc]
+            generation_config=generation_config,
+            has_default_max_length=has_default_max_length,
+            input_ids_length=input_ids_length,
+            **kwargs,
+        )
 
     def _get_logits_processor(self, generation_config: GenerationConfig, *args, **kwargs) -> LogitsProcessorList:
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)  # type: ignore[misc]
