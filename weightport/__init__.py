@@ -6,7 +6,7 @@ Importing it imports neither torch nor transformers. `import weightport.modeling
 
 from typing import Any
 
-__version__ = "0.1.0"
+from weightport.version import __version__
 
 _PUBLIC = (
     "check_parity",

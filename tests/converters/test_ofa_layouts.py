@@ -230,7 +230,7 @@ def test_a_bart_of_fairseq_is_not_taken_for_an_ofa(tmp_path):
 
 
 def test_the_vocabulary_of_an_english_port_gives_the_original_s_rows(originals, tmp_path):
-    from weightport.tokenizers import build_ofa_tokenizer
+    from weightport.families.ofa.tokenizer import build_ofa_tokenizer
 
     file, _, _, _ = originals("en-tiny-args")
     folder = file.parent

@@ -14,10 +14,10 @@ from PIL import Image
 
 from weightport.errors import OutputError
 from weightport.finetuning.data.samples import Objects
+from weightport.finetuning.display.gallery import SHOWN, differences, gallery, thumbnail
+from weightport.finetuning.display.report import RunSummary, duration, report_page, write_report
 from weightport.finetuning.evaluation.predictions import Prediction
 from weightport.reports.curves import Axes, Curve, Point, chart, curve, figure, ticks
-from weightport.reports.gallery import SHOWN, differences, gallery, thumbnail
-from weightport.reports.training_report import RunSummary, duration, report_page, write_report
 
 HOSTILE = "<script>alert(1)</script>\"'&\x00\ud800"
 VOID = {"meta", "link", "img", "br"}

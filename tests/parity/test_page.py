@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from weightport import cli
 from weightport.api import check_parity
 from weightport.parity import ParityReport
-from weightport.reports.parity_page import page
+from weightport.parity.page import page
 
 RUNS = ("image_text", "patch_masks", "generate.greedy")
 VOID = {"meta", "link", "img", "br", "line", "polyline"}

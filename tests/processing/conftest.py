@@ -11,9 +11,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tokenizers"))
 
 from vocabularies import PIECES, english_tokens, write_chinese, write_english
 
+from weightport.families.ofa.tokenizer import build_ofa_tokenizer
 from weightport.modeling.ofa.image_processing_ofa import OFAImageProcessor
 from weightport.modeling.ofa.processing_ofa import OFAProcessor
-from weightport.tokenizers import build_ofa_tokenizer
 
 CODES, BINS = 8, 1000
 

@@ -8,7 +8,8 @@ from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegac
 from vocabularies import BRACKETED, PIECES, write_chinese, write_lines
 
 from weightport.errors import VocabularyError
-from weightport.tokenizers import build_ofa_tokenizer, read_ofa_vocabulary
+from weightport.families.ofa.tokenizer import build_ofa_tokenizer
+from weightport.tokenizers.sources import read_ofa_vocabulary
 
 CODES, BINS = 16, 10
 FIRST_CODE = 4 + len(PIECES) + 1

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from vocabularies import BYTE_CHARACTERS, MERGES, english_tokens, write_english, write_lines
 
 from weightport.errors import VocabularyError
-from weightport.tokenizers import build_ofa_tokenizer
+from weightport.families.ofa.tokenizer import build_ofa_tokenizer
 
 TOKENS = english_tokens()
 WORDS = len(TOKENS) + 2

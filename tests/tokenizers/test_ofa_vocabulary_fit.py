@@ -9,7 +9,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from vocabularies import PIECES, write_chinese, write_english, write_lines
 
 from weightport.errors import VocabularyError
-from weightport.tokenizers import build_ofa_tokenizer, sources
+from weightport.families.ofa.tokenizer import build_ofa_tokenizer
+from weightport.tokenizers import sources
 
 BASE = 4 + len(PIECES) + 1
 

@@ -16,9 +16,9 @@ common = pytest.importorskip("tests.test_processing_common", reason="run.py brin
 
 import vocabularies  # noqa: E402
 
+from weightport.families.ofa.tokenizer import build_ofa_tokenizer  # noqa: E402
 from weightport.modeling.ofa.image_processing_ofa import OFAImageProcessor  # noqa: E402
 from weightport.modeling.ofa.processing_ofa import OFAProcessor  # noqa: E402
-from weightport.tokenizers import build_ofa_tokenizer  # noqa: E402
 
 CODES, BINS = 8, 10
 

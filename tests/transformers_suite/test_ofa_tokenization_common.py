@@ -17,7 +17,7 @@ common = pytest.importorskip("tests.test_tokenization_common", reason="run.py br
 
 import vocabularies  # noqa: E402
 
-from weightport.tokenizers import build_ofa_tokenizer  # noqa: E402
+from weightport.families.ofa.tokenizer import build_ofa_tokenizer  # noqa: E402
 
 CODES, BINS = 8, 10
 

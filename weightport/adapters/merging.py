@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from weightport import __version__
 from weightport.adapters.base_identity import identify
 from weightport.adapters.base_model import Base, open_base
 from weightport.adapters.base_record import recorded_base, recorded_quantization
@@ -35,27 +34,24 @@ from weightport.adapters.companions import (
     resized_vocabulary,
     write_companions,
 )
-from weightport.adapters.edits import Norms, Output, edited_chunks
 from weightport.adapters.family import FamilyLookup
+from weightport.adapters.lora_targets import unresolved
 from weightport.adapters.lora_tensors import LoraAdapter, open_adapter
 from weightport.adapters.merge_plan import MergePlan, plan_merge
 from weightport.adapters.module_names import ModuleNames, names_of_base
 from weightport.adapters.quantized import KINDS
+from weightport.adapters.tensor_edit import Norms, Output, edited_chunks
 from weightport.adapters.ties import tied_head
-from weightport.adapters.touched import unresolved
 from weightport.adapters.weights_check import WeightsCheck, check_weights
 from weightport.checkpoints.formats.sharded import read_json
 from weightport.checkpoints.lazy_tensors import blocks
 from weightport.errors import AdapterError, UsageError
 from weightport.hashing import BackgroundDigests, FileDigest
 from weightport.local_paths import shortened
+from weightport.version import __version__
 from weightport.writing import require_directory, whole_directory
 from weightport.writing.outgoing import Outgoing
-from weightport.writing.safetensors_shards import (
-    Advance,
-    WrittenFile,
-    write_safetensors,
-)
+from weightport.writing.safetensors_shards import Advance, WrittenFile, write_safetensors
 
 FORMAT = 1
 

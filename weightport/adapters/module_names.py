@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from weightport.adapters.base_model import Base
-from weightport.adapters.changes import CONV1D_MODELS
 from weightport.adapters.lora_tensors import LoraAdapter, ModuleAdapter
+from weightport.adapters.low_rank_delta import CONV1D_MODELS
 from weightport.adapters.ties import is_head_module, token_embedding
 from weightport.checkpoints import TensorRef
 from weightport.converters.name_spaces import NameSpace, name_space

@@ -18,10 +18,10 @@ import torch
 from safetensors import safe_open
 
 from weightport.adapters.combination import SUM
-from weightport.adapters.edits import Output
+from weightport.adapters.lora_targets import PairChange, Touched
 from weightport.adapters.lora_tensors import LoraAdapter
 from weightport.adapters.merge_plan import MergePlan
-from weightport.adapters.touched import PairChange, Touched
+from weightport.adapters.tensor_edit import Output
 from weightport.errors import ParityError
 
 _ROWS = 1 << 17

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import click
 
-from weightport import __version__
 from weightport.cli.adapters import port_adapter_command
 from weightport.cli.comparing import compare_command
 from weightport.cli.conversion import convert_command
@@ -17,6 +16,7 @@ from weightport.cli.inspection import inspect_command
 from weightport.cli.merging import extract_lora_command, merge_lora_command
 from weightport.cli.parity import parity_command
 from weightport.cli.releasing import release_command
+from weightport.version import __version__
 
 
 class Commands(click.Group):

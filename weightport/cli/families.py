@@ -16,7 +16,7 @@ from weightport.errors import FamilyError
 from weightport.families.registry import Offer, registry
 
 if TYPE_CHECKING:
-    from weightport.families.conformance import Check
+    from weightport.conformance import Check
     from weightport.families.declaration import Family
 
 
@@ -74,7 +74,7 @@ def _stages(family: Family) -> list[str]:
 def family_check_command(family: str, cases: tuple[Path, ...], as_json: bool) -> None:
     """Hold FAMILY to its interface on CASES: folders with an original checkpoint and reference.safetensors, what the
     original computed on it. The exit status is 1 when a check fails."""
-    from weightport.families.conformance import check_family, read_case
+    from weightport.conformance import check_family, read_case
 
     lines = Lines(quiet=as_json)
     found = check_family(

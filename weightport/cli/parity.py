@@ -112,7 +112,7 @@ def port_parity(
         invariance=invariance,
     )
     from weightport.converters.record import link_parity
-    from weightport.reports.parity_page import page
+    from weightport.parity.page import page
 
     files: dict[str, Path] = {}
     for kind, file in wanted.items():

@@ -11,13 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from weightport import __version__
 from weightport.checkpoints.sources import MAIN, Sources
 from weightport.converters.family import SourceModel
 from weightport.converters.plan import Plan
 from weightport.errors import CheckpointError
 from weightport.hashing import FileDigest
 from weightport.tokenizers.provenance import Provenance
+from weightport.version import __version__
 from weightport.writing import own_file
 from weightport.writing.safetensors_shards import WrittenFile
 

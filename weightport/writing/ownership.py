@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from weightport import __version__
+from weightport.version import __version__
 
 RECORD = ".weightport.json"
 FORMAT = 1

@@ -11,7 +11,6 @@ from weightport.checkpoints.formats.sharded import read_json
 from weightport.checkpoints.shown import shown
 from weightport.checkpoints.types import Checkpoint
 from weightport.errors import CheckpointError
-from weightport.families.ofa.fairseq_options import is_fairseq
 
 # In the order of preference: safetensors before pickles, an index before a single file.
 _CONVENTIONAL = (
@@ -49,11 +48,17 @@ def open_folder(folder: Path, open_file: Callable[[Path], Checkpoint]) -> Checkp
     opened = open_file(weights)
     beside = [name for name in _COMPANIONS if (folder / name).exists()]
     unconventional = weights.name not in _CONVENTIONAL and not _is_index(weights.name)
-    if is_fairseq(opened.document) or (unconventional and not beside):
+    if _explains_itself(opened.document) or (unconventional and not beside):
         # A trainer's checkpoint that stands in a folder of its own: it says itself how its model was built.
         return opened
     document: dict[str, Any] = {name.removesuffix(".json"): read_json(folder / name) for name in beside}
     return replace(opened, path=folder, document={**document, "weights": opened.document})
+
+
+def _explains_itself(document: Any) -> bool:
+    """Whether a trainer's checkpoint says how its model was built: a model beside its options, as fairseq saves it."""
+    options = ("args", "cfg")
+    return isinstance(document, dict) and "model" in document and any(document.get(key) is not None for key in options)
 
 
 def _is_index(name: str) -> bool:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from transformers import TrainingArguments
 
-from weightport import __version__
 from weightport.finetuning.data.hashing import fingerprint_of
 from weightport.finetuning.data.samples import Samples
 from weightport.finetuning.features.cached_part import CachedPart
@@ -19,6 +18,7 @@ from weightport.finetuning.recipes.settings import Recipe
 from weightport.finetuning.setup.model_loading import Loaded
 from weightport.finetuning.setup.precision import autocast_dtype
 from weightport.hashing import BackgroundDigests
+from weightport.version import __version__
 
 OF_A_MODEL = (".safetensors", ".json", ".txt", ".model", ".jinja")
 RECORDS = ("conversion.json", "merge.json", "parity.json", "training.json", "metrics.json", "generation_config.json")

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from weightport import __version__
 from weightport.errors import DataError
 from weightport.finetuning.data.samples import Samples
 from weightport.finetuning.display.previews import spread
+from weightport.finetuning.display.report import RunSummary, write_report
 from weightport.finetuning.evaluation.answering import chosen
 from weightport.finetuning.evaluation.measuring import Measuring
 from weightport.finetuning.evaluation.predictions import Prediction
@@ -24,7 +24,7 @@ from weightport.finetuning.setup.preparing import Job, Prepared
 from weightport.finetuning.training.resuming import CHECKPOINTS
 from weightport.finetuning.training.saving import METRICS, Result, in_base_dtype, save_adapter, save_model, write_json
 from weightport.finetuning.training.trainer import PortTrainer
-from weightport.reports.training_report import RunSummary, write_report
+from weightport.version import __version__
 
 REPORT, HISTORY = "report.html", "history.json"
 RESULTS = ("model", "adapter")

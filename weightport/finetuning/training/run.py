@@ -13,7 +13,6 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import PrinterCallback
 
-from weightport import __version__
 from weightport.errors import OutputError
 from weightport.finetuning.data.collation import BadSamples, Collator, Indexed, StoredFeatures
 from weightport.finetuning.data.samples import Samples
@@ -35,6 +34,7 @@ from weightport.finetuning.training.trainer import (
     loss_with_padding,
 )
 from weightport.formatting import samples as in_words
+from weightport.version import __version__
 from weightport.writing import replaced_directory
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from weightport.reports.parity_style import STYLE as PAGE
+from weightport.reports.page_style import STYLE as PAGE
 
 STYLE = (
     PAGE

@@ -9,9 +9,9 @@ from typing import Any
 
 from weightport.parity.compare import Comparison, Verdict
 from weightport.parity.evidence import Evidence, Hypotheses
+from weightport.parity.plot import plot
 from weightport.parity.report import COLUMNS, ParityReport, grouped, left_out, why, worst_of
-from weightport.reports.parity_plot import plot
-from weightport.reports.parity_style import STYLE
+from weightport.reports.page_style import STYLE
 
 SAME = '<span class="soft">the same</span>'
 FOLDED = 12

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from weightport.adapters.changes import Change, matrix_shape
 from weightport.adapters.lora_tensors import is_finite
+from weightport.adapters.low_rank_delta import Change, matrix_shape
 from weightport.adapters.quantized import nf4_round_trip
 from weightport.checkpoints import TensorRef
 from weightport.checkpoints.lazy_tensors import chunks

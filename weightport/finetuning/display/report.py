@@ -11,12 +11,12 @@ from typing import Any
 
 from PIL import Image
 
+from weightport.finetuning.display.gallery import gallery
 from weightport.finetuning.display.progress import TIMINGS
+from weightport.finetuning.display.report_style import STYLE
 from weightport.finetuning.evaluation.predictions import Prediction
 from weightport.formatting import count
 from weightport.reports.curves import Curve, chart, curve, figure, legend, text
-from weightport.reports.gallery import gallery
-from weightport.reports.training_style import STYLE
 from weightport.writing import own_file
 
 FOLDED = 12

@@ -8,7 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from weightport.adapters.base_model import Base
-from weightport.adapters.changes import (
+from weightport.adapters.combination import Combination, Weighted, combine
+from weightport.adapters.lora_targets import PairChange, Part, Touched
+from weightport.adapters.lora_tensors import LoraAdapter
+from weightport.adapters.low_rank_delta import (
     Change,
     Vector,
     is_conv1d,
@@ -19,12 +22,9 @@ from weightport.adapters.changes import (
     read_pair,
     stored_part,
 )
-from weightport.adapters.combination import Combination, Weighted, combine
-from weightport.adapters.edits import Dora, Edit
-from weightport.adapters.lora_tensors import LoraAdapter
 from weightport.adapters.quantized import is_quantized_layer
+from weightport.adapters.tensor_edit import Dora, Edit
 from weightport.adapters.ties import TiedHead
-from weightport.adapters.touched import PairChange, Part, Touched
 from weightport.checkpoints import TensorRef
 from weightport.checkpoints.lazy_tensors import same_bits
 from weightport.converters.stored_pieces import Piece
