@@ -40,7 +40,7 @@ class WideWeight(torch.Tensor):
     Written to in place, it becomes an ordinary copy in `dtype`; the file's memory is never written to.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     stored: torch.Tensor
     residence: Residence
@@ -82,7 +82,9 @@ class WideWeight(torch.Tensor):
         return self.stored
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten.embedding.default and isinstance(args[0], WideWeight) and args[0].whole is None:
             # The rows are taken first: a vocabulary is not widened for a sentence.
@@ -111,10 +113,11 @@ def _view(func: Any, args: Any, kwargs: Any) -> Any:
     views = func(whole.stored, *rest, **kwargs)
     if isinstance(views, torch.Tensor):
         return WideWeight(views, whole.dtype, whole.residence, whole, lambda each: func(each, *rest, **kwargs))
-    return [
-        WideWeight(view, whole.dtype, whole.residence, whole, lambda each, i=i: func(each, *rest, **kwargs)[i])
-        for i, view in enumerate(views)
-    ]
+
+    def part(place: int) -> Callable[[torch.Tensor], Any]:
+        return lambda each: func(each, *rest, **kwargs)[place]
+
+    return [WideWeight(view, whole.dtype, whole.residence, whole, part(i)) for i, view in enumerate(views)]
 
 
 def stream_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -127,7 +130,7 @@ def stream_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
             if parameter is not None and parameter.is_floating_point() and parameter.dtype != dtype:
                 # Tied parameters are one object, and stay one.
                 wide = streamed.setdefault(id(parameter), _parameter(parameter, dtype, residence))
-                module._parameters[name] = wide  # type: ignore[assignment]
+                module._parameters[name] = wide
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point():
                 known = exact.get(f"{path}.{name}".lstrip("."))
@@ -138,7 +141,7 @@ def stream_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 def _parameter(parameter: nn.Parameter, dtype: torch.dtype, residence: Residence) -> torch.Tensor:
     wide = WideWeight(parameter.detach(), dtype, residence)
-    wide._is_param = True  # type: ignore[attr-defined]
+    wide._is_param = True
     return wide.requires_grad_(parameter.requires_grad)
 
 
@@ -157,7 +160,7 @@ def _computed_buffers(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, t
         for name in names:
             path, _, own = name.rpartition(".")
             module = built.get_submodule(path)
-            module._buffers[own] = torch.empty_like(module._buffers[own], device="cpu")
+            module._buffers[own] = torch.empty_like(module.get_buffer(own), device="cpu")
         for path in dict.fromkeys(name.rpartition(".")[0] for name in names):
             built._init_weights(built.get_submodule(path))
     return {name: built.get_buffer(name).to(model.device) for name in names}
