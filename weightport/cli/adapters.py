@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from weightport.cli.display import Lines
+from weightport.cli.display import Lines, echo
 from weightport.cli.running import command_body, json_option, quiet_option
 
 
@@ -37,7 +37,7 @@ def port_adapter_command(adapter: Path, out: Path, base: Path, overwrite: bool, 
             "saved": result.saved,
             "notes": result.notes,
         }
-        click.echo(json.dumps(found, ensure_ascii=False))
+        echo(json.dumps(found, ensure_ascii=False))
         return
     lines = Lines(quiet=quiet)
     natives = sum(len(names) for names in result.modules.values())

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from weightport.cli.display import echo
 from weightport.cli.running import command_body, json_option, quiet_option
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def compare_command(a: Path, b: Path, tolerance: float, as_json: bool, quiet: bo
 
     report = compare_weights(a, b, tolerance=tolerance)
     if as_json:
-        click.echo(report.to_json(), nl=False)
+        echo(report.to_json(), nl=False)
     elif not quiet:
         _show(report)
     if not report.passed:

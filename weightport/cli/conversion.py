@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weightport.checkpoints.hashing import BackgroundDigests
-from weightport.cli.display import Lines
+from weightport.cli.display import Lines, echo
 from weightport.cli.running import command_body, json_option, quiet_option, uncollected
 from weightport.formatting import count, size
 
@@ -213,7 +213,7 @@ def _run(
 
         result = convert(source, out, family, options, digests=digests, announce=announce, advance=advance)
     if as_json:
-        click.echo(json.dumps(summary(result), ensure_ascii=False))
+        echo(json.dumps(summary(result), ensure_ascii=False))
         return
     _show_result(lines, result, time.monotonic() - begun)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,23 @@ from weightport.formatting import size
 PLAIN_INTERVAL = 5.0
 """Seconds between progress lines when standard output is not a terminal."""
 
+# C0 without tab and line feed, C1, and what turns the direction of writing: a terminal obeys these. Halves of
+# surrogate pairs, as names of files that are not UTF-8 have them, cannot be printed at all.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def inert(text: str) -> str:
+    """`text` with every character that a terminal would obey instead of showing as its escape: ESC is \\u001b.
+
+    Inside of JSON, where only its strings can hold such characters, that is still the same JSON.
+    """
+    return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def echo(text: str, *, nl: bool = True, err: bool = False) -> None:
+    """Print text that may come from a file: every command prints through here."""
+    click.echo(inert(text), nl=nl, err=err)
+
 
 class Lines:
     """Prints `label   text` lines, or nothing when quiet."""
@@ -24,12 +42,12 @@ class Lines:
     def line(self, label: str, text: str) -> None:
         """One line, the label in a column of its own."""
         if not self._quiet:
-            click.echo(f"{label:<8} {text}")
+            echo(f"{label:<8} {text}")
 
     def heading(self, text: str) -> None:
         """A line without a label."""
         if not self._quiet:
-            click.echo(text)
+            echo(text)
 
     @contextmanager
     def progress(
@@ -83,6 +101,6 @@ def _plain(label: str, shown: Callable[[float], str]) -> tuple[Callable[[int], N
             rate = state["done"] / (now - begun)
             left = (state["total"] - state["done"]) / rate if rate else 0.0
             done, total = shown(state["done"]), shown(state["total"])
-            click.echo(f"{label:<8} {done} of {total} · {shown(rate)}/s · {left:.0f} s left")
+            echo(f"{label:<8} {done} of {total} · {shown(rate)}/s · {left:.0f} s left")
 
     return start, advance

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from weightport.cli.display import Lines
+from weightport.cli.display import Lines, echo
 from weightport.cli.finetuning import DEFAULT_RECIPE, require_extra
 from weightport.cli.running import command_body, json_option, quiet_option, uncollected
 from weightport.formatting import samples
@@ -83,7 +83,7 @@ def evaluate_command(
             advance=advance,
         )  # fmt: skip
     if as_json:
-        click.echo(json.dumps({"metrics": dict(result.metrics), "samples": len(result.predictions)}))
+        echo(json.dumps({"metrics": dict(result.metrics), "samples": len(result.predictions)}))
         return
     for line in preview_lines(result.predictions, recipe.evaluation.previews):
         lines.line("", line)

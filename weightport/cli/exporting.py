@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from weightport.cli.display import Lines
+from weightport.cli.display import Lines, echo
 from weightport.cli.running import command_body, json_option, quiet_option
 from weightport.formatting import size
 
@@ -27,5 +27,5 @@ def export_command(directory: Path, target: Path, overwrite: bool, quiet: bool, 
     with lines.progress("write") as (start, advance):
         result = export(directory, target, overwrite=overwrite, announce=start, advance=advance)
     if as_json:
-        click.echo(json.dumps({"path": str(result.path), "tensors": result.tensors, "bytes": result.nbytes}))
+        echo(json.dumps({"path": str(result.path), "tensors": result.tensors, "bytes": result.nbytes}))
     lines.line(str(target), f"{result.tensors} tensors · {size(result.nbytes)}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from weightport.cli.display import Lines
+from weightport.cli.display import Lines, echo
 from weightport.cli.running import INTERRUPTED, Terminated, command_body, fail, json_option, quiet_option, uncollected
 from weightport.errors import UsageError
 from weightport.formatting import count, samples
@@ -138,7 +138,7 @@ def port_finetune(
             "metrics": dict(outcome.metrics),
             "notes": list(outcome.notes),
         }
-        click.echo(json.dumps(found, ensure_ascii=False))
+        echo(json.dumps(found, ensure_ascii=False))
         return
     for name, value in outcome.metrics.items():
         lines.line("measured", f"{name} {value:.4g}")
@@ -224,11 +224,11 @@ def recipes_command(name: str | None, as_json: bool) -> None:
 
     if name is not None:
         recipe = load_recipe(name)
-        click.echo(json.dumps(plain(recipe), ensure_ascii=False) if as_json else as_yaml(recipe), nl=as_json)
+        echo(json.dumps(plain(recipe), ensure_ascii=False) if as_json else as_yaml(recipe), nl=as_json)
         return
     recipes = shipped_recipes()
     if as_json:
-        click.echo(json.dumps({each.name: plain(each) for each in recipes.values()}, ensure_ascii=False))
+        echo(json.dumps({each.name: plain(each) for each in recipes.values()}, ensure_ascii=False))
         return
     for recipe in recipes.values():
         _show_recipe(recipe)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from weightport.cli.display import echo
 from weightport.cli.running import command_body, json_option
 
 
@@ -36,4 +37,4 @@ def generate_command(
     answer = generate(
         directory, image, prompt=prompt, task=task, beams=beams, max_new_tokens=max_new_tokens, device=device
     )
-    click.echo(json.dumps(answer.__dict__, ensure_ascii=False) if as_json else answer.text)
+    echo(json.dumps(answer.__dict__, ensure_ascii=False) if as_json else answer.text)

@@ -13,7 +13,7 @@ import click
 
 from weightport.checkpoints.hashing import BackgroundDigests, likely_weights
 from weightport.cli.conversion import DTYPES
-from weightport.cli.display import Lines
+from weightport.cli.display import Lines, echo
 from weightport.cli.running import command_body, json_option, quiet_option, uncollected
 from weightport.formatting import count, size
 
@@ -139,7 +139,7 @@ def port_merge_lora(
                 base, adapters, out, options, digests=digests, announce=announce, advance=advance, check=check
             )
         if as_json:
-            click.echo(json.dumps({"directory": str(result.directory), **result.record}, ensure_ascii=False))
+            echo(json.dumps({"directory": str(result.directory), **result.record}, ensure_ascii=False))
             return
         lines.line(f"{out}/", " · ".join(sorted(path.name for path in out.iterdir())))
         made = shlex.quote(str(out))
@@ -214,7 +214,7 @@ def extract_lora_command(
         result = extract_lora(tuned, base, out, rank, overwrite=overwrite, announce=start, advance=advance)
     if as_json:
         found = {"directory": str(out), "share": result.share, "kept": dict(result.kept), "whole": list(result.whole)}
-        click.echo(json.dumps(found, ensure_ascii=False))
+        echo(json.dumps(found, ensure_ascii=False))
         return
     lines.heading(f"{out} · rank {rank} · {len(result.kept)} pairs · {len(result.whole)} tensors saved as a whole")
     lines.line("kept", f"{result.share:.1%} of the squared change of the pairs' weights")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from weightport.cli.display import Lines
+from weightport.cli.display import Lines, echo
 from weightport.cli.running import command_body, json_option, quiet_option
 from weightport.formatting import count, size
 
@@ -55,9 +55,7 @@ def port_release(
     options = ReleaseOptions(repo, licence, base_model, language, private, revision, dry_run)
     result = release(directory, options, announce=announce)
     if as_json:
-        click.echo(
-            json.dumps({"files": list(result.files), "card": result.card, "url": result.url}, ensure_ascii=False)
-        )
+        echo(json.dumps({"files": list(result.files), "card": result.card, "url": result.url}, ensure_ascii=False))
         return
     for name in result.files:
         path = directory / name

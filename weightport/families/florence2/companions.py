@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from weightport.checkpoints import Checkpoint
+from weightport.checkpoints.json_text import parse_json
 from weightport.converters.family import Options, SourceModel
 from weightport.converters.plan import Plan, main_dtype
 from weightport.errors import CheckpointError, ConfigurationError
@@ -24,8 +25,8 @@ def companion(checkpoint: Checkpoint, name: str) -> Any:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} should be a JSON file, but cannot be read as one ({error}).") from error
 
 
