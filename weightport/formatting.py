@@ -25,3 +25,8 @@ def count(number: int) -> str:
         if number >= factor:
             return f"{number / factor:.1f} {unit}"
     return str(number)
+
+
+def shortened(text: str, limit: int = 80) -> str:
+    """The first `limit` characters of a longer text, and an ellipsis."""
+    return text if len(text) <= limit else text[:limit] + "…"

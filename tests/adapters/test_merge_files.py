@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,36 @@ def trained(base: Path) -> Path:
     return write_adapter(
         base, base.parent / "adapter", LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
     )
+
+
+def test_a_base_that_changes_while_it_is_merged_is_refused(base, trained, tmp_path):
+    source = shutil.copytree(base, tmp_path / "base")
+    weights = source / "model.safetensors"
+
+    def shrink(_: int) -> None:
+        if weights.stat().st_size > 1000:
+            os.truncate(weights, 1000)
+
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: changed while it was read: it has shrunk"):
+        merge_lora(source, [(trained, 1.0)], tmp_path / "target" / "out", advance=shrink)
+    assert not (tmp_path / "target").exists() or not os.listdir(tmp_path / "target")
+
+
+@pytest.mark.parametrize("changed", ["base/model.safetensors", "adapter/adapter_model.safetensors"])
+def test_a_merge_is_not_recorded_with_the_hash_of_other_bytes(base, trained, tmp_path, changed: str):
+    source, lora = shutil.copytree(base, tmp_path / "base"), shutil.copytree(trained, tmp_path / "adapter")
+    left = [1]
+
+    def write_in_place(_: int) -> None:
+        if left:
+            left.clear()
+            with open(tmp_path / changed, "r+b") as file:
+                file.seek(-1, os.SEEK_END)
+                file.write(b"?")
+
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        merge_lora(source, [(lora, 1.0)], tmp_path / "out", advance=write_in_place)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture

@@ -121,8 +121,9 @@ def test_the_only_weights_of_a_folder_are_taken_whatever_their_name(tmp_path):
     torch.save({}, tmp_path / "training_args.bin")
     (tmp_path / "vocab.txt").write_text("a")
     checkpoint = open_checkpoint(tmp_path)
-    assert checkpoint.path == tmp_path and list(checkpoint) == ["model.w"]
-    assert list(checkpoint.document) == ["weights"]
+    alone = open_checkpoint(tmp_path / "ofa_cn.pt")
+    assert checkpoint.path == alone.path and list(checkpoint) == ["model.w"]
+    assert checkpoint.document.keys() == alone.document.keys() == {"model"}
     torch.save({"w": torch.zeros(1)}, tmp_path / "second.pth")
     with pytest.raises(CheckpointError, match=r"ofa_cn\.pt, second\.pth"):
         open_checkpoint(tmp_path)

@@ -97,6 +97,23 @@ def test_a_token_twice_in_a_vocabulary_that_stands_alone(tmp_path):
         build_ofa_tokenizer(write_lines(tmp_path / "vocab.txt", [*PIECES, "狗"]), BASE + 1)
 
 
+def test_a_token_twice_at_the_end_of_a_long_vocabulary_is_found_in_one_pass(tmp_path):
+    started = time.process_time()
+    pieces = [f"piece{number}" for number in range(50_000)]
+    with pytest.raises(VocabularyError, match="'piece49999' stands there twice"):
+        build_ofa_tokenizer(write_lines(tmp_path / "vocab.txt", [*pieces, pieces[-1]]), BASE)
+    assert time.process_time() - started < 3
+
+
+@pytest.mark.parametrize("content", ['{"a": %s}' % ("9" * 5000), '{"\\ud800": 1}', "[" * 100_000, '{"a": "b"}'])
+def test_an_encoder_that_is_no_map_to_ids_is_refused(tmp_path, content: str):
+    for name in ("vocab.bpe", "dict.txt"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "encoder.json").write_text(content)
+    with pytest.raises(VocabularyError, match=r"encoder\.json(:| is not JSON)"):
+        build_ofa_tokenizer(tmp_path, BASE)
+
+
 def test_a_hub_repository_gives_its_vocab_txt(chinese, monkeypatch):
     asked = []
 

@@ -20,21 +20,31 @@ _SMALL_NUMBER = 1 << 20
 _KEY_PARTS = 16
 _KEY_DEPTH = 3
 
-_SIZED = (list, tuple, dict, set, frozenset, str, bytes, bytearray)
+# A pickle describes an item in a byte or more, and needs it copied once or twice. A copied item takes 10 to 100 bytes.
+_COPIES_PER_BYTE = 2
+_MAX_COPIES = 32_000_000
+_CHARACTERS_PER_COPY = 64
+_CONTAINERS = (list, tuple, dict, set, frozenset)
+_TEXTS = (str, bytes, bytearray)
 
 
 class Budget:
     """What is left for one pickle of `length` bytes. Every method raises CheckpointError when that is used up."""
 
     def __init__(self, length: int) -> None:
-        self._copied = 4 * min(length, 1 << 26) + 4096
+        self._copies = min(_COPIES_PER_BYTE * length + 4096, _MAX_COPIES)
         self._objects = MAX_OBJECTS
         self._odd_keys = MAX_ODD_KEYS
 
     def copy(self, *values: Any) -> None:
         """Count the items of `values`, which are about to be copied: a pickle can name the same data over and over."""
-        self._copied -= len(values) + sum(len(value) for value in values if isinstance(value, _SIZED))
-        if self._copied < 0:
+        for value in values:
+            if isinstance(value, _CONTAINERS):
+                self._copies -= len(value)
+            elif isinstance(value, _TEXTS):
+                self._copies -= len(value) // _CHARACTERS_PER_COPY
+        self._copies -= len(values)
+        if self._copies < 0:
             raise CheckpointError("copies its own data over and over, as no checkpoint does.")
 
     def make(self, count: int = 1) -> None:

@@ -38,7 +38,7 @@ def port_adapter_command(adapter: Path, out: Path, base: Path, overwrite: bool, 
             "saved": result.saved,
             "notes": result.notes,
         }
-        click.echo(json.dumps(found, ensure_ascii=False))
+        echo(json.dumps(found, ensure_ascii=False))
         return
     lines = Lines(quiet=quiet)
     natives = sum(len(names) for names in result.modules.values())

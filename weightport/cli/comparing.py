@@ -40,7 +40,7 @@ def compare_command(a: Path, b: Path, tolerance: float, as_json: bool, quiet: bo
 
     report = compare_weights(a, b, tolerance=tolerance)
     if as_json:
-        click.echo(report.to_json(), nl=False)
+        echo(report.to_json(), nl=False)
     elif not quiet:
         _show(report)
     if not report.passed:

@@ -207,7 +207,7 @@ def _run(
 
         result = convert(sources, out, family, common, digests=digests, announce=announce, advance=advance, **settings)
     if as_json:
-        click.echo(json.dumps(summary(result), ensure_ascii=False))
+        echo(json.dumps(summary(result), ensure_ascii=False))
         return
     _show_result(lines, result, time.monotonic() - begun)
 

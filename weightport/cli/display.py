@@ -47,12 +47,12 @@ class Lines:
     def line(self, label: str, text: str) -> None:
         """One line, the label in a column of its own."""
         if not self._quiet:
-            click.echo(f"{label:<8} {text}")
+            echo(f"{label:<8} {text}")
 
     def heading(self, text: str) -> None:
         """A line without a label."""
         if not self._quiet:
-            click.echo(text)
+            echo(text)
 
     @contextmanager
     def progress(
@@ -106,6 +106,6 @@ def _plain(label: str, shown: Callable[[float], str]) -> tuple[Callable[[int], N
             rate = state["done"] / (now - begun)
             left = (state["total"] - state["done"]) / rate if rate else 0.0
             done, total = shown(state["done"]), shown(state["total"])
-            click.echo(f"{label:<8} {done} of {total} · {shown(rate)}/s · {left:.0f} s left")
+            echo(f"{label:<8} {done} of {total} · {shown(rate)}/s · {left:.0f} s left")
 
     return start, advance

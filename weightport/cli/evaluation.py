@@ -86,7 +86,7 @@ def evaluate_command(
             announce=start, advance=advance,
         )  # fmt: skip
     if as_json:
-        click.echo(json.dumps({"metrics": dict(result.metrics), "samples": len(result.predictions)}))
+        echo(json.dumps({"metrics": dict(result.metrics), "samples": len(result.predictions)}))
         return
     for line in preview_lines(result.predictions, recipe.evaluation.previews):
         lines.line("", line)

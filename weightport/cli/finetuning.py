@@ -146,7 +146,7 @@ def port_finetune(
             "step": outcome.step,
             "notes": list(outcome.notes),
         }
-        click.echo(json.dumps(found, ensure_ascii=False))
+        echo(json.dumps(found, ensure_ascii=False))
         return
     last = max((entry.get("step", 0) for entry in outcome.history), default=outcome.step)
     where = "" if outcome.step == last else f" · at step {outcome.step:,}"
@@ -247,11 +247,11 @@ def recipes_command(name: str | None, as_json: bool) -> None:
 
     if name is not None:
         recipe = load_recipe(name)
-        click.echo(json.dumps(plain(recipe), ensure_ascii=False) if as_json else as_yaml(recipe), nl=as_json)
+        echo(json.dumps(plain(recipe), ensure_ascii=False) if as_json else as_yaml(recipe), nl=as_json)
         return
     recipes = shipped_recipes()
     if as_json:
-        click.echo(json.dumps({each.name: plain(each) for each in recipes.values()}, ensure_ascii=False))
+        echo(json.dumps({each.name: plain(each) for each in recipes.values()}, ensure_ascii=False))
         return
     for recipe in recipes.values():
         _show_recipe(recipe)

@@ -37,4 +37,4 @@ def generate_command(
     answer = generate(
         directory, image, prompt=prompt, task=task, beams=beams, max_new_tokens=max_new_tokens, device=device
     )
-    click.echo(json.dumps(answer.__dict__, ensure_ascii=False) if as_json else answer.text)
+    echo(json.dumps(answer.__dict__, ensure_ascii=False) if as_json else answer.text)

@@ -36,7 +36,7 @@ def inspect_command(source: Path, tensors: bool, as_json: bool) -> None:
     family = registry().recognised(checkpoint)
     found = describe(checkpoint, family.name if family else None, registry().looks_like(checkpoint), tensors=tensors)
     if as_json:
-        click.echo(json.dumps(found, ensure_ascii=False))
+        echo(json.dumps(found, ensure_ascii=False))
         return
     _show(found)
 
@@ -85,7 +85,7 @@ def _show(found: Mapping[str, Any]) -> None:
     for text in _document_lines(found["document"], set(found["sections"])):
         lines.line("document", text)
     for name, tensor in found.get("tensors", {}).items():
-        click.echo(f"{name}  {tensor['shape']}  {tensor['dtype']}")
+        echo(f"{name}  {tensor['shape']}  {tensor['dtype']}")
 
 
 def _document_lines(document: Any, sections: set[str]) -> list[str]:

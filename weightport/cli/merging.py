@@ -154,7 +154,7 @@ def port_merge_lora(
                 check=check,
             )
         if as_json:
-            click.echo(json.dumps({"directory": str(result.directory), **result.record}, ensure_ascii=False))
+            echo(json.dumps({"directory": str(result.directory), **result.record}, ensure_ascii=False))
             return
         lines.line(f"{out}/", names_in(out))
         made = shlex.quote(str(out))
@@ -262,7 +262,7 @@ def extract_lora_command(
         result = extract_lora(tuned, base, out, rank, overwrite=overwrite, announce=start, advance=advance)
     if as_json:
         found = {"directory": str(out), "share": result.share, "kept": dict(result.kept), "whole": list(result.whole)}
-        click.echo(json.dumps(found, ensure_ascii=False))
+        echo(json.dumps(found, ensure_ascii=False))
         return
     lines.heading(f"{out} · rank {rank} · {len(result.kept)} pairs · {len(result.whole)} tensors saved as a whole")
     lines.line("kept", f"{result.share:.1%} of the squared change of the pairs' weights")

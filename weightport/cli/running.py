@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
+from weightport.cli.display import echo
 from weightport.errors import WeightportError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -83,7 +84,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
 def fail(message: str, status: int) -> None:
     """Print `program: message` to standard error and end with `status`."""
     name = click.get_current_context().find_root().info_name or "weightport"
-    click.echo(f"{name}: {message}", err=True)
+    echo(f"{name}: {message}", err=True)
     sys.exit(status)
 
 

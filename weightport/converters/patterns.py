@@ -106,7 +106,7 @@ def _hole_regex(hole: str) -> str:
     if hole == "**":
         return "(.+)"
     if hole == "*":
-        return r"(0|[1-9]\d*)"
+        return r"(0|[1-9]\d{0,8})"
     # Longest first: an alternative may begin another one.
     return "(" + "|".join(re.escape(text) for text in sorted(_alternatives(hole), key=len, reverse=True)) + ")"
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,8 +122,8 @@ def _read_merges(path: Path) -> tuple[tuple[str, str], ...]:
 
 def _read_encoder(path: Path) -> dict[str, int]:
     try:
-        encoder = json.loads(_read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        encoder = parse_json(_read_text(path).encode())
+    except ValueError as error:
         raise VocabularyError(f"{path} is not JSON: {error}.") from error
     valid = isinstance(encoder, dict) and all(type(i) is int for i in encoder.values())
     if not valid or len(set(encoder.values())) != len(encoder):
@@ -189,7 +189,7 @@ def _dictionary_of(pieces: tuple[str, ...], source: str) -> Dictionary:
         pieces = pieces[len(SPECIAL_SYMBOLS) :]
     symbols = (*SPECIAL_SYMBOLS, *pieces)
     if len(set(symbols)) != len(symbols):
-        twice = next(symbol for row, symbol in enumerate(symbols) if symbol in symbols[:row])
+        twice = next(symbol for symbol, times in Counter(symbols).items() if times > 1)
         raise VocabularyError(f"{source}: the token {twice!r} stands there twice, so the rows cannot be told from it.")
     return Dictionary(symbols)
 

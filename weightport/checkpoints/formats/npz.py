@@ -14,6 +14,7 @@ from weightport.checkpoints.formats.zip_archive import Member, member_span, read
 from weightport.checkpoints.inflating import Inflated, inflate
 from weightport.checkpoints.layout import Layout, Source, StoredTensor
 from weightport.checkpoints.naming import tensor_name
+from weightport.checkpoints.pickle.numpy_arrays import require_unicode
 from weightport.checkpoints.pickle.records import Record
 from weightport.checkpoints.shown import shown
 from weightport.checkpoints.source_file import SourceFile
@@ -113,7 +114,5 @@ def _not_a_tensor(file: SourceFile, member: Member, skip: int, shape: tuple[int,
     data = inflate(file, member) if member.deflated else read_member(file, member)
     if len(data) - skip != kind.itemsize * prod(shape):
         raise CheckpointError(f"has shape {shown(shape)} and type {kind.str}, but holds {len(data) - skip} bytes.")
-    try:
-        return np.frombuffer(data[skip:], kind).reshape(shape).tolist()
-    except (ValueError, SystemError) as error:
-        raise CheckpointError(f"holds text that is not Unicode ({error}).") from error
+    require_unicode(data[skip:], kind)
+    return np.frombuffer(data[skip:], kind).reshape(shape).tolist()

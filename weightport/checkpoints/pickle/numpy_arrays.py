@@ -90,7 +90,20 @@ def _array(data: Any, kind: Any, shape: Any, order: str) -> Any:
             return np.empty(shape, kind)
         except ValueError as error:
             raise CheckpointError(f"numpy cannot hold an array of shape {shown(shape)} ({error}).") from error
+    require_unicode(data, kind)
     return np.frombuffer(data, kind).reshape(shape, order="F" if order == "F" else "C")
+
+
+def require_unicode(data: bytes | bytearray, kind: np.dtype[Any]) -> None:
+    """Raises CheckpointError where `data`, of numpy's type `kind`, is text that holds what is no character.
+
+    numpy looks at none of it, and would make Python strings that break whatever they meet.
+    """
+    if kind.kind != "U":
+        return
+    points = np.frombuffer(data, np.dtype("u4").newbyteorder(kind.byteorder))
+    if bool(((points > 0x10FFFF) | ((points >= 0xD800) & (points <= 0xDFFF))).any()):
+        raise CheckpointError(f"a numpy array of type {kind} holds text that is not Unicode.")
 
 
 def build_type(code: Any = None, *_: Any) -> PendingType:
@@ -110,10 +123,7 @@ def build_scalar(kind: Any, data: Any = b"") -> Any:
     if not isinstance(kind, np.dtype):
         return Record("numpy.generic", (kind, data))
     value = _array(data, kind, (), "C")
-    try:
-        return value[()].item() if isinstance(value, np.ndarray) else value
-    except (ValueError, SystemError) as error:
-        raise CheckpointError(f"a numpy scalar of type {kind} holds no text ({error}).") from error
+    return value[()].item() if isinstance(value, np.ndarray) else value
 
 
 def build_from_buffer(data: Any, kind: Any, shape: Any, order: Any = "C", *_: Any) -> Any:

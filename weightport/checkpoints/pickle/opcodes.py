@@ -330,11 +330,11 @@ def _new_object_ex(machine: Machine) -> None:
 @_opcode(pickle.BUILD)
 def _build(machine: Machine) -> None:
     state, target = machine.pop(), machine.pop()
-    if isinstance(state, tuple):
-        machine.budget.copy(*state[:8])
     if isinstance(target, Record):
         _restore(machine, target, state)
     elif isinstance(target, Pending):
+        if isinstance(state, tuple):
+            machine.budget.copy(*state[:8])
         value = target.finish(state)
         for key in target.memo_keys:
             machine.memo[key] = value

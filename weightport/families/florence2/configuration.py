@@ -10,11 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
 
 from weightport.checkpoints import TensorRef
+from weightport.converters.layer_count import count_layers
 from weightport.errors import CheckpointError, ConfigurationError
 from weightport.families.florence2.embeddings import Embedding
 from weightport.families.florence2.rules import TEMPORAL_EMBEDDING
@@ -50,8 +52,7 @@ def _axis(name: str, axis: int, less: int = 0) -> Callable[[Tensors], int]:
 
 
 def _count(pattern: str) -> Callable[[Tensors], int]:
-    compiled = re.compile(pattern)
-    return lambda tensors: max((int(m[1]) for name in tensors if (m := compiled.match(name))), default=-1) + 1
+    return partial(count_layers, re.compile(pattern))
 
 
 _stages = _count(r"vision_tower\.convs\.(\d+)\.")

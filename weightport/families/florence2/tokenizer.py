@@ -16,6 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from weightport.checkpoints.json_text import parse_json
 from weightport.errors import VocabularyError
 
 LOCATIONS = 1000
@@ -72,7 +73,7 @@ def read_florence2_vocabulary(source: str | Path) -> Florence2Vocabulary:
     if (folder / "tokenizer.json").is_file():
         data = _read_json(folder / "tokenizer.json")
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        data = _assembled(_read_json(folder / "vocab.json"), (folder / "merges.txt").read_text(encoding="utf-8"))
+        data = _assembled(_read_json(folder / "vocab.json"), _read_text(folder / "merges.txt"))
     else:
         raise VocabularyError(f"{source} holds no tokenizer. {_EXPECTED}")
     model = data.get("model")
@@ -83,9 +84,11 @@ def read_florence2_vocabulary(source: str | Path) -> Florence2Vocabulary:
         isinstance(each, Mapping) and isinstance(each.get("content"), str) and type(each.get("id")) is int
         for each in added
     )
-    if not well_formed or not all(type(index) is int for index in model["vocab"].values()):
+    if not well_formed or not _has_ids(model["vocab"]):
         raise VocabularyError(f"{folder / 'tokenizer.json'} is malformed: every token should have an integer id.")
     extra = _read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").is_file() else {}
+    if not _has_ids(extra):
+        raise VocabularyError(f"{folder / 'added_tokens.json'} is malformed: every token should have an integer id.")
     return _with_task_tokens(str(source), data, extra)
 
 
@@ -238,10 +241,21 @@ def _assembled(vocab: Any, merges: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _has_ids(tokens: Mapping[str, Any]) -> bool:
+    return all(type(index) is int for index in tokens.values())
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise VocabularyError(f"{path} cannot be read: {error}.") from error
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        data = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise VocabularyError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(data, dict):
         raise VocabularyError(f"{path} should hold a JSON object; found {type(data).__name__}.")

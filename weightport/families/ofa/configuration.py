@@ -10,9 +10,11 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from weightport.checkpoints import TensorRef
+from weightport.converters.layer_count import count_layers
 from weightport.errors import ConfigurationError
 
 Tensors = Mapping[str, TensorRef]
@@ -67,13 +69,7 @@ def _axis(name: str, axis: int) -> Callable[[Tensors], int]:
 
 
 def _count(pattern: str) -> Callable[[Tensors], int]:
-    compiled = re.compile(pattern)
-
-    def read(tensors: Tensors) -> int:
-        numbers = {int(found.group(1)) for key in tensors if (found := compiled.match(key))}
-        return max(numbers, default=-1) + 1
-
-    return read
+    return partial(count_layers, re.compile(pattern))
 
 
 def _less(read: Callable[[Tensors], int], amount: int) -> Callable[[Tensors], int]:

@@ -37,7 +37,9 @@ def beam_of(task: Mapping[str, Any], language: str) -> Beam:
     known = TASK_BEAMS.get((str(task.get("task")), language), Beam())
     try:
         stated = json.loads(task.get("eval_args") or "{}")
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
+        return known
+    if not isinstance(stated, Mapping):
         return known
     fields = {name: stated[name] for name in Beam.__dataclass_fields__ if isinstance(stated.get(name), (int, float))}
     return Beam(**{**known.__dict__, **fields})
@@ -45,7 +47,7 @@ def beam_of(task: Mapping[str, Any], language: str) -> Beam:
 
 def constraint_range(task: Mapping[str, Any]) -> list[int] | None:
     """The ids that a task's answers are made of, as in "(58457,59457)"; None when all are allowed."""
-    found = re.fullmatch(r"\s*[(\[]?\s*(\d+)\s*,\s*(\d+)\s*[)\]]?\s*", str(task.get("constraint_range") or ""))
+    found = re.fullmatch(r"\s*[(\[]?\s*(\d{1,9})\s*,\s*(\d{1,9})\s*[)\]]?\s*", str(task.get("constraint_range") or ""))
     return [int(found[1]), int(found[2])] if found else None
 
 
