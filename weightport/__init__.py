@@ -18,6 +18,7 @@ _PUBLIC = (
     "merge_lora",
     "plan_conversion",
     "port_adapter",
+    "release",
 )
 
 __all__ = ["__version__", *_PUBLIC]

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from weightport.generation import Answer
     from weightport.hashing import BackgroundDigests
     from weightport.parity.report import ParityReport
+    from weightport.release.checking import CheckedDirectory
+    from weightport.release.contents import PublishedFile
+    from weightport.release.publishing import Release, ReleaseOptions
 
 SourcePaths = str | Path | Mapping[str, "str | Path"]
 """A checkpoint's path, or several sources by the names that the family gives them (`checkpoint` is the main one)."""
@@ -211,3 +214,16 @@ def generate(directory: str | Path, image: str | Path | None = None, **settings:
 
     registry().check_converted(Path(directory))
     return run(directory, image, **settings)
+
+
+def release(
+    directory: str | Path,
+    options: ReleaseOptions,
+    *,
+    api: Any = None,
+    announce: Callable[[CheckedDirectory, Sequence[PublishedFile]], None] = lambda checked, files: None,
+) -> Release:
+    """Check the model directory, describe it by what its records say, and upload it to the Hub."""
+    from weightport.release.publishing import release as run
+
+    return run(directory, options, registry().of_model_type, api=api, announce=announce)

@@ -244,7 +244,7 @@ def test_names_that_transformers_would_not_load_are_not_guessed(base: Path, adap
 
 def test_merging_imports_neither_transformers_nor_peft(base: Path, adapter: Path, tmp_path: Path) -> None:
     program = (
-        "import sys; from weightport.adapters.merging import merge_lora;"
+        "import sys; from weightport.api import merge_lora;"
         f"merge_lora({str(base)!r}, [({str(adapter)!r}, 1.0)], {str(tmp_path / 'out')!r});"
         "print(sorted({m.split('.')[0] for m in sys.modules} & {'transformers', 'peft', 'accelerate'}))"
     )

@@ -87,7 +87,8 @@ def test_a_model_that_was_trained_on_is_not_replaced_by_a_new_conversion(convert
 
 
 def test_a_portable_or_released_directory_is_still_weightports_own(checkpoint, tmp_path):
-    from weightport.release import ReleaseOptions, release
+    from weightport.api import release
+    from weightport.release import ReleaseOptions
 
     class Hub:
         def create_repo(self, *words: object, **named: object) -> None: ...

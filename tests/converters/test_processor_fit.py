@@ -16,8 +16,8 @@ from weightport.api import convert
 from weightport.checkpoints import open_checkpoint
 from weightport.converters.processor import ImageUse, check_processor
 from weightport.errors import ConfigurationError, VocabularyError
-from weightport.families import FAMILIES
 from weightport.families.florence2.images import RELEASED_TOWER, image_settings
+from weightport.families.registry import registry
 from weightport.tokenizers import provenance
 
 
@@ -127,7 +127,7 @@ def test_a_picture_that_leaves_the_text_no_position_is_refused_before_anything_i
 def test_an_ofa_trained_on_pictures_beyond_its_positions_is_refused(original, tmp_path):
     import torch
 
-    family = FAMILIES["ofa"]
+    family = registry()["ofa"].conversion
     case = originals_of_ofa(tmp_path)
     document = torch.load(case, weights_only=False)
     limit = family.read(open_checkpoint(case)).config.image_bucket_size

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import BartConfig, Florence2Config, Florence2ForConditionalGeneration, ResNetConfig
 from transformers.models.florence2.configuration_florence2 import Florence2VisionConfig
-from weightport.parity.families import FAMILIES
 
 from weightport.api import check_parity, load_native
 from weightport.checkpoints.types import TensorRef
+from weightport.families.registry import registry
 from weightport.modeling.ofa import OFAConfig, OFAForConditionalGeneration
 from weightport.parity import Run, Verdict, write_reference
 from weightport.parity.runner import native_arguments
@@ -101,7 +101,7 @@ def seams_of(family: str) -> list[str]:
 
 def computed(directory: Path, family: str, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """What our own model gives at the seams, by eager attention, as `forward/out/<seam>` names it."""
-    table, suffix = FAMILIES[family], "@float64" if dtype == torch.float64 else ""
+    table, suffix = registry()[family].parity, "@float64" if dtype == torch.float64 else ""
     model = load_native(directory, dtype, attn_implementation="eager", stream=True)
     inputs = {
         name: TensorRef(name, tuple(t.shape), t.dtype, partial(lambda t: t, t)) for name, t in INPUTS[family].items()

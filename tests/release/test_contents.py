@@ -12,9 +12,10 @@ from click.testing import CliRunner, Result
 from hub_server import TOKEN
 
 from weightport import cli
+from weightport.api import release
 from weightport.errors import CheckpointError, UsageError
 from weightport.local_paths import shortened
-from weightport.release import ReleaseOptions, release
+from weightport.release import ReleaseOptions
 from weightport.release.contents import PublishedFile
 
 REPO = "somebody/ofa-tiny"
@@ -110,7 +111,7 @@ def test_snapshot_in_the_hubs_cache_is_a_folder_of_links_and_published(model: Pa
 def test_no_path_of_this_machine_becomes_public(model: Path) -> None:
     home = "/home/me/private/checkpoints"
     record = json.loads((model / "conversion.json").read_text())
-    record["source"]["options"]["restore_file"] = f"{home}/best.pt"
+    record["options"]["restore_file"] = f"{home}/best.pt"
     record["notes"] = [f"Vocabulary of {home}/BPE, see https://example.org/home/me/x"]
     record["parity"] = {"json": "../../private/parity.json"}
     (model / "conversion.json").write_text(json.dumps(record))
@@ -122,7 +123,7 @@ def test_no_path_of_this_machine_becomes_public(model: Path) -> None:
     everything = b"".join(content(file) for file in files.values() if file.size < 1 << 20)
     assert b"/home/me/private" not in everything and b"../private" not in everything
     shown = json.loads(content(files["conversion.json"]))
-    assert shown["source"]["options"]["restore_file"] == "best.pt" and shown["parity"]["json"] == "parity.json"
+    assert shown["options"]["restore_file"] == "best.pt" and shown["parity"]["json"] == "parity.json"
     assert shown["notes"] == ["Vocabulary of BPE, see https://example.org/home/me/x"]
     assert shown["steps"] == record["steps"] and shown["files"] == record["files"]
     assert "conversion.json · " in dry_run(model).output and "local paths shortened" in dry_run(model).output

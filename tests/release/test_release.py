@@ -17,8 +17,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file, save_file
 
 from weightport import cli
+from weightport.api import release
 from weightport.errors import CheckpointError, ConfigurationError, CoverageError, UsageError, WeightportError
-from weightport.release import ReleaseOptions, release
+from weightport.release import ReleaseOptions
 from weightport.release.usage import usage
 
 REPO = "somebody/ofa-tiny"

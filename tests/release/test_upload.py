@@ -18,8 +18,9 @@ from hub_server import DROP, TOKEN, HubServer
 from safetensors.torch import load_file, save_file
 
 from weightport import cli
+from weightport.api import release
 from weightport.errors import CheckpointError, OutputError
-from weightport.release import ReleaseOptions, release
+from weightport.release import ReleaseOptions
 from weightport.release.publishing import command
 
 REPO = "somebody/ofa-tiny"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from weightport.cli.display import Lines, names_in
+from weightport.cli.display import Lines, echo, names_in
 from weightport.cli.paths import ExistingPath
 from weightport.cli.running import command_body, json_option, quiet_option, uncollected
 from weightport.converters.options import CommandOption, ConversionOptions, declared_options
@@ -221,7 +221,7 @@ def _show_dry_run(lines: Lines, planned: Planned, *, as_json: bool) -> None:
             "family": model.family, "title": model.title, "parameters": planned.plan.parameters,
             "bytes": planned.plan.nbytes, "sources": given, "notes": list(model.notes),
         }  # fmt: skip
-        click.echo(json.dumps(found, ensure_ascii=False))
+        echo(json.dumps(found, ensure_ascii=False))
         return
     _show_plan(lines, planned)
     for name, number in given.items():

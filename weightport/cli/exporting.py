@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from weightport.cli.display import Lines
+from weightport.cli.display import Lines, echo
 from weightport.cli.paths import ExistingPath
 from weightport.cli.running import command_body, json_option, quiet_option
 from weightport.formatting import size
@@ -34,7 +34,7 @@ def export_command(
     with lines.progress("write") as (start, advance):
         result = export(directory, target, part=part, overwrite=overwrite, announce=start, advance=advance)
     if as_json:
-        click.echo(
+        echo(
             json.dumps(
                 {
                     "path": str(result.path),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from weightport.cli.display import Lines
+from weightport.cli.display import Lines, echo
 from weightport.cli.running import command_body, json_option
 from weightport.converters.options import declared_options
 from weightport.errors import FamilyError
@@ -27,7 +27,7 @@ def families_command(as_json: bool) -> None:
     """List the families of models that can be converted, with their options and sources."""
     found = [_described(offer) for offer in registry().offers]
     if as_json:
-        click.echo(json.dumps(found, ensure_ascii=False))
+        echo(json.dumps(found, ensure_ascii=False))
         return
     lines = Lines(quiet=False)
     for family in found:
@@ -84,7 +84,7 @@ def family_check_command(family: str, cases: tuple[Path, ...], as_json: bool) ->
         lambda check: lines.line(_STATES[check.passed], f"{check.case}{': ' if check.case else ''}{_said(check)}"),
     )
     if as_json:
-        click.echo(json.dumps([asdict(check) for check in found], ensure_ascii=False))
+        echo(json.dumps([asdict(check) for check in found], ensure_ascii=False))
     if any(check.passed is False for check in found):
         click.get_current_context().exit(1)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from weightport.cli.display import Lines
+from weightport.cli.display import Lines, echo
 from weightport.cli.paths import ExistingPath
 from weightport.cli.running import command_body, json_option, quiet_option
 from weightport.formatting import count, size
@@ -54,9 +54,9 @@ def port_release(
     as_json: bool,
 ) -> None:
     """Check the model DIRECTORY, write its model card from what its records say, and upload it."""
-    from weightport.families.registry import registry
+    from weightport.api import release
     from weightport.hub import bars, endpoint
-    from weightport.release import ReleaseOptions, release
+    from weightport.release import ReleaseOptions
 
     lines = Lines(quiet=quiet or as_json)
 
@@ -75,7 +75,7 @@ def port_release(
 
     options = ReleaseOptions(repo, licence, base_model, language, private, revision, include, dry_run)
     with bars(shown=not (quiet or as_json)):
-        result = release(directory, options, registry().of_model_type, announce=announce)
+        result = release(directory, options, announce=announce)
     if as_json:
         found = {
             "files": [file.name for file in result.files],
@@ -83,7 +83,7 @@ def port_release(
             "card": result.card,
             "url": result.url,
         }
-        click.echo(json.dumps(found, ensure_ascii=False))
+        echo(json.dumps(found, ensure_ascii=False))
         return
     if dry_run:
         lines.heading(f"\nREADME.md\n\n{result.card}")

@@ -65,7 +65,7 @@ OURS = ("output_dir", "do_train", "do_eval", "do_predict", "push_to_hub", "remov
 
 def shipped_recipes() -> dict[str, Recipe]:
     """Every recipe of the package, by name."""
-    folder = resources.files(__package__) / "recipes"
+    folder = resources.files(__package__)
     files = sorted((file for file in folder.iterdir() if file.name.endswith(".yaml")), key=lambda file: file.name)
     return {recipe.name: recipe for recipe in (parse_recipe(file.read_text("utf-8"), file.name) for file in files)}
 
