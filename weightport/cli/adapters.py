@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from weightport.cli.display import Lines, names_in
+from weightport.cli.display import Lines, echo, names_in
 from weightport.cli.paths import ExistingPath
 from weightport.cli.running import command_body, json_option, quiet_option
 

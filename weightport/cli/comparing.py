@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from weightport.cli.display import output_console
+from weightport.cli.display import echo, output_console
 from weightport.cli.paths import ExistingPath
 from weightport.cli.running import command_body, json_option, quiet_option
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import click
 
 from weightport.formatting import size
 
@@ -34,6 +37,24 @@ def output_console() -> Console:
 def names_in(folder: Path) -> str:
     """The names of an output's files on one line; not weightport's own record of them."""
     return " · ".join(sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")))
+
+
+# C0 without tab and line feed, C1, and what turns the direction of writing: a terminal obeys these. Halves of
+# surrogate pairs, as names of files that are not UTF-8 have them, cannot be printed at all.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def inert(text: str) -> str:
+    """`text` with every character that a terminal would obey instead of showing as its escape: ESC is \\u001b.
+
+    Inside of JSON, where only its strings can hold such characters, that is still the same JSON.
+    """
+    return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def echo(text: str, *, nl: bool = True, err: bool = False) -> None:
+    """Print text that may come from a file: every command prints through here."""
+    click.echo(inert(text), nl=nl, err=err)
 
 
 class Lines:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from weightport.cli.display import Lines, names_in
+from weightport.cli.display import Lines, echo, names_in
 from weightport.cli.paths import ExistingPath
 from weightport.cli.processes import one_error
 from weightport.cli.running import INTERRUPTED, Terminated, command_body, fail, json_option, quiet_option, uncollected

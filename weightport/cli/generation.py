@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from weightport.cli.display import echo
 from weightport.cli.paths import ExistingPath
 from weightport.cli.running import command_body, json_option
 

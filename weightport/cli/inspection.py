@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from weightport.cli.display import Lines
+from weightport.cli.display import Lines, echo
 from weightport.cli.paths import ExistingPath
 from weightport.cli.running import command_body, json_option
 from weightport.formatting import count, size

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weightport.cli.conversion import DTYPES
-from weightport.cli.display import Lines, names_in
+from weightport.cli.display import Lines, echo, names_in
 from weightport.cli.paths import ExistingPath
 from weightport.cli.running import command_body, json_option, quiet_option, uncollected
 from weightport.formatting import count, size

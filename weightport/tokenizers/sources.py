@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from weightport.checkpoints.json_text import parse_json
 from weightport.errors import MissingVocabularyError, VocabularyError
 from weightport.hub import HUB_ERRORS, download, reason
 from weightport.tokenizers.dictionary import SPECIAL_SYMBOLS, Dictionary, parse_dictionary

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from weightport.checkpoints import Checkpoint
+from weightport.checkpoints.json_text import parse_json
 from weightport.converters.family import SourceModel
 from weightport.converters.plan import Plan
 from weightport.converters.processor import Processor
