@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from weightport.writing import own_file
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,8 @@ class AutoMap:
 def write_portable_code(folder: Path, package: str, entries: Sequence[AutoMap]) -> None:
     """Copy the modules of `package` (modelling, configuration, processing) into `folder`, and name their classes in
     the settings files' auto_maps."""
+    from weightport.writing import own_file
+
     for source in files(package).iterdir():
         if source.name.endswith(".py") and source.name != "__init__.py":
             with own_file(folder / source.name) as work:

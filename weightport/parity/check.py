@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,7 @@ from weightport.errors import ReferenceFileError
 from weightport.parity.compare import Comparison, Place, compare, compare_generation
 from weightport.parity.evidence import Evidence, Hypotheses, evidence_of, hypotheses, tokenizer_of
 from weightport.parity.family import Family
+from weightport.parity.float64_arithmetic import Float64Throughout
 from weightport.parity.invariance import check_invariances
 from weightport.parity.loading import load_native
 from weightport.parity.localisation import Localisation, last_agreeing, localise
@@ -101,7 +103,8 @@ def check_parity(
                 if not dtypes and (short := memory.shortage(run, model)):
                     left_out[run.name] = short
                     continue
-                for result in _judge(model, family, run, dtype, originals, use_cache, invariance, memory):
+                judged = _judge(model, family, run, dtype, originals, use_cache, invariance, memory)
+                for result in _in_float64(judged, family, dtype):
                     if isinstance(result, NotCompared):
                         missed[result] = None
                     elif isinstance(result, Generated):
@@ -134,6 +137,14 @@ def check_parity(
     )
     first = report.first_departure
     return report if first is None else replace(report, localisation=places.get((first.run, first.seam, first.dtype)))
+
+
+def _in_float64(
+    judged: Iterator[Comparison | NotCompared | Generated], family: Family, dtype: torch.dtype
+) -> list[Comparison | NotCompared | Generated]:
+    """What a run gives, without casts to float32 in between where it is a float64 one."""
+    with Float64Throughout() if family.casts_to_float32 and dtype == torch.float64 else nullcontext():
+        return list(judged)
 
 
 def _place_of(

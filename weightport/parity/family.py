@@ -85,7 +85,8 @@ class Family:
     seams whose names begin so, where it is another. `kinked(config, seam)`: whether a gradient has passed
     rectifiers. `plain` are configuration values that make a training step reproducible (no dropout). `losses` computes
     further training seams from the model's output, the native arguments and the configuration. `exact_loss` stands in
-    for the model's own loss in float64, where transformers rounds logits to float32 first.
+    for the model's own loss in float64, where transformers rounds logits to float32 first. `casts_to_float32`: the
+    native model's own code casts values to float32, which a float64 run leaves out.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Family:
         default_factory=dict
     )
     exact_loss: Callable[..., torch.Tensor] | None = None
+    casts_to_float32: bool = False
 
     def noise_at(self, seam: str) -> Noise:
         """The noise of a seam."""

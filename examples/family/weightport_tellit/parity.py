@@ -58,4 +58,5 @@ TELLIT = Family(
     generation=generation,
     depth=depth,
     noise=Noise(growth=48.0, limit=1.5e-5),
+    casts_to_float32=True,
 )
