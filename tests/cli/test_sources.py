@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from weightport.converters import convert, export
+from weightport.api import convert, export
 from weightport.errors import CheckpointError
 
 

@@ -19,7 +19,8 @@ from transformers.models.florence2.configuration_florence2 import Florence2Visio
 from weightport.api import check_parity, load_native
 from weightport.checkpoints.types import TensorRef
 from weightport.families.registry import registry
-from weightport.modeling.ofa import OFAConfig, OFAForConditionalGeneration
+from weightport.modeling.ofa.configuration_ofa import OFAConfig
+from weightport.modeling.ofa.modeling_ofa import OFAForConditionalGeneration
 from weightport.parity import Run, Verdict, write_reference
 from weightport.parity.runner import native_arguments
 from weightport.parity.seams import _submodule

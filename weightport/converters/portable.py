@@ -9,7 +9,6 @@ from importlib.resources import files
 from pathlib import Path
 
 
-
 @dataclass(frozen=True)
 class AutoMap:
     """Where `trust_remote_code` finds a class: an `auto_map` entry of a settings file, or of an object inside it."""
