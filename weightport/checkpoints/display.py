@@ -120,7 +120,8 @@ class _Plain:
             if index == self.items or self.left <= 0:
                 converted[_CUT] = f"{len(value) - index} more"
                 break
-            converted[key[: self.text] if isinstance(key, str) else shown(key)] = self.convert(item, depth, above)
+            named = printable(key[: self.text]) if isinstance(key, str) else shown(key)
+            converted[named] = self.convert(item, depth, above)
         return converted
 
     def _leaf(self, value: Any) -> Any:
