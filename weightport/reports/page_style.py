@@ -62,7 +62,7 @@ th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 .seams:has(#shown-rest:checked) .agrees { display: none; }
 .seam { margin: 0; border-bottom: 1px solid var(--line); }
 .seam > summary {
-  display: grid; grid-template-columns: minmax(0, 1fr) 11rem 6rem minmax(9rem, max-content); gap: 0 1rem;
+  display: grid; grid-template-columns: minmax(0, 1fr) 10rem 6rem 15rem; gap: 0 1rem;
   align-items: center; padding: .3rem 0; list-style: none;
 }
 .seam > summary::before { content: none; }
@@ -76,7 +76,7 @@ th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 .open .said, .open .bar span { color: var(--s3); } .open .bar span { background: var(--s3); }
 .wrong .said { color: var(--bad); font-weight: 600; } .wrong .bar span { background: var(--bad); }
 .seam table { margin: .2rem 0 .8rem; }
-.seam tr { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.2rem, 1fr)); padding: .3rem 0; }
+.seam tr { display: grid; grid-template-columns: repeat(auto-fit, minmax(6.4rem, 1fr)); padding: .3rem 0; }
 .seam td { border: 0; padding: .1rem .4rem; }
 .seam tr + tr { border-top: 1px solid var(--line); }
 td.figure { font-variant-numeric: tabular-nums; }
@@ -101,11 +101,10 @@ footer { margin: 2.5rem 0 1rem; color: var(--soft); font-size: .85rem; }
 @media (max-width: 40rem) {
   .wide { display: none; }
   .narrow { display: block; }
-  .seam > summary { grid-template-columns: minmax(0, 1fr) 30%; }
-  .seam .seam-name { grid-column: 1 / 3; grid-row: 1; }
-  .seam .said { grid-column: 1; grid-row: 2; text-align: left; padding-left: 1.1em; }
-  .seam .soft { grid-column: 1; grid-row: 3; padding-left: 1.3em; }
-  .bar { grid-column: 2; grid-row: 3; }
+  .seam > summary { grid-template-columns: minmax(0, 1fr) minmax(5rem, 40%); }
+  .seam .said { grid-column: 2; }
+  .seam .soft { grid-column: 1; grid-row: 2; padding-left: 1.3em; }
+  .bar { grid-column: 2; grid-row: 2; }
   .seam tr { grid-template-columns: repeat(auto-fill, minmax(6.6rem, 1fr)); }
   body { padding: .8rem; }
   dl { grid-template-columns: 1fr; gap: 0; }
