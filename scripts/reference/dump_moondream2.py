@@ -376,10 +376,11 @@ class Of2025:
             ids.extend(tokens[0].tolist())
             raise StopEarly
 
-        recorder.replace(self.model, "encode_image", lambda *args, **kwargs: types.SimpleNamespace(pos=0, caches=[]))
+        encoded = types.SimpleNamespace(pos=0, caches=[])
+        recorder.replace(self.model, "encode_image", lambda *args, **kwargs: encoded)
         recorder.replace(self.model, "_prefill_prompt", stop)
         try:
-            with_known(self.model.query, None, prompt, settings={"variant": None}, reasoning=False)
+            with_known(self.model.query, encoded, prompt, settings={"variant": None}, reasoning=False)
         except StopEarly:
             return ids
         finally:
