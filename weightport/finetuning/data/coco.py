@@ -13,6 +13,7 @@ import numpy as np
 
 from weightport.errors import DataError
 from weightport.finetuning.data.coco_document import Box, CocoDocument, read_box, read_category, read_coco, read_size
+from weightport.finetuning.data.columns import shown
 from weightport.finetuning.data.entries import Entry
 from weightport.finetuning.data.faults import Faults
 from weightport.finetuning.data.files import PinnedFile
@@ -113,7 +114,7 @@ class CocoImages:
         return size or (0, 0), objects
 
     def _place(self, image_id: object, file_name: object) -> str:
-        return f"{self.name}, image {image_id} ({file_name})"
+        return f"{self.name}, image {image_id} ({shown(file_name)})"
 
 
 def counting_question(question: str, what: str, classes: tuple[str, ...]) -> str:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from weightport.errors import DataError
-from weightport.finetuning.data.columns import decode_text, kind_of
+from weightport.finetuning.data.columns import check_letters, decode_text, kind_of, shown
 from weightport.finetuning.data.files import PinnedFile
 
 Box = tuple[float, float, float, float]
 
 TOLERANCE = 1.0
 """Pixels by which rounding may move a box over the image's edge; it is cut off there."""
+
+MOST_PIXELS = 2**31 - 1
+"""Along a side: JSON writes whole numbers that no array holds."""
+
+_NAMES = {"images": ("id",), "annotations": ("id", "image_id", "category_id"), "categories": ("id", "name")}
+"""Which values of a document are texts that messages and answers repeat; names of images are checked one by one."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +44,17 @@ def read_coco(file: PinnedFile) -> CocoDocument:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: broken JSON: {error}.") from error
     parts = {name: _objects(found, name, place) for name in ("images", "annotations", "categories")}
+    for name, keys in _NAMES.items():
+        for position, item in enumerate(parts[name]):
+            for key in keys:
+                if isinstance(item.get(key), str):
+                    check_letters(item[key], key, f"{place}: {name}[{position}]")
     for name in ("images", "categories"):
         _check_ids(parts[name], name, place)
     for category in parts["categories"]:
         if not isinstance(category.get("name"), str) or not category["name"].strip():
             raise DataError(f"{place}: the category {category['id']} has no name.")
-    groups = {c.get("supercategory") for c in parts["categories"] if c.get("supercategory") != c["name"]}
+    groups = [c.get("supercategory") for c in parts["categories"] if c.get("supercategory") != c["name"]]
     return CocoDocument(
         place,
         parts["images"],
@@ -58,7 +68,9 @@ def _objects(found: Any, name: str, place: str) -> list[dict[str, Any]]:
     """The list of objects called `name`."""
     part = found.get(name) if isinstance(found, dict) else None
     if not isinstance(part, list) or not all(isinstance(item, dict) for item in part):
-        keys = f"an object with {', '.join(map(str, list(found)[:10]))}" if isinstance(found, dict) else kind_of(found)
+        keys = (
+            f"an object with {', '.join(map(shown, list(found)[:10]))}" if isinstance(found, dict) else kind_of(found)
+        )
         raise DataError(
             f"{place}: COCO detection JSON is an object with the lists images, annotations and categories; "
             f"{name} is missing or no list of objects. Found: {keys}."
@@ -89,8 +101,9 @@ def read_category(annotation: dict[str, Any], document: CocoDocument, place: str
 def read_size(image: dict[str, Any], place: str) -> tuple[int, int]:
     """Width and height of an image in pixels."""
     width, height = image.get("width"), image.get("height")
-    if not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in (width, height)):
-        raise DataError(f"{place}: width and height in pixels were expected, found {width!r} and {height!r}.")
+    sides = (width, height)
+    if not all(isinstance(side, int) and not isinstance(side, bool) and 0 < side <= MOST_PIXELS for side in sides):
+        raise DataError(f"{place}: width and height in pixels were expected, found {width!r:.40} and {height!r:.40}.")
     return int(width), int(height)  # type: ignore[arg-type]
 
 
@@ -98,7 +111,7 @@ def read_box(annotation: dict[str, Any], size: tuple[int, int] | None, place: st
     """COCO's [x, y, width, height] as (x0, y0, x1, y1). Raises DataError for no area, and outside of `size`."""
     found = annotation.get("bbox")
     if not (isinstance(found, list) and len(found) == 4 and all(_is_number(value) for value in found)):
-        raise DataError(f"{place}: bbox is {found!r}. Four numbers were expected: x, y, width, height.")
+        raise DataError(f"{place}: bbox is {found!r:.80}. Four numbers were expected: x, y, width, height.")
     x, y, width, height = (float(value) for value in found)
     if width <= 0 or height <= 0:
         raise DataError(f"{place}: the box {found} has no area.")
@@ -113,4 +126,6 @@ def read_box(annotation: dict[str, Any], size: tuple[int, int] | None, place: st
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # NaN fails both comparisons; a whole number too large for float is compared as it is.
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and -MOST_PIXELS <= value <= MOST_PIXELS  # type: ignore[operator]

@@ -47,7 +47,8 @@ def _find(found: Sequence[str], role: str, given: str | None, known: Sequence[st
     if given is None:
         return next((name for name in known if name in found), None)
     if given not in found:
-        raise DataError(f"{place}: no column {given!r} (data.{role}_column). Found: {', '.join(found) or 'none'}.")
+        names = ", ".join(map(shown, found)) or "none"
+        raise DataError(f"{place}: no column {given!r} (data.{role}_column). Found: {names}.")
     return given
 
 
@@ -55,7 +56,8 @@ def _required(found: Sequence[str], role: str, given: str | None, known: Sequenc
     name = _find(found, role, given, known, place)
     if name is None:
         raise DataError(
-            f"{place}: no column for the {role}: looked for {', '.join(known)}; found {', '.join(found) or 'none'}. "
+            f"{place}: no column for the {role}: looked for {', '.join(known)}; found "
+            f"{', '.join(map(shown, found)) or 'none'}. "
             f"Name it with data.{role}_column."
         )
     return name
@@ -121,6 +123,11 @@ def check_letters(value: str, column: str, place: str) -> None:
     """JSON's escapes can write half of a surrogate pair, which no tokenizer and no file system takes."""
     if not value.isascii() and _SURROGATES.search(value):
         raise DataError(f"{place}: {column!r} holds half of a surrogate pair, which is no character.")
+
+
+def shown(name: object) -> str:
+    """A name from a file as a message can hold it: half of a surrogate pair as its escape."""
+    return str(name).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def kind_of(value: Any) -> str:

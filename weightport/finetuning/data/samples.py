@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from typing import Protocol
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from weightport.errors import DataError
+
+BROKEN_PICTURE = (
+    OSError, ValueError, SyntaxError, TypeError, EOFError, LookupError, ArithmeticError, RuntimeError, struct.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
+"""What Pillow's decoders raise for damaged files, and for those that would fill the memory."""
+
+
+@cache
+def picture_formats() -> tuple[str, ...]:
+    """Pillow's formats but EPS: it is a program, which Pillow hands to Ghostscript to run."""
+    Image.init()
+    return tuple(name for name in Image.ID if name != "EPS")
 
 
 @dataclass(frozen=True)
@@ -24,11 +39,11 @@ class Picture:
         """The decoded picture in RGB. Raises DataError, naming `place`, when it is missing or no picture."""
         try:
             found = self.load()
-            picture = Image.open(BytesIO(found)) if isinstance(found, bytes) else found
+            picture = Image.open(BytesIO(found), formats=picture_formats()) if isinstance(found, bytes) else found
             return picture.convert("RGB")
         except FileNotFoundError as error:
             raise DataError(f"{self.place}: the image {self.key} does not exist.") from error
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except BROKEN_PICTURE as error:
             raise DataError(f"{self.place}: the image {self.key} cannot be read as a picture: {error}.") from error
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from functools import cache
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -99,18 +100,28 @@ def parse_recipe(text: str, place: str) -> Recipe:
         if not content.get(key):
             raise RecipeError(f"{place} has no {key!r}.")
     families = content["families"]
-    families = {name: {} for name in families} if isinstance(families, list) else families
+    families = {str(name): {} for name in families} if isinstance(families, list) else families
     published = content.get("published") or {}
     for key, found in (("families", families), ("published", published)):
         if not isinstance(found, Mapping) or not all(isinstance(own or {}, Mapping) for own in found.values()):
             raise RecipeError(f"{place}: {key!r} holds model types, each with settings; found {found!r:.60}.")
+    for name, own in published.items():
+        settings, mistakes = (own or {}).get("settings") or {}, (own or {}).get("mistakes") or []
+        if not isinstance(settings, Mapping) or not isinstance(mistakes, list):
+            raise RecipeError(
+                f"{place}: 'published.{name}' holds settings (names with values) and mistakes (a list); found "
+                f"{own!r:.60}."
+            )
     recipe = Recipe(
         name=str(content["name"]),
         title=str(content["title"]),
         source=str(content.get("source", "")),
-        families={str(name): dict(own or {}) for name, own in families.items()},
+        families={str(name): {str(k): v for k, v in (own or {}).items()} for name, own in families.items()},
         published={
-            str(name): Published(dict(each.get("settings") or {}), tuple(each.get("mistakes") or ()))
+            str(name): Published(
+                {str(key): value for key, value in ((each or {}).get("settings") or {}).items()},
+                tuple(map(str, (each or {}).get("mistakes") or ())),
+            )
             for name, each in published.items()
         },
     )
@@ -160,6 +171,9 @@ def qualified(key: str, place: str) -> str:
     known = known_settings()
     if key in known or key.startswith(tuple(f"{name}." for name in OPEN)):
         return key
+    if key.startswith("lora.") and not _has_peft():
+        # Recipes are shown without peft; training an adapter needs it, and checks.
+        return key
     matches = [name for name in known if name.rpartition(".")[2] == key]
     # The recipe's own word comes before a library's.
     own = [name for name in matches if name.split(".")[0] in SECTIONS]
@@ -183,19 +197,27 @@ def generation_settings() -> frozenset[str]:
 
 @cache
 def known_settings() -> dict[str, Any]:
-    """Type by dotted name of every setting."""
-    from peft import LoraConfig
+    """Type by dotted name of every setting; those of peft where it is installed."""
     from transformers import TrainingArguments
 
+    libraries: dict[str, Any] = {"training": TrainingArguments}
+    if _has_peft():
+        from peft import LoraConfig
+
+        libraries["lora"] = LoraConfig
     found: dict[str, Any] = {}
     for section, kind in SECTIONS.items():
         found |= {f"{section}.{name}": hint for name, hint in get_type_hints(kind).items()}
-    for section, kind in (("training", TrainingArguments), ("lora", LoraConfig)):
+    for section, kind in libraries.items():
         hints = get_type_hints(kind)
         found |= {f"{section}.{f.name}": hints.get(f.name, Any) for f in fields(kind) if f.init}
     for name in OURS:
         del found[f"training.{name}"]
     return found
+
+
+def _has_peft() -> bool:
+    return find_spec("peft") is not None
 
 
 def _with_setting(recipe: Recipe, key: str, value: Any, place: str) -> Recipe:
@@ -208,7 +230,7 @@ def _with_setting(recipe: Recipe, key: str, value: Any, place: str) -> Recipe:
         return _replaced(recipe, section, replace(getattr(recipe, section), **{name: mapping}))
     if key in CHOICES and value not in CHOICES[key]:
         raise RecipeError(f"{place}: {key} is one of {', '.join(CHOICES[key])}, found {value!r}.")
-    value = _coerced(value, known_settings()[key], f"{place}: {key}")
+    value = _coerced(value, known_settings().get(key, Any), f"{place}: {key}")
     _require_least(key, value, place)
     current = getattr(recipe, section)
     if is_dataclass(current) and not isinstance(current, type):
