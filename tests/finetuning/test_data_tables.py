@@ -261,7 +261,7 @@ def test_what_the_hub_answers_is_one_clear_error(
 def test_without_the_package_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_parquet(tmp_path / "x.parquet", document_questions())
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(UsageError, match=r"weightport\[finetune\]"):
+    with pytest.raises(UsageError, match=r"pip install '\.\[finetune\]' in weightport's checkout"):
         open_data(path, PLAIN)
 
 

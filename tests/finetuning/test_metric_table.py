@@ -108,4 +108,4 @@ def test_the_table_loads_without_the_libraries_of_the_finetune_extra():
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "rapidfuzz" in shown
-    assert 'pip install "weightport[finetune]"' in shown
+    assert "pip install '.[finetune]' in weightport's checkout" in shown

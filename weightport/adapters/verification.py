@@ -20,6 +20,7 @@ from weightport.adapters.combination import SUM
 from weightport.adapters.merging import Written, quantized_layers
 from weightport.adapters.quantized import is_quantized_layer, nf4_round_trip
 from weightport.errors import ParityError
+from weightport.extras import install_command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,7 +72,7 @@ def why_not_verified(written: Written, available: int | None = None) -> str | No
     """Why the check cannot run here; None when it can. `available`: bytes of free memory."""
     absent = [name for name in ("transformers", "peft") if find_spec(name) is None]
     if absent:
-        return f"{' and '.join(absent)} not installed (pip install weightport[adapters])"
+        return f"{' and '.join(absent)} not installed ({install_command('adapters')})"
     needed = int(sum(math.prod(out.shape) for out in written.plan.outputs) * 4 * MODELS_AT_ONCE)
     available = available_memory() if available is None else available
     if needed > available:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightport.errors import DataError, UsageError
+from weightport.extras import install_command
 from weightport.finetuning.data.settings import DataSettings
 from weightport.finetuning.data.splits import is_of_split, named_splits, names_split, no_split, split_named
 
@@ -23,9 +24,7 @@ def open_table(path: str, settings: DataSettings) -> Dataset:
     try:
         import datasets
     except ImportError as error:
-        raise UsageError(
-            'Tables need the package "datasets". Install it: pip install "weightport[finetune]"'
-        ) from error
+        raise UsageError(f'Tables need the package "datasets". Install it: {install_command("finetune")}') from error
     folder = Path(path).expanduser()
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():

@@ -9,6 +9,7 @@ from functools import wraps
 from types import ModuleType
 
 from weightport.errors import DataError, UsageError
+from weightport.extras import install_command
 from weightport.finetuning.evaluation.predictions import Prediction
 
 
@@ -52,7 +53,7 @@ def library(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise UsageError(
-            f'this metric needs {name.partition(".")[0]}, which is not installed: pip install "weightport[finetune]".'
+            f"this metric needs {name.partition('.')[0]}, which is not installed: {install_command('finetune')}."
         ) from error
 
 
