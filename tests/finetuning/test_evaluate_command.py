@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from drawn_data import draw_jsonl
 from tiny_runs import RECIPES, assigned, run
 
 from weightport import cli
+from weightport.cli import finetuning
+from weightport.finetuning.recipes import recipe as recipes
 from weightport.finetuning.recipes.recipe import parse_recipe, plain, shipped_recipes
 
 STEPS = {
@@ -130,6 +133,25 @@ def test_recipes_are_listed_and_shown(tmp_path: Path) -> None:
         assert yaml.safe_load(weightport("recipes", tmp_path / f"{name}.yaml").output)["name"] == name
     unknown = weightport("recipes", "docvqua")
     assert unknown.exit_code == 2 and "docvqa" in unknown.output
+
+
+def test_recipes_are_shown_without_peft(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("name: a\ntitle: b\nfamilies: [ofa]\nlora: {r: 4, target_modules: [q_proj]}\n", "utf-8")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    for name in ("accelerate", "peft"):
+        monkeypatch.setitem(finetuning.EXTRA, name, "a_library_that_nobody_has")
+    monkeypatch.setattr(recipes, "_has_peft", lambda: False)
+    recipes.known_settings.cache_clear()
+    try:
+        for words in (["recipes"], ["recipes", "docvqa"], ["recipes", own]):
+            done = weightport(*words)
+            assert done.exit_code == 0, done.output
+        assert "target_modules" in done.output
+        training = weightport("finetune", tmp_path, "--data", "x", "-o", tmp_path / "run")
+        assert training.exit_code == 2 and "pip install '.[finetune]' in weightport's checkout" in training.output
+    finally:
+        recipes.known_settings.cache_clear()
 
 
 def test_run_by_command_and_its_recipe_file_again(tiny: Callable[[str], Path], pairs: Path, tmp_path: Path) -> None:

@@ -374,7 +374,7 @@ def test_a_preview_says_what_was_asked_said_and_wanted():
         "  said    12 March",
         "  wanted  March 12 (or 1 other)",
     ]
-    assert preview_lines([prediction(0, "yes ", "no", "yes")], 1, width=80)[2] == "  said    = yes"
+    assert preview_lines([prediction(0, "yes ", "no", "yes")], 1, width=80)[2] == "  said ✓  yes"
     assert preview_lines([prediction(0, "", "no")], 1, width=80)[2] == "  said    (nothing)"
 
 
@@ -390,7 +390,7 @@ def test_no_preview_line_is_wider_than_the_terminal(width, text):
 def test_a_text_that_fits_is_shown_whole():
     text = "一只红色的球在绿色的草地上"
     lines = preview_lines([prediction(0, text, text)], 1, width=26)
-    assert "".join(line[10:] for line in lines[2:4]) == f"= {text}"
+    assert "".join(line[10:] for line in lines[2:4]) == text
     assert not any("…" in line for line in lines[1:])
 
 

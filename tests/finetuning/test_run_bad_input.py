@@ -347,7 +347,8 @@ def test_loss_that_is_no_number_stops_the_run_and_names_the_batch(
     finetune: Callable[..., Result], tmp_path: Path
 ) -> None:
     done = finetune("--set", "learning_rate=1e30", "--set", "max_grad_norm=0")
-    refused(done, 1, "The loss is", "at step", "annotations.jsonl, line ", "learning rate")
+    refused(done, 1, "The loss is", "at step", "annotations.jsonl, line ", "learning rate", "there is no checkpoint")
+    assert "--resume" not in done.output
     assert not (tmp_path / "run" / "model").exists()
 
 
@@ -408,3 +409,27 @@ def test_warm_up_longer_than_the_run_is_noted(finetune: Callable[..., Result]) -
     assert done.exit_code == 0, done.output
     assert "3 of 3,000 warm-up steps" in done.output
     assert "warm-up" not in finetune("--set", "warmup_steps=2", "--overwrite").output
+
+
+def test_loss_that_is_no_number_offers_the_checkpoint_that_there_is(
+    finetune: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    step = Trainer.training_step
+
+    def broken(trainer: Trainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = step(trainer, *args, **kwargs)
+        return loss * torch.nan if trainer.state.global_step == 2 else loss
+
+    monkeypatch.setattr(Trainer, "training_step", broken)
+    done = finetune("--set", "save_strategy=steps", "--set", "save_steps=1")
+    refused(done, 1, "The loss is nan at step 3", "checkpoint-2 is whole (--resume)")
+
+
+def test_header_says_what_the_run_will_do(finetune: Callable[..., Result], pairs: Path) -> None:
+    short = finetune("--eval-data", pairs, "--set", "evaluation.samples=2")
+    assert "steps    3, of up to 2 samples each" in short.output and "epoch" not in short.output.split("train ")[0]
+    assert "measured on 2 of 4" in short.output
+    steps = [each for each in FEW if not each.startswith("max_steps")]
+    whole = finetune("--overwrite", "--set", "num_train_epochs=2", steps=steps)
+    assert "steps    4 in 2 epochs, of up to 2 samples each" in whole.output
+    assert "nothing is measured (--eval-data)" in whole.output

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weightport.cli.display import Lines
+from weightport.cli.processes import one_error
 from weightport.cli.running import INTERRUPTED, Terminated, command_body, fail, json_option, quiet_option, uncollected
 from weightport.errors import UsageError
+from weightport.extras import install_command
 from weightport.formatting import count, samples
 
 if TYPE_CHECKING:
@@ -75,6 +77,7 @@ DEFAULT_RECIPE = "default"
 @quiet_option
 @json_option
 @command_body
+@one_error
 def port_finetune(
     model: Path,
     data: str,
@@ -170,27 +173,41 @@ def _options(
 
 
 def _show_start(lines: Lines, job: Job, prepared: Prepared) -> None:
+    from weightport.finetuning.setup.training_arguments import planned_steps
+
     total = sum(share.total for share in prepared.shares)
     trainable = sum(share.trainable for share in prepared.shares)
     lines.heading(f"{job.model} · recipe {job.recipe.name}: {job.recipe.title}")
     for mistake in job.mistakes:
         lines.line("wrong", mistake)
     for share in prepared.shares:
-        state = f"{count(share.trainable)} of {count(share.total)} trained" if share.trainable else "stands still"
-        lines.line("part", f"{share.part}: {state if share.trainable else f'{count(share.total)} {state}'}")
+        trained = f"{count(share.trainable)} of {count(share.total)} trained"
+        lines.line("part", f"{share.part}: {trained if share.trainable else f'{count(share.total)}, stands still'}")
     lines.line("trained", f"{count(trainable)} of {count(total)} parameters ({trainable / total:.2%})")
     arguments = prepared.arguments
     batch = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
-    evaluated = f" · measured on {len(prepared.eval_samples)}" if prepared.eval_samples is not None else ""
-    lines.line("data", f"{samples(len(prepared.samples))}{evaluated}")
+    lines.line("data", f"{samples(len(prepared.samples))}{_measured_on(job, prepared)}")
+    steps = planned_steps(arguments, len(prepared.samples))
+    # max_steps decides where it is given, whatever num_train_epochs says.
+    epochs = "" if arguments.max_steps > 0 else f" in {arguments.num_train_epochs:g} epoch"
     lines.line(
         "steps",
-        f"{batch} samples each · learning rate {arguments.learning_rate:g} · {arguments.num_train_epochs:g} epoch"
-        + ("s" if arguments.num_train_epochs != 1 else "")
+        f"{steps:,}{epochs}{'s' if epochs and arguments.num_train_epochs != 1 else ''}, of up to {batch} samples each"
+        f" · learning rate {arguments.learning_rate:g}"
         + (f" · resumed from {prepared.checkpoint.name}" if prepared.checkpoint else ""),
     )
     for note in prepared.notes:
         lines.line("note", note)
+
+
+def _measured_on(job: Job, prepared: Prepared) -> str:
+    """How many samples answers are measured on, and of how many."""
+    if prepared.eval_samples is None:
+        return " · nothing is measured (--eval-data)"
+    every, wanted = len(prepared.eval_samples), job.recipe.evaluation.samples
+    return (
+        f" · measured on {every:,}" if wanted is None or wanted >= every else f" · measured on {wanted:,} of {every:,}"
+    )
 
 
 def _next(model: Path, directory: Path) -> str:
@@ -204,9 +221,8 @@ def _stopped(output: Path) -> None:
     from weightport.finetuning.training.resuming import last_checkpoint
 
     found = last_checkpoint(output)
-    where = (
-        f"go on from {found.name} with --resume." if found else "there is no checkpoint yet; nothing was left behind."
-    )
+    left = "its folder stays as it was" if output.exists() else "nothing was left behind"
+    where = f"go on from {found.name} with --resume." if found else f"there is no checkpoint yet; {left}."
     fail(f"stopped; {where}", INTERRUPTED)
 
 
@@ -222,7 +238,7 @@ def _is_main() -> bool:
 @command_body
 def recipes_command(name: str | None, as_json: bool) -> None:
     """List the recipes, or show the one called NAME (or in the file NAME) as YAML."""
-    require_extra()
+    require_extra("pyyaml")
     from weightport.finetuning.recipes.recipe import as_yaml, load_recipe, plain, shipped_recipes
 
     if name is not None:
@@ -250,13 +266,13 @@ def _show_recipe(recipe: Recipe) -> None:
     lines.line("frozen", f"{frozen} · metrics {', '.join(recipe.evaluation.metrics) or 'none'}")
 
 
-def require_extra() -> None:
-    """Raise UsageError when the libraries of training are not installed."""
-    missing = [name for name, module in EXTRA.items() if not _installed(module)]
+def require_extra(*wanted: str) -> None:
+    """Raise UsageError when the libraries of training, or those of them that are `wanted`, are not installed."""
+    missing = [name for name, module in EXTRA.items() if (not wanted or name in wanted) and not _installed(module)]
     if missing:
         raise UsageError(
             f"Fine-tuning needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
-            'pip install "weightport[finetune]"'
+            + install_command("finetune")
         )
 
 

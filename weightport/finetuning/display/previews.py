@@ -44,7 +44,7 @@ def preview_lines(predictions: Sequence[Prediction], count: int, *, width: int |
     for each in spread(predictions, count):
         lines.append(_within(f"sample {each.index} · {_plain(each.place)}", room + LABEL))
         lines += _labelled("asked", each.prompt, room, 1)
-        lines += _labelled("said", _answer(each), room, ANSWER_LINES)
+        lines += _labelled(_said(each), _answer(each), room, ANSWER_LINES)
         lines += _labelled("wanted", _wanted(each), room, ANSWER_LINES)
     return lines
 
@@ -68,8 +68,14 @@ def described(objects: Objects) -> str:
 def _answer(each: Prediction) -> str:
     if each.found is not None:
         return described(each.found)
-    right = each.text.strip() in {reference.strip() for reference in each.references}
-    return f"{'= ' if right else ''}{each.text}"
+    return each.text
+
+
+def _said(each: Prediction) -> str:
+    """The label of an answer, with a mark where it is one of the references."""
+    if each.found is not None or each.text.strip() not in {reference.strip() for reference in each.references}:
+        return "said"
+    return "said ✓"
 
 
 def _wanted(each: Prediction) -> str:
