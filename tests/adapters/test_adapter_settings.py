@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,19 +129,17 @@ def test_switch_written_as_text_is_not_taken_for_true() -> None:
 def test_pattern_that_never_ends_is_refused_by_a_limit_that_names_itself(
     fields: dict[str, Any], base: Path, spoiled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lora_patterns, "SECONDS", 0.5)
+    monkeypatch.setattr(lora_patterns, "SECONDS", 1)
     changed(spoiled, **fields)
-    begun = time.monotonic()
-    with pytest.raises(AdapterError, match=r"takes longer than 0\.5 seconds, which is the limit"):
+    with pytest.raises(AdapterError, match=r"takes longer than 1 seconds, which is the limit"):
         merge_lora(base, [(spoiled, 1.0)], spoiled.parent / "out")
-    assert time.monotonic() - begun < 10
     assert not (spoiled.parent / "out").exists()
 
 
 def test_pattern_that_never_ends_is_refused_in_the_other_readers_too(
     base: Path, spoiled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lora_patterns, "SECONDS", 0.5)
+    monkeypatch.setattr(lora_patterns, "SECONDS", 1)
     with pytest.raises(AdapterError, match="which is the limit"):
         tensors = {f"model.layers.0.self_attn.q_proj.lora_{side}.default.weight": object() for side in "AB"}
         merge_dump(tensors, {"peft_type": "LORA", "r": 4, "alpha_pattern": {ENDLESS: 4}}, "model.bin")  # type: ignore[arg-type]
@@ -162,3 +159,10 @@ def test_ordinary_patterns_pass_and_choose_what_peft_chooses(base: Path, tmp_pat
 def test_text_of_exclude_modules_is_one_pattern_and_not_a_list_of_letters() -> None:
     settings = parse_merge_settings({"peft_type": "LORA", "target_modules": ["x"], "exclude_modules": "xy"}, "here")
     assert settings.targets("model.x")
+
+
+def test_busy_machine_refuses_no_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is of processor time: a trial that waits for its turn is not over it."""
+    monkeypatch.setattr(lora_patterns, "SECONDS", 1)
+    monkeypatch.setattr(lora_patterns, "_TRIAL", "import time; time.sleep(1.5)\n" + lora_patterns._TRIAL)
+    lora_patterns.require_bounded([(".*q_proj", ".*q_proj")], ["model.q_proj"], "here")

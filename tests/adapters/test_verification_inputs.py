@@ -78,7 +78,7 @@ def test_pattern_that_is_slow_on_module_names_alone_does_not_hang_peft(
     llama: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The adapter's own names and the base's are matched at once; `act_fn` holds no weight and is peft's alone."""
-    monkeypatch.setattr(lora_patterns, "SECONDS", 0.5)
+    monkeypatch.setattr(lora_patterns, "SECONDS", 1)
     change(llama[1], target_modules=r".*(q|v)_proj|model.*mlp\.act_(.?|.?){40}!")
     done = merged(*llama, "--no-verify", "--overwrite")
     assert done.exit_code == 0, done.output

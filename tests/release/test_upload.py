@@ -8,7 +8,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 import traceback
 from pathlib import Path
 
@@ -144,10 +143,8 @@ def test_passing_trouble_is_tried_again_without_a_word(model: Path, hub: HubServ
 def test_hub_that_is_not_there_leaves_the_directory_ready(model: Path, hub: HubServer) -> None:
     hub.shutdown()
     hub.server_close()
-    begun = time.monotonic()
     with pytest.raises(OutputError, match=r"Connection refused(.|\n)*is ready, with its card"):
         release(model, ReleaseOptions(REPO, private=True))
-    assert time.monotonic() - begun < 5
     assert (model / "README.md").is_file() and (model / "modeling_ofa.py").is_file()
 
 

@@ -11,8 +11,11 @@ from typing import Any
 
 from weightport.errors import AdapterError
 
-SECONDS = 10.0
-"""How long all patterns of an adapter may take for all names. peft's own need milliseconds."""
+SECONDS = 10
+"""Processor time that all patterns of an adapter may take for all names. peft's own need milliseconds."""
+
+_PATIENCE = 60
+"""Seconds of waiting for one of them, on a machine that has much else to do."""
 
 _LONGEST_PATTERN = 20_000
 _LONGEST_NAME = 1_000
@@ -23,7 +26,12 @@ _BRANCHING = re.compile(r"[*+?{(|]")
 # Python's matcher cannot be interrupted, hence a process of its own, which can be ended.
 _TRIAL = (
     "import json, re, sys\n"
-    "patterns, names = json.load(sys.stdin)\n"
+    "seconds, patterns, names = json.load(sys.stdin)\n"
+    "try:\n"
+    "    import resource\n"
+    "    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))\n"
+    "except (ImportError, ValueError, OSError):\n"
+    "    pass\n"
     "for pattern in patterns:\n"
     "    found = re.compile(pattern)\n"
     "    for name in names:\n"
@@ -84,18 +92,27 @@ def require_bounded(patterns: Iterable[tuple[str, str]], names: Iterable[str], w
         raise AdapterError(f"{where}: a module name of {longest:,} characters; at most {_LONGEST_NAME:,} are read.")
     if not risky:
         return
+    some = ", ".join(shown(raw) for raw in list(risky.values())[:3])
+    if not _ends(risky, texts):
+        raise AdapterError(
+            f"{where}: matching {len(risky)} patterns ({some}) with {len(texts)} module names takes longer than "
+            f"{SECONDS} seconds, which is the limit. List the module names instead."
+        )
+
+
+def _ends(patterns: Iterable[str], texts: Iterable[str]) -> bool:
+    """Whether the trial ended by itself. Its limit is of processor time where the system has such limits, so that a
+    busy machine refuses nothing."""
     try:
-        subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _TRIAL],
-            input=json.dumps([list(risky), texts]).encode("ascii"),
-            timeout=SECONDS,
+            input=json.dumps([SECONDS, list(patterns), list(texts)]).encode("ascii"),
+            timeout=SECONDS * _PATIENCE,
             check=False,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-    except subprocess.TimeoutExpired as error:
-        some = ", ".join(shown(raw) for raw in list(risky.values())[:3])
-        raise AdapterError(
-            f"{where}: matching {len(risky)} patterns ({some}) with {len(texts)} module names takes longer than "
-            f"{SECONDS:g} seconds, which is the limit. List the module names instead."
-        ) from error
+    except subprocess.TimeoutExpired:
+        return False
+    # A signal ended it.
+    return done.returncode >= 0
