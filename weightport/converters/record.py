@@ -126,7 +126,9 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if isinstance(record, dict) and record.get("format") == 1 and isinstance(record.get("source"), dict):
         return _from_format_1(record)
     found = record.get("format") if isinstance(record, dict) else type(record).__name__
-    raise CheckpointError(f"{path} has the format {found!r}; this weightport reads the formats 1 and {FORMAT}.")
+    raise CheckpointError(
+        f"{path} is not laid out as weightport writes it: its format is {found!r}, and 1 and {FORMAT} are read."
+    )
 
 
 def _from_format_1(record: Mapping[str, Any]) -> dict[str, Any]:
