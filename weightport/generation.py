@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from weightport.checkpoints import open_checkpoint
 from weightport.devices import usable_device
 from weightport.errors import CheckpointError, DataError, UsageError
 from weightport.model_directory import check_model_directory, check_processor
+from weightport.pictures import BROKEN_PICTURE, picture_formats
 
 LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """Nothing is fetched, and no code of the directory is run or asked about."""
@@ -127,15 +127,11 @@ def answer_text(processor: Any, ids: torch.Tensor, asked: str, picture: Image.Im
     return answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
 
 
-# What Pillow's decoders raise beside OSError (of which UnidentifiedImageError and a failing disk's EIO are kinds).
-BROKEN_PICTURE = (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, OverflowError, struct.error)
-
-
 def read_image(path: Path) -> Image.Image:
     """The picture in RGB. Raises DataError when the file is missing, no picture, broken, or so large that decoding it
     could fill the memory."""
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=picture_formats()) as picture:
             return picture.convert("RGB")
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist.") from error

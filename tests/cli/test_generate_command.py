@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from weightport import cli
 
@@ -120,6 +120,16 @@ def test_a_failing_disk_is_not_called_a_defect(ofa, picture, monkeypatch):
     monkeypatch.setattr(Image.Image, "load", fails)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fails)
     refused(weightport("generate", ofa, picture), f"{picture} cannot be read as a picture", "Input/output error")
+
+
+def test_a_picture_that_is_a_program_is_not_run(ofa, tmp_path, monkeypatch):
+    Image.new("RGB", (70, 50), "red").save(tmp_path / "picture.eps")
+    ran: list[object] = []
+    monkeypatch.setattr(
+        EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: ran.append(args) or Image.new("RGB", (1, 1)).im
+    )
+    refused(weightport("generate", ofa, tmp_path / "picture.eps"), "picture.eps cannot be read as a picture")
+    assert not ran
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(ofa, tmp_path):

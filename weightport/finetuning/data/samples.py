@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from io import BytesIO
 from typing import Protocol
 
 from PIL import Image
 
 from weightport.errors import DataError
-
-BROKEN_PICTURE = (
-    OSError, ValueError, SyntaxError, TypeError, EOFError, LookupError, ArithmeticError, RuntimeError, struct.error,
-    Image.DecompressionBombError,
-)  # fmt: skip
-"""What Pillow's decoders raise for damaged files, and for those that would fill the memory."""
-
-
-@cache
-def picture_formats() -> tuple[str, ...]:
-    """Pillow's formats but EPS: it is a program, which Pillow hands to Ghostscript to run."""
-    Image.init()
-    return tuple(name for name in Image.ID if name != "EPS")
+from weightport.pictures import BROKEN_PICTURE, picture_formats
 
 
 @dataclass(frozen=True)
