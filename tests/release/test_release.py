@@ -221,7 +221,9 @@ def test_code_on_the_card_runs_from_the_name_to_an_answer(
 
 
 def test_code_on_the_card_of_a_text_model_generates(tmp_path: Path) -> None:
-    found = SimpleNamespace(config={"architectures": ["LlamaForCausalLM"]}, needs_code=False, published={})
+    found = SimpleNamespace(
+        config={"architectures": ["LlamaForCausalLM"]}, needs_code=False, published={}, family=None
+    )
     assert usage(found, REPO).count("AutoModelForCausalLM") == 2 and "generate(" in usage(found, REPO)
     found.config = {"architectures": ["T5ForConditionalGeneration"]}
     assert "AutoModelForSeq2SeqLM" in usage(found, REPO)

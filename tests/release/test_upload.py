@@ -155,13 +155,15 @@ def test_private_release_into_a_public_repository_is_refused(model: Path, hub: H
     assert not hub.asked("PUT", "/lfs/") and not hub.asked("POST", "/commit/")
 
 
-def test_command_to_go_on_has_every_option_quoted() -> None:
+def test_command_to_go_on_has_every_option_quoted(tmp_path: Path) -> None:
+    model = tmp_path / "my models" / "it's"
+    model.mkdir(parents=True)
     options = ReleaseOptions(
         REPO, "other", "a/b", ("zh", "en"), private=True, revision="my branch", include=("two words.png",)
     )
-    line = command(Path("/tmp/my models/it's"), options)
+    line = command(model, options)
     parsed = cli.port_release.make_context("port-release", shlex.split(line)[1:]).params
-    assert parsed.pop("directory") == Path("/tmp/my models/it's") and not parsed.pop("dry_run")
+    assert parsed.pop("directory") == model and not parsed.pop("dry_run")
     assert {key: parsed[key] for key in ("repo", "licence", "base_model", "language", "private", "revision")} == {
         "repo": REPO, "licence": "other", "base_model": "a/b", "language": ("zh", "en"), "private": True,
         "revision": "my branch",

@@ -33,6 +33,8 @@ def _processed(model: PreTrainedModel, directory: Path) -> Inputs:
     from PIL import Image
     from transformers import AutoProcessor
 
+    from weightport import modeling  # noqa: F401 - registers the families that transformers lacks
+
     pixels = torch.randint(0, 256, (64, 80, 3), generator=_random(), dtype=torch.uint8)
     prompt = {"florence2": "<CAPTION>", "paligemma": "<image>caption en"}.get(model.config.model_type, "what is this?")
     try:

@@ -119,6 +119,8 @@ def meta_model(directory: Path) -> PreTrainedModel:
     """The model that the directory's config.json names, on the meta device. Raises ConfigurationError."""
     import transformers
 
+    import weightport.modeling  # noqa: F401 - registers with the Auto classes
+
     try:
         config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -141,6 +141,8 @@ def _expected(found: Base, family: PublishedFamily | None) -> Mapping[str, tuple
     import transformers
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+    from weightport import modeling  # noqa: F401 - registers the families that transformers lacks
+
     try:
         config = transformers.AutoConfig.from_pretrained(found.path, trust_remote_code=False, local_files_only=True)
         if family is not None:
