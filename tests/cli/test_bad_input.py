@@ -235,7 +235,7 @@ def test_a_signal_while_writing_leaves_nothing(checkpoint, tmp_path, number):
     # A slow disk, so that the signal arrives in the middle of the weights.
     script = (
         "import sys, time\n"
-        "from weightport.converters import writing\n"
+        "from weightport.writing import hashed_file as writing\n"
         "write = writing.HashedFile.write\n"
         "def slow(self, data):\n"
         "    print('writing', flush=True); time.sleep(0.2); write(self, data)\n"

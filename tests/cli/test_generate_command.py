@@ -90,7 +90,8 @@ def test_no_code_of_a_directory_is_run_or_asked_about(ofa, picture, tmp_path, wh
 @pytest.mark.parametrize("device", ["cuda:99", "quux", "xla", "opengl", "meta", "cuda:-7", "fpga"])
 def test_a_device_that_cannot_be_used_is_a_usage_error(ofa, picture, tmp_path, device):
     refused(weightport("generate", ofa, picture, "--device", device), f"--device {device}", status=2)
-    parity = weightport("parity", ofa, "--reference", tmp_path / "absent", "--device", device)
+    (tmp_path / "reference").mkdir()
+    parity = weightport("parity", ofa, "--reference", tmp_path / "reference", "--device", device)
     refused(parity, f"--device {device}", status=2)
 
 

@@ -252,7 +252,7 @@ def test_too_little_disk_is_said_before_the_run(
 ) -> None:
     usage = namedtuple("usage", "free")
     monkeypatch.setattr("weightport.finetuning.features.store.shutil.disk_usage", lambda path: usage(100))
-    monkeypatch.setattr("weightport.finetuning.setup.preparing._require_space", lambda *given: None)
+    monkeypatch.setattr("weightport.finetuning.setup.preparing._require_space", lambda *given, **named: None)
     with pytest.raises(OutputError, match=r"--cache-features needs .* model\.feature_folder"):
         trained(tiny("florence2"), questions, tmp_path / "run", cache=True, model__freeze=["vision"])
 

@@ -386,7 +386,7 @@ def test_disk_that_fills_up_is_named_and_whole_checkpoints_stay(
         save(trainer, folder)
 
     monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
-    done = finetune("--set", "save_strategy=steps", "--set", "save_steps=1", "--set", "max_steps=2")
+    done = finetune("--set", "save_strategy=steps", "--set", "save_steps=1", "--set", "max_steps=3")
     refused(done, 1, "is full", "--resume" if saved else "Nothing was left behind")
     assert (tmp_path / "run" / "checkpoints" / "checkpoint-1").exists() == bool(saved)
 
