@@ -84,7 +84,7 @@ def test_adapters_take_weights_and_json_is_all_that_is_printed(ofa: Path, adapte
         (["{adapter}=much"], 2, "folder and its weight"),
         (["{adapter}", "{adapter}", "--combination", "dare_ties", "--density", "0.5"], 2, "at random"),
         (["{adapter}", "--density", "0.5"], 2, "--density"),
-        (["missing"], 1, "not an adapter"),
+        (["missing"], 2, "missing does not exist"),
         ([], 2, "Missing argument"),
     ],
 )

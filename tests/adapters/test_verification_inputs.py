@@ -36,16 +36,19 @@ def change(adapter: Path, **fields: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
-@pytest.mark.parametrize("name", ["blip2", "clip"])
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [("blip2", {"pixel_values", "input_ids", "attention_mask"}), ("clip", {"pixel_values", "input_ids"})],
+)
 def test_model_of_images_without_a_processor_is_checked_with_an_image(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, inputs: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = write_base(name, tmp_path / "base", torch.float32)
     adapter = write_adapter(base, tmp_path / "adapter", LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     done = merged(base, adapter, "--verify")
     assert done.exit_code == 0, done.output
     record = json.loads((tmp_path / "out" / "merge.json").read_text())
-    assert set(record["verification"]["inputs"]) == {"pixel_values", "input_ids"}
+    assert set(record["verification"]["inputs"]) == inputs
 
 
 def test_model_that_takes_none_of_the_inputs_is_merged_and_named_as_not_checked(

@@ -69,6 +69,7 @@ def test_lost_connection_is_no_defect(rank: int, monkeypatch: pytest.MonkeyPatch
 def test_usage_error_under_torchrun_is_printed_once(tmp_path: Path) -> None:
     program = str(Path(sys.executable).with_name("torchrun"))
     command = [program, "--standalone", "--nproc-per-node", "2", str(Path(sys.executable).with_name("port-finetune"))]
+    (tmp_path / "config.json").write_text('{"model_type": "florence2"}')
     words = [str(tmp_path), "--data", "x.jsonl", "-o", str(tmp_path / "run"), "--recipe", "docvqua"]
     done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=240)
     assert done.returncode != 0

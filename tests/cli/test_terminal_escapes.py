@@ -79,4 +79,4 @@ def test_every_command_prints_through_the_gate():
 def test_a_path_that_is_not_utf_8_can_be_named_in_an_error(tmp_path: Path):
     path = tmp_path / b"caf\xe9.pt".decode(sys.getfilesystemencoding(), "surrogateescape")
     result = CliRunner().invoke(cli.main, ["inspect", str(path)])
-    assert result.exit_code == 1 and r"caf\udce9.pt" in result.output
+    assert result.exit_code == 2 and r"caf\udce9.pt" in result.output

@@ -171,4 +171,4 @@ def test_command_converts_inspects_and_generates(original, picture, tmp_path):
     result = runner.invoke(main, ["inspect", str(original("tiny-main").folder), "--json"])
     assert json.loads(result.output)["family"] == "florence2"
     result = runner.invoke(port_florence2, [str(tmp_path / "absent"), str(tmp_path / "none")])
-    assert result.exit_code == 1 and "absent" in result.output
+    assert result.exit_code == 2 and "absent" in result.output

@@ -77,7 +77,7 @@ def test_page_has_verdict_plot_seams_texts_images_provenance_and_reasons(report)
     text = page(report)
     for title in ("Error by depth", "Seams", "Generated", "Images", "Provenance", "Dropped tensors", "Environment"):
         assert f"<h2>{title}</h2>" in text
-    assert report.verdict in text and "SHA-256" in text and torch.__version__.partition("+")[0] in text
+    assert escape(report.verdict) in text and "SHA-256" in text and torch.__version__.partition("+")[0] in text
     found = Structure(text)
     assert len(found.named("polyline", "noise")) == len(found.named("polyline", "error")) > 0
     assert all(escape(dropped["because"]) in text for dropped in report.evidence.dropped) and report.evidence.dropped

@@ -79,7 +79,9 @@ def extract_lora(
     if not pairs and not saved:
         raise UsageError(f"{tuned} and {base} hold the same weights: there is nothing to extract.")
     ranks = {pair.module: pair.rank for pair in pairs}
-    running = {_running_name(space, name): after.checkpoint[name] for name in names if _is_plain(space, name)}
+    # Counters too: peft loads a module that is saved as a whole with all its buffers.
+    plain = [name for name in after.checkpoint.tensors if _is_plain(space, name)]
+    running = {_running_name(space, name): after.checkpoint[name] for name in plain}
     whole, modules = _whole_tensors([_running_name(space, name) for name in saved], ranks, running)
     tied, places = _tied_tensors(saved, space, after)
     with whole_directory(out, overwrite=overwrite, inputs=inputs) as folder:

@@ -21,7 +21,7 @@ from weightport.parity.reference import Reference
 IMAGES, SIDE = 12, 256
 """At most so many images, and pixels along their longer side: a report is sent around."""
 
-RECORDED = ("title", "family", "layout", "dtype", "parameters", "source", "notes", "versions")
+RECORDED = ("title", "family", "layout", "dtype", "parameters", "notes", "versions")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def evidence_of(directory: Path, reference: Reference, family: Family, model: Pr
     """Read from the directory and the reference; `model` says on what device it ran."""
     record = read_record(directory) or {}
     provenance = {name: record[name] for name in RECORDED if record.get(name)}
-    provenance |= {
+    provenance["sources"] = {
         name: {key: value for key, value in source.items() if key != "tensors"}
         for name, source in record.get("sources", {}).items()
     }

@@ -146,11 +146,10 @@ def _images(evidence: Evidence) -> str:
 def _provenance(report: ParityReport) -> dict[str, Any]:
     original = {f"original: {name}": value for name, value in report.source.items()}
     converted = dict(report.evidence.provenance)
-    source = converted.pop("source", None) or {}
     read = {
-        file.get("name", file.get("path", "")): f"SHA-256 {file.get('sha256', '')}"
+        str(file.get("name")): f"SHA-256 {file.get('sha256', '')}"
+        for source in converted.pop("sources", {}).values()
         for file in source.get("files", ())
-        if isinstance(file, Mapping)
     }
     converted.pop("versions", None)
     return {"model": report.model, "reference": report.reference, **original, **converted, **read}
