@@ -1,7 +1,7 @@
 """PaliGemma's golden cases in the reference format: what their tensors are called, and what they hold.
 
-A case's tensors are `in.<argument>`, `<seam>[.f64]`, `grad_norm.<mean>/<key>` and `generate.<name>`; the forward run saw
-`in.text` without its last position. Rows of the large case are slices, of which the names of its texts tell.
+A case's tensors are `in.<argument>`, `<seam>[.f64]`, `grad_norm.<mean>/<key>` and `generate.<name>`; the forward run
+saw `in.text` without its last position. The large case holds parts of its tensors, of which its texts tell.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ _SOFTMAXES = frozenset(
 
 
 class Float64Throughout(TorchFunctionMode):
-    """While the block runs, a float64 tensor is not cast to float32, and whole numbers (positions, and the exponents of
-    rotary frequencies) become float64 where they would become float32."""
+    """While the block runs, a float64 tensor is not cast to float32, and whole numbers (positions, and the exponents
+    of rotary frequencies) become float64 where they would become float32."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

@@ -1,8 +1,9 @@
 """PaliGemma: big_vision's arguments, seams and losses beside transformers' model.
 
-Source of the left side: google-research/big_vision at 0127fb6 (models/proj/paligemma/paligemma.py, models/ppp/gemma.py,
-models/vit.py, trainers/proj/paligemma). Logits and losses are those that the original trains and evaluates with: without
-final softcap, whatever the converted directory says, and of the rows that the original's embedding has.
+Source of the left side: google-research/big_vision at 0127fb6 (models/proj/paligemma/paligemma.py,
+models/ppp/gemma.py, models/vit.py, trainers/proj/paligemma). Logits and losses are those that the original trains and
+evaluates with: without final softcap, whatever the converted directory says, and of the rows that the original's
+embedding has.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ ARGUMENTS = (
     Argument("mask_loss", "mask_loss", "samples", as_ids),
     Argument("mask_input", "mask_input", "samples", as_ids),
 )
-"""`image` in -1..1. `text`: start, prefix, line end, suffix, end, padding; the original puts the image's vectors before
-it by itself. `mask_ar`: 0 where positions see each other, 1 where they see what is before them. In training and
+"""`image` in -1..1. `text`: start, prefix, line end, suffix, end, padding; the original puts the image's vectors
+before it by itself. `mask_ar`: 0 where positions see each other, 1 where they see what is before them. In training and
 evaluation the original masks no padding, which stands behind everything else; for generation `mask_input` does."""
 
 
@@ -71,8 +72,8 @@ SEAMS = (
 PLAIN = {"text_config": {"final_logit_softcapping": None}}
 
 MEANS = ("tokens", "examples")
-"""What a training run's loss is the mean of: all tokens of the batch, as transformers has it, or each example's mean, as
-the original's trainer has it."""
+"""What a training run's loss is the mean of: all tokens of the batch, as transformers has it, or each example's mean,
+as the original's trainer has it."""
 
 
 def complete(kind: Kind, tensors: Tensors, options: Mapping[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
