@@ -12,7 +12,6 @@ from weightport.parity.noise import Allowed, Noise, OwnNoise, scale_of
 from weightport.parity.reference import Expected
 from weightport.parity.seams import Observed
 
-
 DOUBTFUL = (
     "the reference's own float32 lies further from its float64 than float32 explains: was it dumped with TF32 or "
     "autocast, or changed?"
