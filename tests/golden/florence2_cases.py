@@ -74,6 +74,12 @@ def has_ema(case: Case) -> bool:
     return False
 
 
+def is_generated(name: str) -> bool:
+    """Whether the tensor of this name is of a generation run."""
+    found = NAME.fullmatch(name)
+    return found is not None and GENERATED.fullmatch(found["value"]) is not None
+
+
 def model_parts(checkpoint: Checkpoint) -> dict[str, dict[str, TensorRef]]:
     """The model's tensors by the original's names, whatever stands before them in the file."""
     return {"model": dict(locate(checkpoint, ema=False).tensors)}

@@ -105,7 +105,12 @@ DECODER_ARGUMENTS = ("prev_output_tokens", "code_masks")
 
 def has_ema(case: Case) -> bool:
     """Whether the case has a reference of the averaged weights."""
-    return any(".ema_output." in name for name in case.tensors)
+    return any(".ema_output." in name for name in case.tensor_names)
+
+
+def is_generated(name: str) -> bool:
+    """Whether the tensor of this name is of a generation run."""
+    return GENERATE.fullmatch(name) is not None
 
 
 def write_case(case: Case, path: Path, *, ema: bool = False, kinds: Collection[str] = KINDS) -> Path:
