@@ -80,6 +80,9 @@ def generate(
         settings |= {"max_new_tokens": max_new_tokens, "max_length": None}
     with torch.no_grad():
         ids = model.generate(**inputs, **settings)
+    if not model.config.is_encoder_decoder:
+        # A decoder gives the prompt back before its answer.
+        ids = ids[:, inputs["input_ids"].shape[1] :]
     return Answer(asked, answer_text(processor, ids[0], asked, picture), ids[0].tolist())
 
 

@@ -79,7 +79,7 @@ def test_member_that_is_shorter_than_its_header_says_is_refused(source: Path, tm
     contents[f"{LINEAR}.npy"] = contents[f"{LINEAR}.npy"][:-40]
     path = pack(tmp_path / "c.npz", contents)
     refused(
-        path, tmp_path, CheckpointError, r"mlp/linear'?: has shape \(4, 72, 40\).*take 46080 bytes, but holds 46040"
+        path, tmp_path, CheckpointError, r"mlp/linear'?: has shape \[4, 72, 40\].*take 46080 bytes, but holds 46040"
     )
 
 
