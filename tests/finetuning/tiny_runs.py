@@ -13,6 +13,7 @@ import pytest
 
 from weightport.api import convert
 from weightport.families.registry import registry
+from weightport.finetuning.family import Family
 from weightport.finetuning.recipes.recipe import load_recipe, qualified, with_settings
 from weightport.finetuning.setup.preparing import Job, resolved
 from weightport.finetuning.training.results import Outcome
@@ -96,10 +97,12 @@ def job_of(
     as_published: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    family: Family | None = None,
     **settings: Any,
 ) -> Job:
-    """A job as the command line makes it; `settings` by name, `__` for the dot of a dotted one."""
-    family = registry().of_directory(model).training
+    """A job as the command line makes it; `settings` by name, `__` for the dot of a dotted one. `family`: of a model
+    whose family is not installed."""
+    family = family or registry().of_directory(model).training
     found, mistakes = resolved(load_recipe(str(recipe)), family.name, as_published=as_published)
     assigned = {key.replace("__", "."): value for key, value in settings.items()}
     assigned |= assigned.pop("more", {})

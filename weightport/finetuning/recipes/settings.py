@@ -73,7 +73,8 @@ class Published:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A published way of fine-tuning. `families` are the model types it is for, with the settings that are theirs.
+    """A published way of fine-tuning. `families` are those it is for, by name, with the settings that are theirs; `*`
+    are all others.
 
     `training` are transformers' TrainingArguments, `lora` peft's LoraConfig, both by their own names.
     """
