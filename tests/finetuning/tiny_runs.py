@@ -20,7 +20,12 @@ from weightport.finetuning.training.results import Outcome
 from weightport.finetuning.training.run import finetune
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-MODELS = {"ofa-cn": "ofa/cn-tiny", "ofa": "ofa/en-tiny-args", "florence2": "florence2/tiny-vocab-4k"}
+MODELS = {
+    "ofa-cn": "ofa/cn-tiny",
+    "ofa": "ofa/en-tiny-args",
+    "florence2": "florence2/tiny-vocab-4k",
+    "paligemma2": "paligemma2/tiny-gemma2",
+}
 """Golden cases by what they are called here; all have a vocabulary of their own."""
 
 CAPTIONS = ("red cat on mat", "big dog in sun", "old hat by bed", "hot tea for two")
@@ -36,6 +41,10 @@ RECIPES = {
     "detection-florence2": ("detection", "florence2", "boxes", {}),
     "default-ofa": ("default", "ofa", "pairs", {"batch.image_size": 64}),
     "default-florence2": ("default", "florence2", "pairs", {}),
+    "json-extract-paligemma2": ("json-extract", "paligemma2", "receipts", {"training.gradient_accumulation_steps": 1}),
+    "caption-paligemma2": ("caption", "paligemma2", "pairs", {}),
+    "detection-paligemma2": ("detection", "paligemma2", "boxes", {}),
+    "default-paligemma2": ("default", "paligemma2", "pairs", {}),
 }
 """Every shipped recipe on every family that it is for: its name, the model, the fixture of its data, tiny settings."""
 
@@ -47,6 +56,7 @@ STILL = {
         "text_config.activation_dropout",
         "vision_config.drop_path_rate",
     ),
+    "paligemma": ("text_config.attention_dropout", "vision_config.attention_dropout"),
 }
 """Fields of the config that make training random."""
 

@@ -19,6 +19,7 @@ from weightport.errors import RecipeError
 from weightport.finetuning.data.settings import ANSWERS, FORMS, READERS, DataSettings
 from weightport.finetuning.recipes.settings import (
     DTYPES,
+    LOSS_MEANS,
     METHODS,
     BatchSettings,
     EvaluationSettings,
@@ -34,6 +35,7 @@ CHOICES = {
     "data.reader": READERS,
     "data.form": FORMS,
     "data.answer": ANSWERS,
+    "batch.loss_mean": LOSS_MEANS,
     "model.method": METHODS,
     "model.dtype": DTYPES,
     "model.frozen_mode": ("eval", "train"),

@@ -158,6 +158,10 @@ def prepare(job: Job) -> Prepared:
 
 def _require_meaning(family: Family, recipe: Recipe) -> None:
     """Raises RecipeError for settings of an encoder and a loss that a causal family does not have."""
+    smoothed = recipe.training.get("label_smoothing_factor")
+    if recipe.batch.loss_mean == "samples" and (smoothed or recipe.batch.count_padding):
+        other = "training.label_smoothing_factor" if smoothed else "batch.count_padding"
+        raise RecipeError(f"batch.loss_mean=samples and {other} are two losses: set one of them.")
     if not family.causal:
         return
     for name in ("count_padding", "attend_padding"):
