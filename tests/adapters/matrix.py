@@ -25,7 +25,7 @@ from tiny_models import MODELS, load, write_adapter
 
 from weightport.adapters.merging import MergeOptions
 from weightport.api import merge_lora
-from weightport.errors import WeightportError
+from weightport.errors import AdapterError, CoverageError, WeightportError
 
 ARCHITECTURES: Mapping[str, Callable[[], Any]] = {**MODELS, **FAMILIES}
 
@@ -222,22 +222,35 @@ _UNTIED = {
 }
 
 
-# What cannot be had: why.
-EXCEPTIONS: Mapping[tuple[str, str], str] = {
-    ("t5", "tokens-added-saved"): "refused: the encoder's and decoder's new rows are in no file",
-    ("bert", "tokens-added-saved"): "the unused cls.predictions.bias follows the trained cls.predictions.decoder.bias",
+# Pairs that cannot be merged: the error, and what it says.
+REFUSED: Mapping[tuple[str, str], tuple[type[Exception], str]] = {
+    ("t5", "tokens-added-saved"): (AdapterError, r"their new rows are in no file"),
+    # The class wants eight rows more in the embedding than in the head; peft saves as many of both.
     **{
-        (
-            "mllama",
-            kind,
-        ): "refused: the class wants eight rows more in the embedding than in the head, peft saves as many"
+        ("mllama", kind): (CoverageError, r"must have one number of rows")
         for kind in ("resized", "tokens-added-saved", "tokens-added-rows")
     },
+    # transformers cannot resize it.
     **{
-        ("vision_encoder_decoder", kind): "transformers cannot resize it"
+        ("vision_encoder_decoder", kind): (NotImplementedError, r"set_input_embeddings.* not auto")
         for kind in ("resized", "tokens-added-saved", "tokens-added-rows")
     },
 }
+
+# Pairs of which peft's own merge is no measure: the unused cls.predictions.bias follows the trained
+# cls.predictions.decoder.bias.
+NOT_COMPARED = frozenset({("bert", "tokens-added-saved")})
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Architectures and the configurations whose adapter they can have, without those that are refused."""
+    return [
+        (architecture, name)
+        for architecture in ARCHITECTURES
+        for name, configuration in CONFIGURATIONS.items()
+        if configuration.make(architecture) is not None
+        if (architecture, name) not in REFUSED and (architecture, name) not in NOT_COMPARED
+    ]
 
 
 def options_of(architecture: str, configuration: str) -> MergeOptions:
@@ -246,12 +259,11 @@ def options_of(architecture: str, configuration: str) -> MergeOptions:
     return MergeOptions(untie=True) if (architecture, configuration) in _UNTIED else options
 
 
-def run(architecture: str, configuration: str, folder: Path, dtype: torch.dtype, *, hub: bool = False) -> float | None:
-    """The distance of our merge from peft's; None where the architecture has no such adapter."""
+def run(architecture: str, configuration: str, folder: Path, dtype: torch.dtype, *, hub: bool = False) -> float:
+    """The distance of our merge from peft's."""
     chosen = CONFIGURATIONS[configuration]
     config = chosen.make(architecture)
-    if config is None:
-        return None
+    assert config is not None, f"{architecture} has no adapter {configuration}"
     base = write_model(architecture, folder / "base", dtype, hub=hub)
     adapter = write_adapter(base, folder / "adapter", config, change=chosen.change)
     options = options_of(architecture, configuration)
@@ -271,8 +283,8 @@ def main(names: list[str]) -> None:
         for configuration in chosen:
             with tempfile.TemporaryDirectory() as folder:
                 try:
-                    found = run(architecture, configuration, Path(folder), dtype)
-                    shown = "–" if found is None else f"{found:.2f}"
+                    had = CONFIGURATIONS[configuration].make(architecture) is not None
+                    shown = f"{run(architecture, configuration, Path(folder), dtype):.2f}" if had else "–"
                 except (
                     WeightportError,
                     ValueError,

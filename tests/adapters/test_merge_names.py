@@ -13,10 +13,10 @@ import torch
 
 pytest.importorskip("peft")
 
-from matrix import ARCHITECTURES, CONFIGURATIONS, EXCEPTIONS, merged_by_peft, run, write_model
+from matrix import REFUSED, merged_by_peft, pairs, run, write_model
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from tiny_families import FAMILIES, to_hub_names
+from tiny_families import FAMILIES, HUB_NAMES
 from tiny_models import load, write_adapter
 
 from weightport.api import merge_lora
@@ -39,13 +39,14 @@ FAST = {
 }
 
 
-@pytest.mark.parametrize("hub", [False, True], ids=["fresh", "hub"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "hub"),
+    [*((name, False) for name in FAMILIES), *((name, True) for name in HUB_NAMES)],
+    ids=[*(f"{name}-fresh" for name in FAMILIES), *(f"{name}-hub" for name in HUB_NAMES)],
+)
 def test_every_tensor_of_the_model_is_found_in_the_files(name: str, hub: bool, tmp_path: Path) -> None:
     """Blocks of stored tensors, put where the map says, are what transformers loads."""
-    write_model(name, tmp_path)
-    if hub and not to_hub_names(name, tmp_path):
-        pytest.skip("a fresh model has the Hub's names")
+    write_model(name, tmp_path, hub=hub)
     stored = load_file(tmp_path / "model.safetensors")
     space = name_space(tmp_path, {key: tuple(value.shape) for key, value in stored.items()})
     assert not space.unused and not space.permuted
@@ -59,38 +60,28 @@ def test_every_tensor_of_the_model_is_found_in_the_files(name: str, hub: bool, t
         assert torch.equal(found, expected), key
 
 
-def check(name: str, configuration: str, folder: Path, **options: Any) -> None:
-    if (name, configuration) in EXCEPTIONS:
-        pytest.skip(EXCEPTIONS[name, configuration])
-    found = run(name, configuration, folder, torch.float32, **options)
-    if found is None:
-        pytest.skip("the architecture has no such adapter")
-    assert found < NEAREST
-
-
 @pytest.mark.parametrize(("name", "configuration"), sorted(FAST))
 def test_merge_is_pefts_in_names_and_values(name: str, configuration: str, tmp_path: Path) -> None:
-    check(name, configuration, tmp_path)
+    assert run(name, configuration, tmp_path, torch.float32) < NEAREST
 
 
-@pytest.mark.parametrize("name", ["paligemma", "llava"])
+@pytest.mark.parametrize("name", HUB_NAMES)
 def test_merge_into_a_directory_with_the_hubs_names_is_pefts(name: str, tmp_path: Path) -> None:
-    check(name, "all-linear", tmp_path, hub=True)
+    assert run(name, "all-linear", tmp_path, torch.float32, hub=True) < NEAREST
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("configuration", CONFIGURATIONS)
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_architecture_and_configuration(
-    name: str, configuration: str, dtype: torch.dtype, tmp_path: Path
-) -> None:
-    if (name, configuration) in EXCEPTIONS:
-        pytest.skip(EXCEPTIONS[name, configuration])
-    found = run(name, configuration, tmp_path, dtype)
-    if found is None:
-        pytest.skip("the architecture has no such adapter")
-    assert found < NEAREST
+@pytest.mark.parametrize(("name", "configuration"), pairs())
+def test_every_architecture_and_configuration(name: str, configuration: str, tmp_path: Path) -> None:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert run(name, configuration, tmp_path / str(dtype), dtype) < NEAREST, dtype
+
+
+@pytest.mark.parametrize(("name", "configuration"), sorted(REFUSED))
+def test_pair_that_cannot_be_merged_is_refused(name: str, configuration: str, tmp_path: Path) -> None:
+    error, said = REFUSED[name, configuration]
+    with pytest.raises(error, match=said):
+        run(name, configuration, tmp_path, torch.float32)
 
 
 def renamed(adapter: Path, folder: Path, rename: Callable[[str], str], **settings: Any) -> Path:

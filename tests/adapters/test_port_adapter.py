@@ -138,9 +138,9 @@ def test_vocabulary_that_grew_gets_rows_of_zeros_in_the_heads_adapter(source, tr
     assert torch.equal(b[: own.shape[0]], own) and not b[own.shape[0] :].any() and b.shape[0] % 64 == 0
 
 
-def test_original_and_converted_base_give_the_same_adapter(source, trained, base, tmp_path):
-    if json.loads((base / "config.json").read_text())["image_token_id"] >= 1381:
-        pytest.skip("the converted base has rows that the original has not")
+def test_original_and_converted_base_give_the_same_adapter(source, trained, tmp_path):
+    # With as many rows as the original: the head's adapter has them too.
+    base = convert(source.folder, tmp_path / "native", None, image_token="reuse").directory
     first = port_adapter(trained[0], tmp_path / "a", base).directory
     second = port_adapter(trained[0], tmp_path / "b", source.folder).directory
     assert (first / "adapter_model.safetensors").read_bytes() == (second / "adapter_model.safetensors").read_bytes()

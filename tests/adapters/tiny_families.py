@@ -237,7 +237,7 @@ FAMILIES: Mapping[str, Callable[[], Any]] = {
 }
 
 # What the Hub's repositories call tensors that a fresh model, saved today, calls otherwise: pattern, replacement.
-_HUB_NAMES: Mapping[str, tuple[tuple[str, str], ...]] = {
+HUB_NAMES: Mapping[str, tuple[tuple[str, str], ...]] = {
     "paligemma": ((r"^vision_tower\.(?!vision_model)", "vision_tower.vision_model."),),
     "llava": ((r"^vision_tower\.(?!vision_model)", "vision_tower.vision_model."),),
 }
@@ -249,11 +249,10 @@ def rename_stored(folder: Path, rename: Callable[[str], str]) -> None:
     save_file({rename(name): value for name, value in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
 
 
-def to_hub_names(name: str, folder: Path) -> bool:
-    """Rename a saved model's tensors as the Hub's repositories have them; whether that changes any."""
-    for pattern, replacement in _HUB_NAMES.get(name, ()):
+def to_hub_names(name: str, folder: Path) -> None:
+    """Rename a saved model's tensors as the Hub's repositories have them."""
+    for pattern, replacement in HUB_NAMES[name]:
         rename_stored(folder, partial(re.sub, pattern, replacement))
-    return name in _HUB_NAMES
 
 
 def randomised(model: torch.nn.Module) -> None:

@@ -66,16 +66,13 @@ def test_convert_recognises_the_family_and_records_what_it_did(checkpoint, tmp_p
         content = (tmp_path / "out" / file["file"]).read_bytes()
         assert file["sha256"] == hashlib.sha256(content).hexdigest()
     assert {item["name"] for item in record["dropped"]} == {
-        f"model.{name}"
-        for name in (
-            "encoder.version",
-            "encoder.token_rp_bucket",
-            "encoder.image_rp_bucket",
-            "decoder.version",
-            "decoder.token_rp_bucket",
-            "decoder.image_rp_bucket",
-            "decoder.image_position_idx",
-        )
+        "encoder.version",
+        "encoder.token_rp_bucket",
+        "encoder.image_rp_bucket",
+        "decoder.version",
+        "decoder.token_rp_bucket",
+        "decoder.image_rp_bucket",
+        "decoder.image_position_idx",
     }
     # What the trainer's options say about its machine stays out of a directory that may be published.
     assert "plasma" not in json.dumps(record)
@@ -223,7 +220,7 @@ def test_reports_within_the_model_directory_are_its_own_and_are_replaced_only_wh
         result = weightport(*words, *more)
         assert result.exit_code == 0, result.output
     with monkeypatch.context() as patched:
-        patched.setattr("weightport.parity.check_parity", None)  # looked at first, not after minutes of work
+        patched.setattr("weightport.api.check_parity", None)  # looked at first, not after minutes of work
         result = weightport(*words)
         assert result.exit_code == 1 and "parity.json exists" in result.stderr, result.output
         for name in ("config.json", "conversion.json", "model.safetensors"):

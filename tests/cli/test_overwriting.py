@@ -93,7 +93,7 @@ def test_a_portable_or_released_directory_is_still_weightports_own(checkpoint, t
     class Hub:
         def create_repo(self, *words: object, **named: object) -> None: ...
 
-        upload_folder = create_repo
+        preupload_lfs_files = create_commit = create_repo
 
     out = tmp_path / "out"
     assert weightport("convert", checkpoint, out, "--quiet").exit_code == 0
@@ -101,6 +101,10 @@ def test_a_portable_or_released_directory_is_still_weightports_own(checkpoint, t
     assert (out / "README.md").is_file() and (out / "modeling_ofa.py").is_file()
     done = weightport("convert", checkpoint, out, "--overwrite", "--quiet")
     assert done.exit_code == 0, done.output
+    config = out / "config.json"
+    config.write_text(config.read_text().replace("{", '{"mine": 1,', 1))
+    release(out, ReleaseOptions("somebody/something"), api=Hub())
+    refused(tmp_path, out, "convert", checkpoint, out, "--overwrite", said="config.json was changed since")
 
 
 def test_an_export_does_not_replace_the_models_weights(converted, untouched, tmp_path):

@@ -96,7 +96,7 @@ def draw_coco(folder: Path, document: Mapping[str, Any] | None = None) -> Path:
 
 
 def draw_receipt(number: int, size: tuple[int, int] = (84, 112)) -> tuple[Image.Image, dict[str, Any]]:
-    """A receipt of bars for lines of text, and what it says: `number` decides how many items it has and their prices."""
+    """A receipt of bars for lines of text, and what it says: `number` decides its items and their prices."""
     page = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(page)
     items = [

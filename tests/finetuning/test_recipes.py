@@ -18,7 +18,7 @@ CASES = [
     ("caption", "ofa", "pairs", 60, OFA, {"cider-d": 10.0, "bleu-4": 100.0, "rouge-l": 1.0}),
     ("caption", "florence2", "pairs", 60, FLORENCE2, {"cider-d": 10.0, "bleu-4": 100.0, "rouge-l": 1.0}),
     ("docvqa", "florence2", "pairs", 60, FLORENCE2, {"anls": 1.0, "exact-match": 1.0}),
-    ("detection", "ofa", "boxes", 80, OFA, {"box-f1": 1.0}),
+    ("detection", "ofa", "boxes", 200, OFA, {"box-f1": 1.0}),
     ("detection", "florence2", "boxes", 60, FLORENCE2, {"ap": 1.0, "box-f1": 1.0}),
     ("default", "ofa", "pairs", 60, OFA, {"exact-match": 1.0, "levenshtein": 1.0}),
     ("default", "florence2", "pairs", 60, FLORENCE2, {"exact-match": 1.0, "levenshtein": 1.0}),

@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
-import florence2_cases
-import ofa_cases
 import pytest
 import torch
 from golden_case import Case, find_cases
+from needs import FAMILIES, check_judged, chosen
 
 from weightport.api import convert
 
 OWN_CASES = Path(__file__).parent / "cases"
-FAMILIES = {table.FAMILY: table for table in (ofa_cases, florence2_cases)}
-"""Families whose cases can be judged, and the table that brings their references into the product's format."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" not in metafunc.fixturenames:
         return
-    folder = metafunc.config.getoption("--golden") or OWN_CASES
-    metafunc.parametrize("case", [pytest.param(case, id=case.name, marks=_marks(case)) for case in find_cases(folder)])
+    elsewhere = metafunc.config.getoption("--golden")
+    needs = [need for mark in metafunc.definition.iter_markers("judges") for need in mark.args]
+    cases = chosen(find_cases(elsewhere or OWN_CASES), needs)
+    if not elsewhere:
+        check_judged(metafunc.definition.nodeid, cases)
+    if cases:
+        metafunc.parametrize("case", [pytest.param(case, id=case.name, marks=_marks(case)) for case in cases])
+    else:
+        without = pytest.mark.skip(reason=f"no case in {elsewhere} has what the test needs")
+        metafunc.parametrize("case", [pytest.param(None, id="none", marks=without)])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Fail a golden test that skips itself on the repository's own cases: what a case has decides before it runs."""
+    report: pytest.TestReport = yield
+    marked = any(item.iter_markers("skip"))
+    if report.skipped and not marked and not hasattr(report, "wasxfail") and not item.config.getoption("--golden"):
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} skips itself: state with @judges(…) what it needs of a case"
+    return report
 
 
 def _marks(case: Case) -> list[pytest.MarkDecorator]:
@@ -37,10 +54,8 @@ def two_threads() -> None:
 
 
 @pytest.fixture
-def table(case: Case):
-    """The family's table; skips a case of a family that has none."""
-    if case.family not in FAMILIES:
-        pytest.skip(f"the family {case.family!r} is not ported")
+def table(case: Case) -> ModuleType:
+    """The table of the case's family."""
     return FAMILIES[case.family]
 
 
@@ -63,7 +78,8 @@ def converted(tmp_path_factory: pytest.TempPathFactory, rebuilt: Callable[[Case]
     def conversion(case: Case, ema: bool = False) -> Path:
         out = tmp_path_factory.mktemp("native") / "model"
         vocabulary = None if (case.path / "companions").is_dir() else "none"
-        convert(rebuilt(case), out, case.family, vocabulary=vocabulary, ema=ema)
+        settings = {**FAMILIES[case.family].settings(case), **({"ema": True} if ema else {})}
+        convert(rebuilt(case), out, case.family, vocabulary=vocabulary, **settings)
         return out
 
     return conversion

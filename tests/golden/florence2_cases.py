@@ -69,9 +69,20 @@ class Builder:
         return write_reference(path, FAMILY, self.case.spec.get("source", {}), runs, tensors, slices)
 
 
+def settings(case: Case) -> dict[str, Any]:
+    """What a conversion of the case has to be told: nothing, files of this family tell everything."""
+    return {}
+
+
 def has_ema(case: Case) -> bool:
     """No case of this family has averaged weights."""
     return False
+
+
+def is_generated(name: str) -> bool:
+    """Whether the tensor of this name is of a generation run."""
+    found = NAME.fullmatch(name)
+    return found is not None and GENERATED.fullmatch(found["value"]) is not None
 
 
 def model_parts(checkpoint: Checkpoint) -> dict[str, dict[str, TensorRef]]:

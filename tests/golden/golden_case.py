@@ -71,6 +71,15 @@ class Case:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
 
+    @cached_property
+    def tensor_names(self) -> list[str]:
+        """The names of `tensors`, without reading them."""
+        path = self.path / "reference.safetensors"
+        if not path.is_file():
+            return []
+        with safe_open(path, "pt") as file:
+            return list(file.keys())
+
     def data(self, file: str) -> Any:
         """A JSON file of the case, None when it has none of that name."""
         path = self.path / file

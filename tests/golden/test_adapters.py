@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from golden_case import Case
+from needs import has_adapter_to_refuse, has_portable_adapter, judges
 from rich.console import Console
 
 from weightport.adapters import untie_head
@@ -26,16 +27,12 @@ DTYPES = {torch.float32: "", torch.float64: ".f64"}
 
 @pytest.fixture
 def original(case: Case, rebuilt: Callable[[Case], Path]) -> Path:
-    """The folder of an adapter case's base; skips a case without adapter, and one whose adapter is to be refused."""
-    if not case.adapter:
-        pytest.skip("the case has no adapter")
+    """The folder of an adapter case's base."""
     return rebuilt(case).parent
 
 
 @pytest.fixture
 def ported(case: Case, original: Path, converted: Callable[..., Path], tmp_path: Path) -> Path:
-    if "expected" in case.spec:
-        pytest.skip("the case's adapter cannot be carried")
     return port_adapter(original / case.adapter, tmp_path / "adapter", converted(case)).directory
 
 
@@ -52,6 +49,7 @@ def assert_close(case: Case, what: str, value: torch.Tensor, dtype: torch.dtype)
     assert error <= allowed, f"{case.name}: {what} is off by {error:.1e}, allowed {allowed:.1e}"
 
 
+@judges(has_portable_adapter)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ported_adapter_gives_the_originals_logits(
     case: Case, table, converted: Callable[..., Path], ported: Path, dtype: torch.dtype
@@ -62,6 +60,7 @@ def test_ported_adapter_gives_the_originals_logits(
         assert_close(case, "logits", model(**arguments, use_cache=False).logits, dtype)
 
 
+@judges(has_portable_adapter)
 def test_ported_adapter_has_the_originals_loss_and_gradients(
     case: Case, table, converted: Callable[..., Path], ported: Path
 ) -> None:
@@ -85,6 +84,7 @@ def test_ported_adapter_has_the_originals_loss_and_gradients(
             )
 
 
+@judges(has_portable_adapter)
 def test_merged_adapter_gives_everything_that_the_original_gave(
     case: Case, table, converted: Callable[..., Path], ported: Path, tmp_path: Path
 ) -> None:
@@ -98,6 +98,7 @@ def test_merged_adapter_gives_everything_that_the_original_gave(
     assert report.passed, f"{case.name}: {console.file.getvalue()}"
 
 
+@judges(has_portable_adapter)
 def test_adapter_is_ported_the_same_from_the_original_base(
     case: Case, original: Path, ported: Path, tmp_path: Path
 ) -> None:
@@ -105,11 +106,10 @@ def test_adapter_is_ported_the_same_from_the_original_base(
     assert (other / "adapter_model.safetensors").read_bytes() == (ported / "adapter_model.safetensors").read_bytes()
 
 
+@judges(has_adapter_to_refuse)
 def test_adapter_that_cannot_be_carried_is_refused_by_name(
     case: Case, original: Path, converted: Callable[..., Path], tmp_path: Path
 ) -> None:
-    if "expected" not in case.spec:
-        pytest.skip("the case's adapter can be carried")
     with pytest.raises(AdapterError, match=r"\.dw: "):
         port_adapter(original / case.adapter, tmp_path / "adapter", converted(case))
     assert not (tmp_path / "adapter").exists()

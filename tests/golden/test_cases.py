@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from golden_case import Case
+from needs import FAMILIES, generates, has_averaged_weights, has_checkpoint, is_of_the_model_alone, judges
 from rich.console import Console
 
 from weightport.api import check_parity, export
@@ -26,14 +27,15 @@ def explained(report: ParityReport) -> str:
 
 @pytest.fixture
 def reference(case: Case, table, tmp_path: Path) -> Path:
-    """The case's reference in the product's format; skips a case that has none."""
-    if not case.checkpoints:
-        pytest.skip("the case has no checkpoint")
-    if case.adapter:
-        pytest.skip("the reference is that of an adapter: see test_adapters.py")
+    """The case's reference in the product's format."""
     return table.write_case(case, tmp_path / "reference.safetensors")
 
 
+def test_case_is_of_a_family_that_can_be_judged(case: Case) -> None:
+    assert case.family in FAMILIES, f"{case.name}: no table brings a reference of {case.family!r} into our format"
+
+
+@judges(is_of_the_model_alone)
 def test_native_model_computes_what_the_original_computed(
     case: Case, reference: Path, converted: Callable[..., Path]
 ) -> None:
@@ -44,11 +46,10 @@ def test_native_model_computes_what_the_original_computed(
     assert {each.run for each in report.comparisons} == {run.name for run in read_reference(reference).runs}
 
 
+@judges(has_averaged_weights)
 def test_averaged_weights_compute_what_the_original_evaluates_with(
     case: Case, table, tmp_path: Path, converted: Callable[..., Path]
 ) -> None:
-    if not case.checkpoints or not table.has_ema(case):
-        pytest.skip("the case has no averaged weights")
     averaged = table.write_case(case, tmp_path / "ema.safetensors", ema=True)
     report = check_parity(converted(case, ema=True), averaged)
     assert report.passed, f"{case.name} (EMA): {explained(report)}"
@@ -57,22 +58,20 @@ def test_averaged_weights_compute_what_the_original_evaluates_with(
     )
 
 
+@judges(generates)
 def test_generation_without_cache_gives_the_same_ids(
-    case: Case, reference: Path, table, tmp_path: Path, converted: Callable[..., Path]
+    case: Case, table, tmp_path: Path, converted: Callable[..., Path]
 ) -> None:
-    runs = [run.name for run in read_reference(reference).runs if run.kind == "generate"]
-    if not runs:
-        pytest.skip("the case generates nothing")
     only = table.write_case(case, tmp_path / "generation.safetensors", kinds=("generate",))
     report = check_parity(converted(case), only, dtypes=[torch.float32], use_cache=False)
+    assert report.comparisons
     assert report.passed, f"{case.name}: {explained(report)}"
 
 
+@judges(has_checkpoint)
 def test_export_returns_the_original_tensors_bit_for_bit(
     case: Case, table, tmp_path: Path, rebuilt: Callable[[Case], Path], converted: Callable[..., Path]
 ) -> None:
-    if not case.checkpoints:
-        pytest.skip("the case has no checkpoint")
     exported = open_checkpoint(export(converted(case), tmp_path / "exported.pt").path)
     original = open_checkpoint(rebuilt(case))
     for section, want in table.model_parts(original).items():

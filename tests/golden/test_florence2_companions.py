@@ -12,6 +12,7 @@ import florence2_cases
 import pytest
 import torch
 from golden_case import Case, find_cases
+from needs import has_checkpoint, has_data, judges, of_family
 from PIL import Image
 from PIL import __version__ as pillow_version
 from transformers import Florence2Processor
@@ -28,34 +29,39 @@ from weightport.modeling.florence2 import Florence2OriginalProcessor
 
 BLANK = Image.new("RGB", (64, 48), "white")
 SEQUENCE_LENGTH = 577
+RELEASED_IDS = "ids"
+VOCABULARIES = pytest.mark.parametrize("ids", [RELEASED_IDS, "ids_synthetic"])
+
+FLORENCE2 = of_family(florence2_cases.FAMILY)
+PROMPTS, ANSWERS = has_data("texts.json"), has_data("post_processing.json")
+
+
+def pictures(case: Case) -> dict[str, Any] | None:
+    return case.spec.get("images")
 
 
 @pytest.fixture
 def strings(case: Case) -> dict[str, Any]:
-    if case.family != florence2_cases.FAMILY or (found := case.data("texts.json")) is None:
-        pytest.skip("the case has no prompts of Florence-2")
-    return found
+    """The case's prompts and their ids: by the released vocabulary, and by that of the case tiny-main."""
+    return case.data("texts.json")
 
 
 @pytest.fixture
 def answers(case: Case) -> dict[str, Any]:
-    if case.family != florence2_cases.FAMILY or (found := case.data("post_processing.json")) is None:
-        pytest.skip("the case has no answers of Florence-2")
-    return found
+    return case.data("post_processing.json")
 
 
-def companions(case: Case) -> tuple[Path, str]:
-    """The folder with the case's tokenizer, and which of the ids are its own: without one, tiny-main's stands in."""
-    own = case.path / "companions"
-    if (own / "tokenizer.json").is_file():
-        return own, "ids"
-    beside = next(each for each in find_cases(case.path.parent) if each.path.name == "tiny-main")
-    return beside.path / "companions", "ids_synthetic"
+def companions(case: Case, ids: str) -> Path:
+    """The folder with the tokenizer that gave the ids under this key of the case's texts."""
+    if ids == RELEASED_IDS:
+        return case.path / "companions"
+    return next(each for each in find_cases(case.path.parent) if each.path.name == "tiny-main").path / "companions"
 
 
-def processors(case: Case, tmp_path: Path) -> tuple[Florence2Processor, Florence2OriginalProcessor, str]:
-    folder, key = companions(case)
-    vocabulary = read_florence2_vocabulary(folder)
+def processors(
+    case: Case, tmp_path: Path, ids: str = RELEASED_IDS
+) -> tuple[Florence2Processor, Florence2OriginalProcessor]:
+    vocabulary = read_florence2_vocabulary(companions(case, ids))
     image, _ = reusable_token(vocabulary, max(vocabulary.ids.values()) + 1)
     native = Florence2Processor(
         image_processor=CLIPImageProcessorPil(**RELEASED, do_convert_rgb=True, image_seq_length=SEQUENCE_LENGTH),
@@ -63,7 +69,7 @@ def processors(case: Case, tmp_path: Path) -> tuple[Florence2Processor, Florence
         post_processor_config=post_processor_config(),
     )
     native.save_pretrained(tmp_path / "processor")
-    return native, Florence2OriginalProcessor.from_pretrained(tmp_path / "processor"), key
+    return native, Florence2OriginalProcessor.from_pretrained(tmp_path / "processor")
 
 
 def prompt_ids(processor: Any, text: str, **settings: Any) -> list[int]:
@@ -72,22 +78,26 @@ def prompt_ids(processor: Any, text: str, **settings: Any) -> list[int]:
     return ids[SEQUENCE_LENGTH:]
 
 
+@judges(FLORENCE2, PROMPTS)
+@VOCABULARIES
 def test_original_processor_gives_the_originals_ids_for_every_prompt(
-    case: Case, strings: dict[str, Any], tmp_path: Path
+    case: Case, strings: dict[str, Any], tmp_path: Path, ids: str
 ) -> None:
-    _, processor, key = processors(case, tmp_path)
+    _, processor = processors(case, tmp_path, ids)
     for item in strings["items"]:
         if "error" in item:
             with pytest.raises(ValueError):
                 prompt_ids(processor, item["text"])
         else:
-            assert prompt_ids(processor, item["text"]) == item[key], item["text"]
+            assert prompt_ids(processor, item["text"]) == item[ids], item["text"]
 
 
+@judges(FLORENCE2, PROMPTS)
+@VOCABULARIES
 def test_native_processor_differs_from_the_originals_ids_only_where_documented(
-    case: Case, strings: dict[str, Any], tmp_path: Path
+    case: Case, strings: dict[str, Any], tmp_path: Path, ids: str
 ) -> None:
-    processor, _, key = processors(case, tmp_path)
+    processor, _ = processors(case, tmp_path, ids)
     task = re.compile("|".join(strings["tasks_with_input"]))
     for item in strings["items"]:
         text = item["text"]
@@ -98,22 +108,22 @@ def test_native_processor_differs_from_the_originals_ids_only_where_documented(
         elif task.search(text) and rest != rest.strip():
             assert prompt_ids(processor, text) == prompt_ids(processor, text.replace(rest, rest.strip()))
         else:
-            assert prompt_ids(processor, text) == item[key], text
+            assert prompt_ids(processor, text) == item[ids], text
 
 
+@judges(FLORENCE2, PROMPTS)
 def test_every_prompt_and_task_table_is_the_originals(case: Case, strings: dict[str, Any], tmp_path: Path) -> None:
-    processor, _, _ = processors(case, tmp_path)
+    processor, _ = processors(case, tmp_path)
     assert processor.task_prompts_without_inputs == strings["tasks_without_input"]
     assert processor.task_prompts_with_input == strings["tasks_with_input"]
     assert processor.tasks_answer_post_processing_type == strings["post_processing_type"]
 
 
+@judges(FLORENCE2, PROMPTS)
 def test_tokens_batches_labels_and_truncation_are_the_originals(
     case: Case, strings: dict[str, Any], tmp_path: Path
 ) -> None:
-    native, original, key = processors(case, tmp_path)
-    if key != "ids":
-        pytest.skip("the released vocabulary is not at hand (--golden)")
+    native, original = processors(case, tmp_path)
     assert len(native.tokenizer) == strings["vocab_size"]
     for token, index in strings["added_tokens"].items():
         assert native.tokenizer.convert_tokens_to_ids(token) == index, token
@@ -133,14 +143,15 @@ def test_tokens_batches_labels_and_truncation_are_the_originals(
     assert [row[SEQUENCE_LENGTH:] for row in given] == cut["input_ids"]
 
 
+@judges(FLORENCE2, ANSWERS)
 def test_original_processor_reads_every_answer_as_the_original_does(
     case: Case, answers: dict[str, Any], tmp_path: Path
 ) -> None:
-    _, processor, key = processors(case, tmp_path)
+    _, processor = processors(case, tmp_path)
     for item in answers["texts"]:
         size = tuple(item["image_size_wh"])
         assert processor.post_process_generation(item["text"], task=item["task"], image_size=size) == item["expected"]
-    for item in answers["sequences"] if key == "ids" else ():
+    for item in answers["sequences"]:
         given = {"sequence": item["ids"], "task": item["task"], "image_size": tuple(item["image_size_wh"])}
         assert processor.post_process_generation(**given) == item["expected"]
         scored = processor.post_process_generation(**given, transition_beam_score=item["transition_beam_score"])
@@ -158,20 +169,21 @@ def as_native(answer: Any) -> Any:
     return answer.replace("</s>", "").strip() if isinstance(answer, str) else answer
 
 
+@judges(FLORENCE2, ANSWERS)
 def test_native_processor_reads_every_answer_up_to_whole_pixels_and_spaces(
     case: Case, answers: dict[str, Any], tmp_path: Path
 ) -> None:
-    processor, _, _ = processors(case, tmp_path)
+    processor, _ = processors(case, tmp_path)
     for item in answers["texts"]:
         size = tuple(item["image_size_wh"])
         given = processor.post_process_generation(item["text"], task=item["task"], image_size=size)
         assert given == as_native(item["expected"]), item["text"]
 
 
+@judges(FLORENCE2, pictures)
 def test_pictures_become_the_originals_pixels(case: Case, tmp_path: Path) -> None:
-    images = case.spec.get("images")
-    if case.family != florence2_cases.FAMILY or not images:
-        pytest.skip("the case has no pictures of Florence-2")
+    images = pictures(case)
+    assert images is not None
     sizes = {"pixels": (RELEASED["size"], 31, 29), "pixels96": ({"height": 96, "width": 96}, 7, 5)}
     for height, width in images["sizes_hw"]:
         picture = Image.fromarray(drawn(height, width).numpy())
@@ -191,9 +203,8 @@ def drawn(height: int, width: int) -> torch.Tensor:
     return ((y * 7 + x * 13 + c * 29 + (x * y) % 17 + (x // 9) * (y // 5)) % 256).to(torch.uint8)
 
 
+@judges(FLORENCE2, has_checkpoint)
 def test_converted_directory_has_the_originals_generation_settings(case: Case, converted: Callable[..., Path]) -> None:
-    if case.family != florence2_cases.FAMILY or not case.checkpoints:
-        pytest.skip("the case has no checkpoint of Florence-2")
     from transformers import GenerationConfig
 
     text = case.spec["config"]["text_config"]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weightport.cli.display import Lines, echo
+from weightport.cli.paths import ExistingPath
 from weightport.cli.running import command_body, json_option
 from weightport.converters.options import declared_options
 from weightport.errors import FamilyError
@@ -68,7 +69,7 @@ def _stages(family: Family) -> list[str]:
 
 @click.command("family-check")
 @click.argument("family")
-@click.argument("cases", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("cases", nargs=-1, required=True, type=ExistingPath())
 @json_option
 @command_body
 def family_check_command(family: str, cases: tuple[Path, ...], as_json: bool) -> None:

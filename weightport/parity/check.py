@@ -97,7 +97,7 @@ def check_parity(
                 attn_implementation=attention,
                 stream=True,
             )
-            originals = originals_of(directory, conversion, model.config)
+            originals = originals_of(directory, conversion, model)
             for run in opened.runs:
                 found: list[Comparison] = []
                 if not dtypes and (short := memory.shortage(run, model)):

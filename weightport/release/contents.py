@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -16,8 +16,10 @@ from weightport.hub import without_secrets
 from weightport.local_paths import shortened, shortened_values
 from weightport.release.belonging import CONFIGURATION, RECORDS, REPORTS
 from weightport.release.checking import CheckedDirectory
+from weightport.writing import own_file
 
 CARD = "README.md"
+_SEAL = "<!-- Written by port-release; SHA-256 of the text above: {} -->"
 _TEXTS = (*CONFIGURATION, *RECORDS, *REPORTS)
 
 
@@ -59,22 +61,25 @@ def write_into(checked: CheckedDirectory, card: str) -> None:
     """Put the card and the code into the directory as well, so that it is what was published. Raises UsageError when a
     card of the user's own stands there."""
     for name, content in {**_code(checked), CARD: card.encode("utf-8")}.items():
-        target = checked.path / name
-        work = target.with_name(f".{name}.{os.getpid()}")
-        try:
+        with own_file(checked.path / name) as work:
             work.write_bytes(content)
-            os.replace(work, target)
-        finally:
-            work.unlink(missing_ok=True)
+
+
+def sealed(card: str) -> str:
+    """The card with a last line by which a later release knows that nobody has edited it."""
+    return f"{card.rstrip()}\n\n{_SEAL.format(hashlib.sha256(card.strip().encode('utf-8')).hexdigest())}\n"
 
 
 def require_own_card(checked: CheckedDirectory) -> None:
-    """Raises UsageError when the directory's README.md was written by somebody else: it would be lost."""
+    """Raises UsageError when the directory's README.md is somebody else's, or was edited: it would be lost."""
     path = checked.path / CARD
-    if path.exists() and "weightport" not in path.read_text(encoding="utf-8", errors="replace").partition("\n# ")[0]:
+    if not path.exists():
+        return
+    found = path.read_text(encoding="utf-8", errors="replace")
+    if found != sealed(found.rstrip().rpartition("\n")[0]):
         raise UsageError(
-            f"{path} is not a card that port-release wrote, and would be replaced. Move it away; what it says can be "
-            "added to the card on the Hub."
+            f"{path} is not a card that port-release wrote, or was edited since, and would be replaced. Move it away; "
+            "what it says can be added to the card on the Hub."
         )
 
 

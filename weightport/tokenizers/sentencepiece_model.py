@@ -111,10 +111,10 @@ def _model(path: Path, data: bytes) -> SentencePieceModel:
 
 def _piece(data: bytes) -> Piece:
     found = dict(_fields(data))
-    text, score = found.get(1, b""), found.get(2, b"\0\0\0\0")
-    if not isinstance(text, bytes) or not isinstance(score, bytes):
+    text, score, kind = found.get(1, b""), found.get(2, b"\0\0\0\0"), found.get(3, PieceType.NORMAL)
+    if not (isinstance(text, bytes) and isinstance(score, bytes) and isinstance(kind, int)):
         raise ValueError("a piece is malformed")
-    return Piece(text.decode("utf-8"), struct.unpack("<f", score)[0], PieceType(found.get(3, PieceType.NORMAL)))
+    return Piece(text.decode("utf-8"), struct.unpack("<f", score)[0], PieceType(kind))
 
 
 def _message(value: int | bytes) -> bytes:

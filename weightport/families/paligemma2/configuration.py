@@ -142,10 +142,10 @@ def settings_of(sizes: Sizes, options: PaliGemmaOptions) -> Settings:
     the model or are no numbers.
     """
     variant = _variant(sizes, options.variant)
-    text, notes = sizes.text, []
+    text, name, notes = sizes.text, variant.name if variant else None, []
     if sizes.generation == 1:
         _refuse_for_gemma_1(options)
-        return Settings(text.head_width, None, None, None, variant and variant.name, ())
+        return Settings(text.head_width, None, None, None, name, ())
     scale = options.query_scale or (variant.query_scale if variant else "head")
     known = {"head": text.head_width, "width": text.width // text.heads}
     scalar = known.get(scale) or _positive("--query-scale", scale, whole=True, words="head, width or a whole number")
@@ -160,7 +160,7 @@ def settings_of(sizes: Sizes, options: PaliGemmaOptions) -> Settings:
         attention_softcap=ATTENTION_SOFTCAP if softcap is None else _optional("--attention-softcap", softcap),
         final_softcap=_optional("--final-softcap", options.final_softcap),
         sliding_window=_window(options.sliding_window),
-        variant=variant.name if variant else None,
+        variant=name,
         notes=tuple(notes),
     )
 

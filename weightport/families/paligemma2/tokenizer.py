@@ -126,9 +126,11 @@ def build_tokenizer(vocabulary: PaliGemmaVocabulary) -> Any:
     from transformers import AddedToken, GemmaTokenizer
 
     ids = {piece.text: place for place, piece in enumerate(vocabulary.pieces)}
+    # Annotated as strings there; tokenizers takes pairs.
+    merges: Any = _merges(vocabulary.pieces, ids)
     tokenizer = GemmaTokenizer(
         vocab=ids,
-        merges=_merges(vocabulary.pieces, ids),
+        merges=merges,
         # Without one of its own, a mask token would take the id of <image>.
         mask_token=MASK if MASK in ids else SPECIAL[-1],
     )

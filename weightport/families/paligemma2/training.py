@@ -194,8 +194,8 @@ def written_objects(objects: Objects) -> str:
 
 
 def read_objects(text: str, size: tuple[int, int]) -> Iterator[tuple[str, tuple[float, float, float, float]]]:
-    """The objects in an answer about a picture of `size` (width, height): label and box (x0, y0, x1, y1) in pixels, the
-    middle of each place. What is no object is passed over."""
+    """The objects in an answer about a picture of `size` (width, height): label and box (x0, y0, x1, y1) in pixels, at
+    the middle of each place. What is no object is passed over."""
     width, height = size
     for places, label in _OBJECT.findall(text):
         y0, x0, y1, x1 = ((int(place) + 0.5) / BINS for place in _PLACE.findall(places))
