@@ -93,7 +93,7 @@ def test_a_portable_or_released_directory_is_still_weightports_own(checkpoint, t
     class Hub:
         def create_repo(self, *words: object, **named: object) -> None: ...
 
-        upload_folder = create_repo
+        preupload_lfs_files = create_commit = create_repo
 
     out = tmp_path / "out"
     assert weightport("convert", checkpoint, out, "--quiet").exit_code == 0
@@ -114,7 +114,8 @@ def test_an_export_replaces_an_export_and_not_the_original(converted, checkpoint
     shutil.copyfile(checkpoint, untouched / "original.pt")
     refused(tmp_path, untouched, "export", converted, untouched / "original.pt", "--overwrite", said="not written by")
     assert weightport("export", converted, tmp_path / "back.pt").exit_code == 0
-    assert weightport("export", converted, tmp_path / "back.pt").exit_code == 1
+    again = weightport("export", converted, tmp_path / "back.pt")
+    assert again.exit_code == 1 and "back.pt exists" in again.stderr, again.stderr
     assert weightport("export", converted, tmp_path / "back.pt", "--overwrite").exit_code == 0
     assert torch.load(tmp_path / "back.pt", weights_only=False)["model"]
 

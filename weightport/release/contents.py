@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from weightport.hub import without_secrets
 from weightport.local_paths import shortened, shortened_values
 from weightport.release.belonging import CONFIGURATION, RECORDS, REPORTS
 from weightport.release.checking import CheckedDirectory
+from weightport.writing import own_file
 
 CARD = "README.md"
 _TEXTS = (*CONFIGURATION, *RECORDS, *REPORTS)
@@ -59,13 +59,8 @@ def write_into(checked: CheckedDirectory, card: str) -> None:
     """Put the card and the code into the directory as well, so that it is what was published. Raises UsageError when a
     card of the user's own stands there."""
     for name, content in {**_code(checked), CARD: card.encode("utf-8")}.items():
-        target = checked.path / name
-        work = target.with_name(f".{name}.{os.getpid()}")
-        try:
+        with own_file(checked.path / name) as work:
             work.write_bytes(content)
-            os.replace(work, target)
-        finally:
-            work.unlink(missing_ok=True)
 
 
 def require_own_card(checked: CheckedDirectory) -> None:
