@@ -24,4 +24,5 @@ FAMILY = Family(
     verification_prompt="<image>caption en",
     conversion_stage="weightport.families.paligemma2.conversion:CONVERSION",
     parity_stage="weightport.families.paligemma2.parity:PALIGEMMA2",
+    training_stage="weightport.families.paligemma2.training:TRAINING",
 )
