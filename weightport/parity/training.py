@@ -29,7 +29,9 @@ def run_training(
 ) -> Observations:  # fmt: skip
     """One step without an update: forward in the run's mode, backward when the reference holds gradients."""
     special = [each for each in wanted if _is_gradient(each.seam) or each.seam in family.losses]
+    backward = any(_is_gradient(each.seam) and not each.seam.startswith(AFTER) for each in special)
     with (
+        torch.set_grad_enabled(backward),
         _unchanged(model),
         _exact_loss(model, family),
         recording(model, family.seams, [each for each in wanted if each not in special]) as observations,
@@ -49,7 +51,7 @@ def run_training(
             if each.seam in family.losses:
                 value = family.losses[each.seam](output, arguments, model.config)
                 observations[each.tensor.name] = observe(value.detach(), each)
-        if any(_is_gradient(each.seam) and not each.seam.startswith(AFTER) for each in special):
+        if backward:
             loss.backward()
         _record_originals(model, special, originals, observations)
     return observations
