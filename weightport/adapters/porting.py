@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 
 from weightport.adapters.family import AdapterFamily, FamilyLookup
 from weightport.adapters.lora_settings import LoraSettings, parse_lora_settings
@@ -31,6 +30,8 @@ from weightport.converters.record import read_record
 from weightport.converters.rules import Rule, RuleTable
 from weightport.errors import AdapterError, CheckpointError, UnknownFamilyError
 from weightport.writing import require_directory, whole_directory
+from weightport.writing.outgoing import Outgoing
+from weightport.writing.safetensors_shards import aligned, write_safetensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -129,7 +130,7 @@ def port_adapter(
     config = _native_settings(settings, ranks, alphas, wholes, target)
     with whole_directory(out, overwrite=overwrite, inputs=inputs) as folder:
         (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        save_file({name: t.contiguous().clone() for name, t in ported.items()}, folder / WEIGHTS, {"format": "pt"})
+        write_safetensors(aligned(Outgoing.of(name, ported[name]) for name in sorted(ported)), folder / WEIGHTS)
     return PortedAdapter(out, modules, kept, _notes(modules, unused, target))
 
 
