@@ -25,7 +25,7 @@ LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said: the prompt it was given, its text, and the generated ids."""
+    """What a model said: the prompt it was given, its text, and the generated ids without the prompt's."""
 
     prompt: str
     text: str
@@ -79,8 +79,11 @@ def generate(
         # Two limits at once make transformers warn about the one that loses.
         settings |= {"max_new_tokens": max_new_tokens, "max_length": None}
     with torch.no_grad():
-        ids = model.generate(**inputs, **settings)
-    return Answer(asked, answer_text(processor, ids[0], asked, picture), ids[0].tolist())
+        ids = model.generate(**inputs, **settings)[0]
+    if not model.config.is_encoder_decoder:
+        # A decoder alone returns the prompt before the answer.
+        ids = ids[inputs["input_ids"].shape[1] :]
+    return Answer(asked, answer_text(processor, ids, asked, picture), ids.tolist())
 
 
 @contextmanager

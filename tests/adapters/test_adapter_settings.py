@@ -144,7 +144,7 @@ def test_pattern_that_never_ends_is_refused_in_the_other_readers_too(
         tensors = {f"model.layers.0.self_attn.q_proj.lora_{side}.default.weight": object() for side in "AB"}
         merge_dump(tensors, {"peft_type": "LORA", "r": 4, "alpha_pattern": {ENDLESS: 4}}, "model.bin")  # type: ignore[arg-type]
     changed(spoiled, modules_to_save=[ENDLESS])
-    monkeypatch.setattr("weightport.adapters.porting.read_base", lambda base: None)
+    monkeypatch.setattr("weightport.adapters.porting.read_base", lambda base, families: None)
     with pytest.raises(AdapterError, match="which is the limit"):
         port_adapter(spoiled, spoiled.parent / "ported", base)
 

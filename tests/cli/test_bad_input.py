@@ -244,7 +244,11 @@ def test_a_signal_while_writing_leaves_nothing(checkpoint, tmp_path, number):
         "port_ofa()\n"
     )
     command = [sys.executable, "-c", script, str(checkpoint), str(target / "out"), "--quiet"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell starts what runs in the background with SIGINT ignored, and so the tests within it.
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "writing\n"
     assert os.listdir(target) != []

@@ -226,7 +226,7 @@ def test_reports_within_the_model_directory_are_its_own_and_are_replaced_only_wh
         result = weightport(*words, *more)
         assert result.exit_code == 0, result.output
     with monkeypatch.context() as patched:
-        patched.setattr("weightport.parity.check.check_parity", None)  # looked at first, not after minutes of work
+        patched.setattr("weightport.api.check_parity", None)  # looked at first, not after minutes of work
         result = weightport(*words)
         assert result.exit_code == 1 and "parity.json exists" in result.stderr, result.output
         for name in ("config.json", "conversion.json", "model.safetensors"):

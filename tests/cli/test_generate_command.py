@@ -166,7 +166,7 @@ def test_an_unconverted_checkpoint_is_told_how_to_be_converted(checkpoint, origi
     for path, family in ((checkpoint, "ofa"), (checkpoint.parent, "ofa"), (original_florence2, "florence2")):
         result = weightport(*commands(path, tmp_path)[command])
         refused(result, f"{path} holds an original checkpoint", f"port-{family} {path} OUT")
-    refused(weightport(*commands(tmp_path / "absent", tmp_path)[command]), "absent does not exist")
+    refused(weightport(*commands(tmp_path / "absent", tmp_path)[command]), "absent does not exist", status=2)
 
 
 @pytest.mark.parametrize("family", ["ofa", "florence2"])
@@ -181,7 +181,7 @@ def test_a_converted_directory_is_not_converted_again(request, tmp_path, family)
 @pytest.mark.parametrize("family", ["ofa", "florence2"])
 def test_whoever_limits_an_answer_is_not_warned_of_the_directorys_limit(request, picture, family):
     script = (
-        "import sys, weightport\n"
+        "import sys, weightport.modeling\n"
         "from PIL import Image\n"
         "from transformers import AutoModelForImageTextToText, AutoProcessor\n"
         "folder, picture = sys.argv[1:]\n"

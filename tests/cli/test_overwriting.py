@@ -101,6 +101,10 @@ def test_a_portable_or_released_directory_is_still_weightports_own(checkpoint, t
     assert (out / "README.md").is_file() and (out / "modeling_ofa.py").is_file()
     done = weightport("convert", checkpoint, out, "--overwrite", "--quiet")
     assert done.exit_code == 0, done.output
+    config = out / "config.json"
+    config.write_text(config.read_text().replace("{", '{"mine": 1,', 1))
+    release(out, ReleaseOptions("somebody/something"), api=Hub())
+    refused(tmp_path, out, "convert", checkpoint, out, "--overwrite", said="config.json was changed since")
 
 
 def test_an_export_does_not_replace_the_models_weights(converted, untouched, tmp_path):

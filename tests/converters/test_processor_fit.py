@@ -14,6 +14,7 @@ from transformers import pipeline
 
 from weightport.api import convert
 from weightport.checkpoints import open_checkpoint
+from weightport.checkpoints.sources import MAIN, Sources
 from weightport.converters.processor import ImageUse, check_processor
 from weightport.errors import ConfigurationError, VocabularyError
 from weightport.families.florence2.images import RELEASED_TOWER, image_settings
@@ -127,10 +128,11 @@ def test_a_picture_that_leaves_the_text_no_position_is_refused_before_anything_i
 def test_an_ofa_trained_on_pictures_beyond_its_positions_is_refused(original, tmp_path):
     import torch
 
-    family = registry()["ofa"].conversion
+    family = registry()["ofa"]
     case = originals_of_ofa(tmp_path)
     document = torch.load(case, weights_only=False)
-    limit = family.read(open_checkpoint(case)).config.image_bucket_size
+    read = family.conversion.read(Sources({MAIN: open_checkpoint(case)}), family.bare_options)
+    limit = read.config.image_bucket_size
     document["cfg"]["task"]["patch_image_size"] = 16 * limit + 1
     torch.save({"args": None, "cfg": document["cfg"], "model": document["model"]}, case)
     with pytest.raises(ConfigurationError, match=f"{limit + 1} × {limit + 1} features; the model has positions for"):
@@ -210,8 +212,13 @@ def test_an_ofa_whose_pictures_have_no_known_size_gets_one_that_fits_and_is_told
     import torch
 
     case = originals_of_ofa(tmp_path)
-    model = torch.load(case, weights_only=False)["model"]
-    torch.save({"args": None, "cfg": None, "model": model}, case)
+    document = torch.load(case, weights_only=False)
+    task = document["cfg"]["task"]
+    symbols = ["<mask>", *(f"<code_{i}>" for i in range(task["code_dict_size"]))]
+    symbols += [f"<bin_{i}>" for i in range(task["num_bins"])]
+    with (case.parent / "dict.txt").open("a") as dictionary:
+        dictionary.writelines(f"{symbol} 0\n" for symbol in symbols)
+    torch.save({"args": None, "cfg": None, "model": document["model"]}, case)
     result = convert(case, tmp_path / "out")
     limit = result.model.config.image_bucket_size
     size = json.loads((tmp_path / "out" / "processor_config.json").read_text())["image_processor"]["size"]

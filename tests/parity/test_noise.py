@@ -66,7 +66,7 @@ def test_few_elements_keep_the_formula() -> None:
 def test_noise_of_float64_is_that_of_float32_in_its_own_eps() -> None:
     own = OwnNoise(1e-4, 512, 1.7)
     allowed = SPREAD * math.sqrt(2) * 1e-4 * DOUBLE / SINGLE
-    assert own.allowance(torch.float64, torch.float64) == pytest.approx(allowed)
+    assert own.allowance(1e-13, torch.float64, torch.float64) == pytest.approx(allowed)
     # A false alarm of the depth formula alone.
     assert judged(0.9 * allowed, None, torch.float64).verdict is Verdict.DEPARTS
     assert judged(0.9 * allowed, own, torch.float64).verdict is Verdict.WITHIN_NOISE
@@ -82,7 +82,16 @@ def test_flipped_rectifiers_of_float32_excuse_nothing_in_float64() -> None:
     flipped = OwnNoise(2e-3, 512, 1.7)
     assert judged(0.9 * KINK, flipped, kinked=True).verdict.passes
     assert judged(1e-12, flipped, torch.float64, kinked=True).verdict is Verdict.DEPARTS
-    assert judged(1e-12, flipped, torch.float64).verdict.passes
+    assert judged(1e-12, OwnNoise(1e-4, 512, 1.7), torch.float64, kinked=True).verdict is Verdict.DEPARTS
+    assert judged(4e-13, OwnNoise(1e-4, 512, 1.7), torch.float64).verdict.passes
+
+
+def test_reference_that_was_not_float32_throughout_excuses_nothing() -> None:
+    """TF32 rounds to 2^-11: its own error would let a port in half precision pass."""
+    result = judged(1e-3, OwnNoise(1e-3, 512, 1.7))
+    assert result.verdict is Verdict.DEPARTS and "TF32" in result.note
+    assert judged(1e-3, OwnNoise(1e-3, 512, 1.7), torch.float64).verdict is Verdict.DEPARTS
+    assert not judged(5e-5, OwnNoise(5e-5, 512, 1.7)).note
 
 
 def test_own_noise_is_the_largest_error_of_float32_against_float64() -> None:

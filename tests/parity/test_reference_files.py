@@ -151,6 +151,12 @@ def test_slice_beyond_the_tensor_is_refused(data: Any, said: str) -> None:
         parse_selection(data).apply(torch.zeros(3, 4))
 
 
+@pytest.mark.parametrize("data", [[[0, 10**20]], [[10**20, None]], [{"indices": [10**20]}], {"flat": [0, 1, 10**20]}])
+def test_slice_past_what_torch_counts_to_is_refused(data: Any) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        parse_selection(data)
+
+
 def edit(**changes: Any) -> Callable[..., None]:
     """Replace (or, with None, remove) tensors of the run `text`, or its options."""
 

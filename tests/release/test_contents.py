@@ -172,8 +172,15 @@ def test_card_of_the_users_own_is_not_replaced(model: Path) -> None:
     (model / "README.md").write_text("---\nlicense: mit\n---\n# My model, in my own words\n")
     with pytest.raises(UsageError, match="is not a card that port-release wrote"):
         release(model, DRY)
-    (model / "README.md").write_text(release_card := '---\ntags: ["ofa", "weightport"]\n---\n\n# ofa\n')
-    assert release_card and "README.md" in published(model)
+
+
+def test_card_that_was_edited_after_its_release_is_not_replaced(model: Path) -> None:
+    card = model / "README.md"
+    card.write_text(release(model, DRY).card)
+    assert "README.md" in published(model)
+    card.write_text(card.read_text().replace("## ", "## My ", 1))
+    with pytest.raises(UsageError, match="was edited since"):
+        release(model, DRY)
 
 
 def test_dry_run_says_where_to_and_how_large_to_the_byte(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,7 +122,7 @@ def require_fields(data: Mapping[str, Any], where: str) -> None:
 _ENDINGS = ("rank_pattern", "alpha_pattern")
 _NUMBERS = ("r", "lora_alpha")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_LARGEST_RANK, _LARGEST_ALPHA = 1 << 31, 1e30
+_LARGEST_RANK, _LARGEST_ALPHA, _LONGEST_PATH = 1 << 31, 1e30, 4096
 
 
 def _rank(value: Any) -> bool:
@@ -141,6 +141,10 @@ def _index(value: Any) -> bool:
 def _text(value: Any) -> bool:
     # JSON can hold half of a surrogate pair, which no file or terminal takes.
     return isinstance(value, str) and not _SURROGATE.search(value)
+
+
+def _name(value: Any) -> bool:
+    return _text(value) and len(value) <= _LONGEST_PATH
 
 
 def _flag(value: Any) -> bool:
@@ -176,7 +180,7 @@ _FIELDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "rows of the embedding, or such lists by module name",
     ),
     ("bias", lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
-    ("base_model_name_or_path", _text, "the name of a model"),
+    ("base_model_name_or_path", _name, "the name or the path of a model"),
     *((flag, _flag, "true or false") for flag in (
         "use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying")),
 )  # fmt: skip

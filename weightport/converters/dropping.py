@@ -14,14 +14,16 @@ SHOWN = 3
 def given_up(tensors: Mapping[str, TensorRef], patterns: Iterable[str], section: str = "") -> dict[str, str]:
     """Reason by name of every tensor that one of `patterns` describes.
 
-    A pattern may speak of a tensor as the model calls it or as the file does: `section` and a dot before it.
+    A pattern may speak of a tensor as the model calls it or as the file does: `section` and a dot (in an .npz a slash)
+    before it.
     """
     compiled = [Pattern(text) for text in patterns]
+    before = ("", f"{section}.", f"{section}/") if section else ("",)
     return {
         name: f"left out on request (--drop {pattern})"
         for name in tensors
         for pattern in compiled
-        if pattern.match(name) is not None or (section and pattern.match(f"{section}.{name}") is not None)
+        if any(pattern.match(start + name) is not None for start in before)
     }
 
 

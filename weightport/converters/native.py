@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,12 @@ class NativeTensors:
 
     shapes: Mapping[str, tuple[int, ...]]
     buffers: frozenset[str] = frozenset()
+
+    def renamed(self, new_name: Callable[[str], str]) -> NativeTensors:
+        """The same tensors under other names: those on disk of a class that calls them otherwise in memory."""
+        return NativeTensors(
+            {new_name(name): shape for name, shape in self.shapes.items()}, frozenset(map(new_name, self.buffers))
+        )
 
 
 def loadable_tensors(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> NativeTensors:

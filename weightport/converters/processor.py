@@ -53,7 +53,7 @@ def check_processor(processor: Any, config: PreTrainedConfig, use: ImageUse) -> 
     tokens with their ids, pictures with the grid of positions, and placeholders with features and text positions.
     """
     text: Any = config.get_text_config()
-    _check_ids(processor.tokenizer, text.vocab_size)
+    _check_ids(processor, config, text.vocab_size)
     _check_special_tokens(processor, config, text)
     height, width = image_sides(processor)
     pixels = f"Pictures of {height} × {width} pixels give {use.rows} × {use.columns} features"
@@ -73,8 +73,12 @@ def check_processor(processor: Any, config: PreTrainedConfig, use: ImageUse) -> 
         )
 
 
-def _check_ids(tokenizer: Any, rows: int) -> None:
-    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+def _check_ids(processor: Any, config: Any, rows: int) -> None:
+    # A placeholder's row is never looked up: models may keep its id outside of their embedding.
+    image = getattr(processor, "image_token_id", None)
+    own = None if image is None or image != getattr(config, "image_token_id", None) else image
+    ids = ((token, place) for token, place in processor.tokenizer.get_vocab().items() if place != own)
+    token, last = max(ids, key=lambda item: item[1])
     if last >= rows:
         raise VocabularyError(
             f"The tokenizer gives ids up to {last} ({token!r}); the model's embedding has {rows} rows."

@@ -12,6 +12,11 @@ from weightport.parity.noise import Allowed, Noise, OwnNoise, scale_of
 from weightport.parity.reference import Expected
 from weightport.parity.seams import Observed
 
+DOUBTFUL = (
+    "the reference's own float32 lies further from its float64 than float32 explains: was it dumped with TF32 or "
+    "autocast, or changed?"
+)
+
 
 class Verdict(StrEnum):
     """What a comparison says; only `DEPARTS` fails.
@@ -174,7 +179,8 @@ def _numbers(
         return replace(blank, note=f"{int(error.isinf().sum())} values are infinite in one and not in the other")
     largest = float(error.max()) if error.numel() else 0.0
     mean = float(error.mean()) if error.numel() else 0.0
-    return replace(blank, verdict=_verdict(largest, allowed), largest=largest, mean=mean)
+    note = DOUBTFUL if allowed.doubtful else blank.note
+    return replace(blank, verdict=_verdict(largest, allowed), largest=largest, mean=mean, note=note)
 
 
 def _verdict(largest: float, allowed: Allowed) -> Verdict:

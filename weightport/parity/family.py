@@ -36,7 +36,8 @@ class Seam:
     `name` and `module` may hold one `*`, the layer number. `pick` takes what the module returned (or, with
     `side="input"`, its first argument) to the tensor the original would have given: same axes, same order; None where
     the model has no such value. `parts` names the modules that make the value, where they are not those that run
-    between the seam before and this one.
+    between the seam before and this one. `within` cuts the picked tensor to what the original has of it, by the
+    configuration (a native embedding may have more rows).
     """
 
     name: str
@@ -44,6 +45,7 @@ class Seam:
     pick: Callable[[Any], torch.Tensor | None] = lambda value: value
     side: Literal["input", "output"] = "output"
     parts: tuple[str, ...] = ()
+    within: Callable[[torch.Tensor, PreTrainedConfig], torch.Tensor] | None = None
 
     def layer_of(self, name: str) -> str | None:
         """What `*` stands for in `name`, "" where there is no `*`, None where this is another seam."""
@@ -74,6 +76,19 @@ class Generation:
     prompt_length: int = 1
 
 
+def leading_block(sample: Mapping[str, Any], config: PreTrainedConfig) -> int:
+    """Columns of `input_ids` of one sample without padding that a decoder has to read at once.
+
+    Where token types are given, all up to the last one of the first column's type: the prefix that sees itself. All
+    places of the image in any case, and one column at least.
+    """
+    ids, types = sample["input_ids"][0], sample.get("token_type_ids")
+    image = getattr(config, "image_token_id", None)
+    blocks = [] if types is None else [types[0] == types[0, 0]]
+    blocks += [] if image is None else [ids == image]
+    return max([1, *(int(block.nonzero().max()) + 1 for block in blocks if bool(block.any()))])
+
+
 @dataclass(frozen=True)
 class Family:
     """The table of one family.
@@ -84,9 +99,12 @@ class Family:
     `noise` is what lies between two correct implementations where a reference does not say it; `noise_of` has that of
     seams whose names begin so, where it is another. `kinked(config, seam)`: whether a gradient has passed
     rectifiers. `plain` are configuration values that make a training step reproducible (no dropout). `losses` computes
-    further training seams from the model's output, the native arguments and the configuration. `exact_loss` stands in
+    further training seams from the model's output, the native arguments and the configuration. `training_loss`
+    computes the loss of a training run from these and the run's options, where it is not the model's own (then None).
+    `exact_loss` stands in
     for the model's own loss in float64, where transformers rounds logits to float32 first. `casts_to_float32`: the
-    native model's own code casts values to float32, which a float64 run leaves out.
+    native model's own code casts values to float32, which a float64 run leaves out. `prefix` counts the columns that
+    a model without an encoder reads at once before it decodes step by step.
     """
 
     name: str
@@ -106,8 +124,12 @@ class Family:
     losses: Mapping[str, Callable[[Any, Mapping[str, Any], PreTrainedConfig], torch.Tensor]] = field(
         default_factory=dict
     )
+    training_loss: (
+        Callable[[Any, Mapping[str, Any], Mapping[str, Any], PreTrainedConfig], torch.Tensor | None] | None
+    ) = None
     exact_loss: Callable[..., torch.Tensor] | None = None
     casts_to_float32: bool = False
+    prefix: Callable[[Mapping[str, Any], PreTrainedConfig], int] = leading_block
 
     def noise_at(self, seam: str) -> Noise:
         """The noise of a seam."""

@@ -21,15 +21,18 @@ _SOFTMAXES = frozenset(
 
 
 class Float64Throughout(TorchFunctionMode):
-    """While the block runs, a float64 tensor is not cast to float32."""
+    """While the block runs, a float64 tensor is not cast to float32, and whole numbers (positions, and the exponents
+    of rotary frequencies) become float64 where they would become float32."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        wide = bool(args) and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64
+        wide = bool(args) and isinstance(args[0], torch.Tensor) and args[0].dtype in (torch.float64, torch.int64)
         if wide and func is torch.Tensor.float:
-            return args[0]
+            return args[0].double()
         if wide and (func is torch.Tensor.to or func in _SOFTMAXES):
             args = tuple(torch.float64 if value is torch.float32 else value for value in args)
             if kwargs.get("dtype") is torch.float32:
                 kwargs["dtype"] = torch.float64
+        if func is torch.arange and kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)

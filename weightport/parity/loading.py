@@ -64,7 +64,7 @@ def load_native(
         raise CoverageError(f"The weights in {directory} are not those of its config.json ({found}).")
     model = model.to(device).eval()
     if loaded_in != dtype and dtype is not None:
-        stream_weights(model, dtype)
+        stream_weights(model, dtype, casts_to_float32=family.casts_to_float32)
     return model
 
 

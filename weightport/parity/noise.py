@@ -41,6 +41,11 @@ LAST_BITS = 4.0
 """A measured noise is no smaller than so many eps of the largest value: what is exact in one implementation (a table's
 rows) may be a sum in the other."""
 
+EXPLAINED = 10.0
+"""A measured noise counts up to so many times what the depth formula, or the last bits of the largest value, explain.
+The largest seen in a true reference is 1.4 times (stages of Florence-2-large). One that is far beyond was not computed
+in float32 throughout (TF32, autocast), or was changed, and excuses nothing."""
+
 GRADIENT_FLOOR = 1e-3
 """A parameter's gradient is measured against at least this part of the whole gradient: one that vanishes analytically
 (the bias of a key projection: the softmax does not see it) is nothing but noise of the others."""
@@ -101,19 +106,26 @@ class OwnNoise:
         eps = max(torch.finfo(dtype).eps for dtype in dtypes)
         return max(self.largest, LAST_BITS / SPREAD * SINGLE * self.peak) * eps / SINGLE
 
-    def allowance(self, *dtypes: torch.dtype) -> float:
+    def explained(self, formula: float, *dtypes: torch.dtype) -> float:
+        """The most that counts as noise of arithmetic, where the depth formula gives `formula`."""
+        eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+        return EXPLAINED * max(formula, LAST_BITS * eps * self.peak)
+
+    def allowance(self, formula: float, *dtypes: torch.dtype) -> float:
         """The largest error of another correct implementation, in the seam's own units."""
-        return SPREAD * math.sqrt(2 if len(set(dtypes)) == 1 else 1) * self.at(*dtypes)
+        own = min(self.at(*dtypes), self.explained(formula, *dtypes))
+        return SPREAD * math.sqrt(2 if len(set(dtypes)) == 1 else 1) * own
 
 
 @dataclass(frozen=True)
 class Allowed:
     """What is allowed at a seam, in its own units. Up to `formula` the depth explains the error; above it, up to
-    `largest`, the original's own noise does."""
+    `largest`, the original's own noise does. `doubtful` says that this is more than arithmetic explains."""
 
     largest: float
     formula: float
     own: float | None = None
+    doubtful: bool = False
 
     @classmethod
     def of(
@@ -125,9 +137,10 @@ class Allowed:
         half = max(torch.finfo(dtype).eps for dtype in dtypes) > SINGLE
         if own is None or half or (kinked and torch.float32 not in dtypes):
             return cls(formula, formula)
-        measured = own.allowance(*dtypes)
+        measured = own.allowance(formula, *dtypes)
         judged = measured if own.decides and not kinked else max(measured, formula)
-        return cls(judged, min(formula, judged), own.at(*dtypes))
+        doubtful = own.at(*dtypes) > own.explained(formula, *dtypes)
+        return cls(judged, min(formula, judged), own.at(*dtypes), doubtful)
 
 
 def scale_of(reference: torch.Tensor) -> float:

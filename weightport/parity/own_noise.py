@@ -59,7 +59,7 @@ def _own(single: torch.Tensor, double: torch.Tensor, gradient: bool) -> OwnNoise
 
 
 def _together(norms: Mapping[str, tuple[torch.Tensor, torch.Tensor]], total: float) -> dict[str, OwnNoise]:
-    scales = {seam: max(abs(float(pair[1])), GRADIENT_FLOOR * total) for seam, pair in norms.items()}
-    errors = [abs(float(pair[0] - pair[1])) / scales[seam] for seam, pair in norms.items() if scales[seam]]
+    scales = {seam: max(float(pair[1].abs().max()), GRADIENT_FLOOR * total) for seam, pair in norms.items()}
+    errors = [float((pair[0] - pair[1]).abs().max()) / scales[seam] for seam, pair in norms.items() if scales[seam]]
     worst = max(errors, default=0.0)
     return {seam: OwnNoise(worst * scale, len(errors), scale, gradient=True) for seam, scale in scales.items()}

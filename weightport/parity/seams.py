@@ -86,7 +86,7 @@ def recording(model: nn.Module, seams: Sequence[Seam], wanted: Iterable[Expected
             except (AttributeError, IndexError):
                 observations.update({each.tensor.name: Missed(f"the model has no module {path}") for each in expected})
                 continue
-            hooks.callback(_attach(module, seam, expected, observations).remove)
+            hooks.callback(_attach(module, seam, expected, observations, getattr(model, "config", None)).remove)
         yield observations
 
 
@@ -112,11 +112,13 @@ def _by_place(
     return places
 
 
-def _attach(module: nn.Module, seam: Seam, expected: list[Expected], observations: Observations) -> Any:
+def _attach(module: nn.Module, seam: Seam, expected: list[Expected], observations: Observations, config: Any) -> Any:
     def keep(value: Any) -> None:
         if expected[0].tensor.name in observations:
             return
         picked = seam.pick(value)
+        if picked is not None and seam.within is not None:
+            picked = seam.within(picked, config)
         for each in expected:
             if picked is None:
                 observations[each.tensor.name] = Missed("the model gave no such value")

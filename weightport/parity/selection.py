@@ -54,6 +54,8 @@ class Selection:
 
 
 WHOLE = Selection()
+_LARGEST_INDEX = 2**63 - 1
+"""What torch takes: an int64."""
 
 
 def parse_selection(data: Any) -> Selection:
@@ -95,7 +97,7 @@ def _parse_range(entry: Any) -> slice:
 
 
 def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST_INDEX
 
 
 def _range_json(axis: slice) -> list[int | None]:

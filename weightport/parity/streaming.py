@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from weightport.parity.float64_arithmetic import Float64Throughout
 
 
 @dataclass
@@ -120,11 +122,16 @@ def _view(func: Any, args: Any, kwargs: Any) -> Any:
     return [WideWeight(view, whole.dtype, whole.residence, whole, part(i)) for i, view in enumerate(views)]
 
 
-def stream_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Let `model` compute in `dtype` with its parameters as they are. Buffers are small: they are widened at once."""
+def stream_weights(model: PreTrainedModel, dtype: torch.dtype, *, casts_to_float32: bool = False) -> None:
+    """Let `model` compute in `dtype` with its parameters as they are. Buffers are small: they are widened at once.
+
+    `casts_to_float32`: the model's own code computes in float32 what no file holds (rotary frequencies), which in
+    float64 it does not then.
+    """
     residence = Residence()
     streamed: dict[int, torch.Tensor] = {}
-    exact = _computed_buffers(model, dtype)
+    with Float64Throughout() if casts_to_float32 and dtype == torch.float64 else nullcontext():
+        exact = _computed_buffers(model, dtype)
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_floating_point() and parameter.dtype != dtype:
@@ -162,8 +169,15 @@ def _computed_buffers(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, t
             module = built.get_submodule(path)
             module._buffers[own] = torch.empty_like(module.get_buffer(own), device="cpu")
         for path in dict.fromkeys(name.rpartition(".")[0] for name in names):
-            built._init_weights(built.get_submodule(path))
+            _owner(built, path)._init_weights(built.get_submodule(path))
     return {name: built.get_buffer(name).to(model.device) for name in names}
+
+
+def _owner(model: PreTrainedModel, path: str) -> PreTrainedModel:
+    """The innermost model of transformers that the module at `path` stands in: it knows how its buffers begin."""
+    parts = path.split(".")
+    inside = (model.get_submodule(".".join(parts[:end])) for end in range(len(parts), 0, -1))
+    return next((each for each in inside if isinstance(each, PreTrainedModel)), model)
 
 
 def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:

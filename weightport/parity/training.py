@@ -20,6 +20,7 @@ from weightport.parity.seams import Missed, Observations, observe, recording
 from weightport.parity.streaming import WideWeight
 
 GRADIENT, GRADIENT_NORM, TOTAL_NORM, AFTER = "grad.", "grad_norm.", "grad_norm", "after."
+LOSS = "loss"
 
 
 def run_training(
@@ -37,12 +38,19 @@ def run_training(
         output = model(**arguments, use_cache=False)
         if output.loss is None:
             raise ReferenceFileError(f"The model computed no loss in run {run.name!r}.")
+        loss = family.training_loss(output, arguments, run.options, model.config) if family.training_loss else None
+        if loss is None:
+            loss = output.loss
+        else:
+            observations.update(
+                {each.tensor.name: observe(loss.detach(), each) for each in wanted if each.seam == LOSS}
+            )
         for each in special:
             if each.seam in family.losses:
                 value = family.losses[each.seam](output, arguments, model.config)
                 observations[each.tensor.name] = observe(value.detach(), each)
         if any(_is_gradient(each.seam) and not each.seam.startswith(AFTER) for each in special):
-            output.loss.backward()
+            loss.backward()
         _record_originals(model, special, originals, observations)
     return observations
 
@@ -102,10 +110,16 @@ def _record_originals(
             prefix = next(p for p in (GRADIENT_NORM, GRADIENT, AFTER) if each.seam.startswith(p))
             value = originals.tensor(each.seam.removeprefix(prefix), buffers if prefix == AFTER else gradients)
             if value is not None and prefix == GRADIENT_NORM:
-                value = value.double().norm()
+                value = _norm_like(value.double(), each.tensor.shape)
         observations[each.tensor.name] = (
             Missed("the model has no such parameter") if value is None else observe(value.detach(), each)
         )
+
+
+def _norm_like(gradient: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """The 2-norm; of each entry of axis 0 where the reference holds so many (a tensor of all layers has one a
+    layer)."""
+    return gradient.flatten(1).norm(dim=1) if shape == gradient.shape[:1] and gradient.ndim > 1 else gradient.norm()
 
 
 @contextmanager
@@ -144,7 +158,7 @@ def whole_gradient(run: Run) -> float:
     if TOTAL_NORM in by_seam:
         return float(by_seam[TOTAL_NORM].tensor.read())
     if by_seam:
-        return float(torch.stack([each.tensor.read().double() for each in by_seam.values()]).norm())
+        return float(torch.stack([each.tensor.read().double().norm() for each in by_seam.values()]).norm())
     gradients = {each.seam: each for each in run.outputs if each.seam.startswith(GRADIENT)}
     norms = [each.tensor.read().double().norm() for each in gradients.values()]
     return float(torch.stack(norms).norm()) if norms else 0.0

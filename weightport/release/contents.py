@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ from weightport.release.checking import CheckedDirectory
 from weightport.writing import own_file
 
 CARD = "README.md"
+_SEAL = "<!-- Written by port-release; SHA-256 of the text above: {} -->"
 _TEXTS = (*CONFIGURATION, *RECORDS, *REPORTS)
 
 
@@ -63,13 +65,21 @@ def write_into(checked: CheckedDirectory, card: str) -> None:
             work.write_bytes(content)
 
 
+def sealed(card: str) -> str:
+    """The card with a last line by which a later release knows that nobody has edited it."""
+    return f"{card.rstrip()}\n\n{_SEAL.format(hashlib.sha256(card.strip().encode('utf-8')).hexdigest())}\n"
+
+
 def require_own_card(checked: CheckedDirectory) -> None:
-    """Raises UsageError when the directory's README.md was written by somebody else: it would be lost."""
+    """Raises UsageError when the directory's README.md is somebody else's, or was edited: it would be lost."""
     path = checked.path / CARD
-    if path.exists() and "weightport" not in path.read_text(encoding="utf-8", errors="replace").partition("\n# ")[0]:
+    if not path.exists():
+        return
+    found = path.read_text(encoding="utf-8", errors="replace")
+    if found != sealed(found.rstrip().rpartition("\n")[0]):
         raise UsageError(
-            f"{path} is not a card that port-release wrote, and would be replaced. Move it away; what it says can be "
-            "added to the card on the Hub."
+            f"{path} is not a card that port-release wrote, or was edited since, and would be replaced. Move it away; "
+            "what it says can be added to the card on the Hub."
         )
 
 

@@ -13,7 +13,7 @@ from weightport.errors import CheckpointError, OutputError, UsageError
 from weightport.hub import HUB_ERRORS, endpoint, reason, refused, scrubbed_logs, shareable
 from weightport.release.card import CardOptions, model_card
 from weightport.release.checking import CheckedDirectory, check_directory, require_unchanged
-from weightport.release.contents import PublishedFile, contents, require_own_card, write_into
+from weightport.release.contents import PublishedFile, contents, require_own_card, sealed, write_into
 from weightport.release.family import PublishedFamily
 
 _REPO = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
@@ -63,7 +63,7 @@ def release(
         raise UsageError(f"{options.repo!r} is no repository: expected ORG/NAME.")
     checked = check_directory(directory, family_of, options.include)
     licence = _licence(checked, options)
-    card = _card(checked, CardOptions(options.repo, licence, options.base_model, options.language))
+    card = sealed(_card(checked, CardOptions(options.repo, licence, options.base_model, options.language)))
     require_own_card(checked)
     files = contents(checked, card)
     announce(checked, files)

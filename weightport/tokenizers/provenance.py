@@ -97,6 +97,11 @@ def florence2_provenance(source: Path | str) -> Provenance:
     return _of_folder(folder, (*(FLORENCE2_FILES if whole else FLORENCE2_PARTS), ADDED))
 
 
+def of_file(path: Path, source: str) -> Provenance:
+    """A vocabulary of one file; `source` is its name, or the Hub id that it was downloaded of."""
+    return Provenance(source, (_file(path),))
+
+
 def _of_folder(folder: Path, names: Iterable[str]) -> Provenance:
     present = [folder / name for name in names if (folder / name).is_file()]
     return Provenance(folder.resolve().name, tuple(_file(path) for path in present))

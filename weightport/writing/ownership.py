@@ -75,6 +75,14 @@ def record_file(path: Path) -> None:
         write_record(path.parent, replace(record, files={**record.files, path.name: _state(path)}))
 
 
+def is_edited(path: Path) -> bool:
+    """Whether somebody else wrote this file since weightport did, or made it."""
+    record = read_record(path.parent)
+    if record is None or not os.path.lexists(path):
+        return False
+    return path.name not in record.files or not _unchanged(record.files[path.name], _state(path))
+
+
 def read_record(folder: Path) -> FolderRecord | None:
     """The record of a folder; None where there is none that can be read."""
     try:

@@ -16,7 +16,7 @@ from pathlib import Path
 from weightport.errors import OutputError
 from weightport.writing.disk_errors import disk_errors
 from weightport.writing.exchange import give_name, sync, sync_tree
-from weightport.writing.ownership import record_file, record_folder
+from weightport.writing.ownership import is_edited, record_file, record_folder
 from weightport.writing.permission import Paths, require_directory, require_file
 from weightport.writing.working_places import exchange_with, working_place
 
@@ -63,14 +63,19 @@ def whole_file(
 
 @contextmanager
 def own_file(target: Path) -> Iterator[Path]:
-    """As `whole_file`, for a record within a folder that weightport keeps: an earlier one is replaced unasked."""
+    """As `whole_file`, for a file within a folder that weightport keeps: an earlier one is replaced unasked.
+
+    One that somebody edited stays theirs: `--overwrite` of the folder still names it.
+    """
     real = Path(os.path.realpath(target))
+    edited = is_edited(real)
     with _file_at_work(target, real) as work:
         yield work
         _finish_file(work)
         work.replace(real)
         sync(real.parent)
-        record_file(real)
+        if not edited:
+            record_file(real)
 
 
 def take_place(work: Path, target: Path, look: Callable[[], Path], *, overwrite: bool) -> None:

@@ -62,6 +62,7 @@ class Florence2Training:
     """The family `florence2`."""
 
     name = "florence2"
+    causal = False
     full_precision = ("lm_head", "vision_tower", "multi_modal_projector")
     own_loss = False
     leaves_unused = False

@@ -124,9 +124,9 @@ def _wrong_size(
         advice = f"This checkpoint is {other[0]}: give {other[1]} as the vocabulary (--vocab)."
     else:
         advice = (
-            "Give the folder that the checkpoint was trained with (its bpe_dir) as the vocabulary (--vocab), and the "
-            "training's num_bins and code_dict_size where they are not the checkpoint's own.\n"
-            "For a fine-tune with further symbols, let dict.txt list every symbol in the embedding's order."
+            "Give the folder that the checkpoint was trained with (its bpe_dir) as the vocabulary (--vocab).\n"
+            "For a fine-tune with further symbols, or other numbers of codes and bins where the file no longer holds "
+            "the training's options, let dict.txt list every symbol in the embedding's order."
         )
     return VocabularyError(
         f"encoder.embed_tokens.weight has {rows} rows, but the {vocabulary.language} vocabulary in "

@@ -48,6 +48,7 @@ class OFATraining:
     """The family `ofa`. Its encoder holds the image tower."""
 
     name = "ofa"
+    causal = False
     full_precision = ("lm_head", "vision_tower", "image_proj")
     own_loss = True
     # Its tables of image codes serve other tasks.

@@ -1,0 +1,88 @@
+"""How big_vision's files lay out a PaliGemma: what stands before its names, and which towers are stacked.
+
+The original's own loader takes what is under `params`, else under `opt/target` (files of old trainers), else the whole
+file; so does this. Towers whose layers flax scans hold the tensors of all layers in one, with the layer as axis 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from weightport.checkpoints import Checkpoint, TensorRef
+from weightport.checkpoints.types import NamedTensors
+
+PREFIXES = ("params", "opt/target", "")
+_MARK = re.compile(r"llm/layers/(\d+/)?attn/(q|qkv)_einsum/w")
+_SECTIONS = {"opt": "optimizer state", "chrono": "the trainer's counters"}
+
+
+@dataclass(frozen=True)
+class Towers:
+    """Whether the layers of each tower are one tensor (stacked), or have tensors of their own."""
+
+    vision_stacked: bool = True
+    text_stacked: bool = True
+
+    @property
+    def name(self) -> str:
+        """The layout's name in a record."""
+        words = {True: "stacked", False: "unstacked"}
+        return f"{words[self.vision_stacked]} vision, {words[self.text_stacked]} text"
+
+    @classmethod
+    def named(cls, name: str) -> Towers:
+        """The layout that a record names; the released files' where it names none."""
+        return next((each for each in _ALL if each.name == name), cls())
+
+
+_ALL = tuple(Towers(vision, text) for vision in (True, False) for text in (True, False))
+
+
+@dataclass(frozen=True)
+class Found:
+    """The model in a file: its tensors without `prefix`, their layout, and the bytes of everything else."""
+
+    prefix: str
+    tensors: NamedTensors
+    towers: Towers
+    unread: Mapping[str, int]
+
+
+def prefix_of(names: Iterable[str]) -> str | None:
+    """What stands before the model's names in a file; None where there is no PaliGemma in it."""
+    known = tuple(names)
+    for prefix in PREFIXES:
+        start = f"{prefix}/" if prefix else ""
+        if any(name.startswith(start) and _MARK.fullmatch(name, len(start)) for name in known):
+            return prefix
+    return None
+
+
+def locate(checkpoint: Checkpoint) -> Found:
+    """The PaliGemma in a checkpoint that has one."""
+    prefix = prefix_of(checkpoint) or ""
+    tensors = checkpoint.section(prefix, "/")
+    return Found(prefix, tensors, _towers(tensors), _unread(checkpoint, prefix))
+
+
+def _towers(names: Iterable[str]) -> Towers:
+    known = tuple(names)
+    return Towers(
+        not any(name.startswith("img/Transformer/encoderblock_") for name in known),
+        not any(re.match(r"llm/layers/\d+/", name) for name in known),
+    )
+
+
+def _unread(checkpoint: Mapping[str, TensorRef], prefix: str) -> dict[str, int]:
+    """Bytes of what stands beside the model, by what it is."""
+    if not prefix:
+        return {}
+    sizes: dict[str, int] = {}
+    for name, ref in checkpoint.items():
+        if not name.startswith(f"{prefix}/"):
+            section = name.partition("/")[0]
+            said = _SECTIONS.get(section, section)
+            sizes[said] = sizes.get(said, 0) + ref.nbytes
+    return sizes
