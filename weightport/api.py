@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from weightport.adapters.extraction import Extraction
-    from weightport.adapters.merge_plan import MergePlan
-    from weightport.adapters.merging import Merge, MergeOptions, Written
+    from weightport.adapters.merging.merge import Merge, MergeOptions, Written
+    from weightport.adapters.merging.merge_plan import MergePlan
+    from weightport.adapters.merging.weights_check import WeightsCheck
     from weightport.adapters.porting import PortedAdapter
-    from weightport.adapters.weights_check import WeightsCheck
     from weightport.checkpoints.sources import Sources
     from weightport.converters.conversion import Conversion, Planned
     from weightport.converters.export import Export
@@ -175,9 +175,9 @@ def merge_lora(
 ) -> Merge:
     """Write the model directory `base` with `adapters` (folder, weight) merged into it to `out`.
 
-    See `weightport.adapters.merging.merge_lora`.
+    See `weightport.adapters.merging.merge.merge_lora`.
     """
-    from weightport.adapters.merging import merge_lora as run
+    from weightport.adapters.merging.merge import merge_lora as run
 
     return run(
         base,

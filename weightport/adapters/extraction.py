@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from weightport.adapters.base_model import Base, open_base
-from weightport.adapters.base_record import record_base
-from weightport.adapters.lora_tensors import is_finite
+from weightport.adapters.base.base_model import Base, open_base
+from weightport.adapters.base.base_record import record_base
+from weightport.adapters.reading.lora_tensors import is_finite
 from weightport.checkpoints import TensorRef
 from weightport.checkpoints.lazy_tensors import chunks, same_bits
 from weightport.converters.name_spaces import NameSpace, name_space

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from weightport.adapters.family import AdapterFamily, FamilyLookup
-from weightport.adapters.lora_settings import LoraSettings, parse_lora_settings
+from weightport.adapters.reading.lora_settings import LoraSettings, parse_lora_settings
 from weightport.checkpoints import TensorRef, open_checkpoint
 from weightport.checkpoints.formats.sharded import read_json
 from weightport.checkpoints.lazy_tensors import in_memory

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightport.adapters.lora_dumps import has_adapter, merge_dump
+from weightport.adapters.reading.lora_dumps import has_adapter, merge_dump
 from weightport.checkpoints import Checkpoint, TensorRef
 from weightport.checkpoints.sources import MAIN, Sources
 from weightport.checkpoints.types import NamedTensors

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weightport.adapters.combination import SUM
-from weightport.adapters.lora_tensors import LoraAdapter
-from weightport.adapters.merging import Written, quantized_layers
-from weightport.adapters.module_names import ModuleNames
-from weightport.adapters.peft_loading import load_adapter
-from weightport.adapters.quantized import is_quantized_layer, nf4_round_trip
-from weightport.adapters.sample_inputs import sample_inputs
+from weightport.adapters.merging.combination import SUM
+from weightport.adapters.merging.merge import Written, quantized_layers
+from weightport.adapters.merging.module_names import ModuleNames
+from weightport.adapters.merging.quantized import is_quantized_layer, nf4_round_trip
+from weightport.adapters.reading.lora_tensors import LoraAdapter
+from weightport.adapters.verification.peft_loading import load_adapter
+from weightport.adapters.verification.sample_inputs import sample_inputs
 from weightport.checkpoints import open_checkpoint
 from weightport.converters.name_spaces import NameSpace, name_space
 from weightport.errors import ConfigurationError, ParityError

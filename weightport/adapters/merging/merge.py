@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 
-from weightport.adapters.base_identity import identify
-from weightport.adapters.base_model import Base, open_base
-from weightport.adapters.base_record import recorded_base, recorded_quantization
-from weightport.adapters.combination import Combination
-from weightport.adapters.companions import (
+from weightport.adapters.base.base_identity import identify
+from weightport.adapters.base.base_model import Base, open_base
+from weightport.adapters.base.base_record import recorded_base, recorded_quantization
+from weightport.adapters.family import FamilyLookup
+from weightport.adapters.merging.combination import Combination
+from weightport.adapters.merging.companions import (
     RECORD,
     adapter_processor,
     adapter_records,
@@ -34,15 +35,14 @@ from weightport.adapters.companions import (
     resized_vocabulary,
     write_companions,
 )
-from weightport.adapters.family import FamilyLookup
-from weightport.adapters.lora_targets import unresolved
-from weightport.adapters.lora_tensors import LoraAdapter, open_adapter
-from weightport.adapters.merge_plan import MergePlan, plan_merge
-from weightport.adapters.module_names import ModuleNames, names_of_base
-from weightport.adapters.quantized import KINDS
-from weightport.adapters.tensor_edit import Norms, Output, edited_chunks
-from weightport.adapters.ties import tied_head
-from weightport.adapters.weights_check import WeightsCheck, check_weights
+from weightport.adapters.merging.lora_targets import unresolved
+from weightport.adapters.merging.merge_plan import MergePlan, plan_merge
+from weightport.adapters.merging.module_names import ModuleNames, names_of_base
+from weightport.adapters.merging.quantized import KINDS
+from weightport.adapters.merging.tensor_edit import Norms, Output, edited_chunks
+from weightport.adapters.merging.ties import tied_head
+from weightport.adapters.merging.weights_check import WeightsCheck, check_weights
+from weightport.adapters.reading.lora_tensors import LoraAdapter, open_adapter
 from weightport.checkpoints.formats.sharded import read_json
 from weightport.errors import AdapterError, UsageError
 from weightport.hashing import BackgroundDigests, FileDigest
