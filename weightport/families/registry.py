@@ -97,8 +97,12 @@ class FamilyRegistry:
 
     def check_converted(self, directory: Path) -> None:
         """Raise CheckpointError, saying what to do, unless `directory` can be a native model: it is not there, an
-        adapter, an original checkpoint that is not converted yet, or has no config.json. No weights are read."""
-        family = self.original(directory) if directory.exists() else None
+        adapter, an original checkpoint that is not converted yet, or has no config.json. No weights are read, and of a
+        directory with a record of its conversion no family is asked whether it is an original."""
+        from weightport.converters.record import FILE
+
+        known = not directory.exists() or (directory / FILE).is_file()
+        family = None if known else self.original(directory)
         if family is not None:
             raise CheckpointError(
                 f"{directory} holds an original checkpoint of {family.title}, not a converted one. Convert it first: "
