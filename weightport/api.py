@@ -14,6 +14,7 @@ from weightport.families.registry import registry
 
 if TYPE_CHECKING:
     import torch
+    from huggingface_hub import HfApi
     from transformers import PreTrainedModel
 
     from weightport.adapters.extraction import Extraction
@@ -220,7 +221,7 @@ def release(
     directory: str | Path,
     options: ReleaseOptions,
     *,
-    api: Any = None,
+    api: HfApi | None = None,
     announce: Callable[[CheckedDirectory, Sequence[PublishedFile]], None] = lambda checked, files: None,
 ) -> Release:
     """Check the model directory, describe it by what its records say, and upload it to the Hub."""

@@ -87,7 +87,7 @@ class _Job:
     overwrite: bool
     advance: Callable[[int], None]
 
-    def document(self) -> Any:
+    def document(self) -> Mapping[str, Any]:
         """What torch.save would be given."""
         model = OrderedDict((tensor.name, tensor) for tensor in self.tensors)
         return self.family.original_document(self.config, self.options, model)
