@@ -187,8 +187,9 @@ def _verified(lines: Lines, written: Written, verify: bool | None) -> Mapping[st
             raise UsageError(f"--verify: the check cannot run: {reason}. Pass --no-verify to merge without it.")
         lines.line("verify", f"not run: {reason}")
         return None
+    family = registry().of_model_type(written.base.config.get("model_type"))
     try:
-        result = verify_merge(written)
+        result = verify_merge(written, family.verification_prompt if family is not None else None)
     except UnverifiableError as error:
         if verify:
             raise
