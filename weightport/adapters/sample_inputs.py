@@ -45,7 +45,8 @@ def _processed(directory: Path, prompt: str) -> Inputs:
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         # A directory with an image processor alone, or one that takes other arguments: what is made up does as well.
         return {}
-    return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    # Without an answer PaliGemma's labels are all to be passed over: their loss is no number.
+    return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and name != "labels"}
 
 
 def _fitting(model: PreTrainedModel) -> Iterator[Inputs]:
