@@ -71,7 +71,14 @@ def test_npz_becomes_a_proven_tuned_merged_model_ready_for_release_and_an_npz_ag
     assert json.loads(said.strip().splitlines()[-1]) == json.loads(first["suffix"])
 
     card = ran(cli.port_release, "merged", "--repo", "somebody/receipts", "--dry-run")
-    for text in ("model.safetensors", "license: gemma", "Gemma Terms of Use", "## What was merged", "json-f1"):
+    for text in (
+        "model.safetensors",
+        'license: "gemma"',
+        "Gemma Terms of Use",
+        "## What was merged",
+        "json-f1",
+        "without the prompt",
+    ):
         assert text in card, f"the card says nothing of {text}"
 
     ran(cli.main, "export", "out", "back.npz")

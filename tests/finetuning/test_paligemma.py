@@ -299,7 +299,9 @@ def test_prompt_and_answer_beyond_the_positions_are_refused_by_line(
     tiny: Callable[[str], Path], receipts: str, tmp_path: Path
 ) -> None:
     short = with_positions(tiny("paligemma2"), 40, tmp_path / "short")
-    with pytest.raises(DataError, match=r"annotations\.jsonl, line \d: prompt and answer are \d+ tokens together.* 40"):
+    with pytest.raises(
+        DataError, match=r"annotations\.jsonl, line \d: prompt and answer are \d+ tokens together.* 40"
+    ):
         run(short, "json-extract", receipts, tmp_path / "run", more={**SHORT, "batch.max_target_length": 256})
     assert not (tmp_path / "run").exists()
 
