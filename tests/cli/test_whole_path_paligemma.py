@@ -1,4 +1,4 @@
-"""PaliGemma's whole path: big_vision's .npz to a proven, tuned, merged, measured model, ready for release, and back."""
+"""PaliGemma's whole path: an .npz to a proven, tuned, merged, measured model, ready for release, and back."""
 
 from __future__ import annotations
 
