@@ -70,6 +70,15 @@ def test_npz_becomes_a_proven_tuned_merged_model_ready_for_release_and_an_npz_ag
     said = ran(cli.main, "generate", "merged", data / "train" / first["image"], "--prompt", first["prefix"])
     assert json.loads(said.strip().splitlines()[-1]) == json.loads(first["suffix"])
 
+    captioned = CliRunner().invoke(cli.main, ["generate", "out", str(data / "train" / first["image"]), "--json"])
+    assert captioned.exit_code == 0 and "PaliGemmaProcessor" not in captioned.stderr
+    answer = json.loads(captioned.stdout.strip().splitlines()[-1])
+    assert answer["prompt"] == "caption en" and not answer["text"].startswith("caption en")
+    unknown = CliRunner().invoke(
+        cli.main, ["generate", "out", str(data / "train" / first["image"]), "--task", "dance"]
+    )
+    assert unknown.exit_code == 2 and "it has caption, ocr" in unknown.stderr
+
     card = ran(cli.port_release, "merged", "--repo", "somebody/receipts", "--dry-run")
     for text in (
         "model.safetensors",
