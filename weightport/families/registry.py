@@ -145,7 +145,8 @@ class FamilyRegistry:
     def recognise(self, checkpoint: Checkpoint, name: str | None = None) -> Family:
         """The family of the checkpoint. Raises UnknownFamilyError, also when it is not the one asked for."""
         if not checkpoint:
-            raise UnknownFamilyError(f"{checkpoint.path} holds no tensors, so it is not a model's checkpoint.")
+            why = _pickled(checkpoint)
+            raise UnknownFamilyError(f"{checkpoint.path} holds no tensors, so it is not a model's checkpoint.{why}")
         if name is not None and self[name].conversion.recognises(checkpoint):
             return self[name]
         matching = self.recognised(checkpoint)
@@ -172,6 +173,16 @@ def _model_type(path: Path) -> object:
 
     config = read_json(path)
     return config.get("model_type") if isinstance(config, dict) else None
+
+
+def _pickled(checkpoint: Checkpoint) -> str:
+    """What to say of an .npz that holds nothing but pickled objects."""
+    if checkpoint.format != "npz" or not checkpoint.document:
+        return ""
+    return (
+        f"\n  What it holds ({', '.join(list(checkpoint.document)[:3])}) are pickled Python objects, which only "
+        "executing the file could read. Where you trust it, save its arrays by name with numpy.savez."
+    )
 
 
 def _importer(reference: str) -> Callable[[], object]:
