@@ -99,7 +99,7 @@ def test_merge_refuses_the_adapter_on_another_base(tiny: Callable[[str], Path], 
         tiny("florence2"), "docvqa", pairs, tmp_path / "full",
         more={**STEPS, "model.method": "full", "training.learning_rate": 1e-2},
     )  # fmt: skip
-    with pytest.raises(AdapterError):
+    with pytest.raises(AdapterError, match="trained on a base whose weights have another SHA-256"):
         merge_lora(trained.directory, [(out.directory, 1.0)], other)
     assert not other.exists()
 

@@ -58,6 +58,8 @@ class Family:
     entries of the modelling code in the package `portable_code`, which is written beside weights), `ties` (further
     names of tied tensors, by the name that is written), `verification_prompt` (a prompt that runs every part), `tasks`
     (prompts by task for `weightport generate`, where the processor has none of its own).
+
+    What judges it: `cases`, as `package:folder`, the cases that are installed with it (weightport.conformance).
     """
 
     name: str
@@ -80,6 +82,7 @@ class Family:
     ties: Mapping[str, str] = field(default_factory=dict)
     verification_prompt: str | None = None
     tasks: Mapping[str, str] = field(default_factory=dict)
+    cases: str | None = None
     interface: int = INTERFACE
 
     @property

@@ -90,7 +90,7 @@ class StoredFeatures:
 class _Row(NamedTuple):
     """What becomes a row of a batch."""
 
-    index: int
+    number: int
     place: str
     prompt: str
     answer: str
@@ -121,7 +121,7 @@ class Collator:
                 raise DataError("Every sample is bad, so that there is nothing to train on.")
         except DataError as error:
             return {INDICES: torch.zeros(0, dtype=torch.long), FAILURE: str(error)}
-        indices = [each.index for each in good]
+        indices = [each.number for each in good]
         if self.features is not None:
             tensors |= self.features.batch(indices)
         return {**tensors, INDICES: torch.tensor(indices)} | ({STAND_IN: True} if stands_in else {})
@@ -141,7 +141,7 @@ class Collator:
             if all(fits):
                 return good, tensors
             for each, length, is_short in zip(good, lengths, fits):
-                if not is_short and not self.bad.may_skip(each.index):
+                if not is_short and not self.bad.may_skip(each.number):
                     message = (
                         f"{each.place}: prompt and answer are {length} tokens together, and the model has {total} "
                         "positions for them. Lower batch.max_prompt_length or batch.max_target_length."
