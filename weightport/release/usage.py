@@ -56,7 +56,7 @@ def has_encoder(found: CheckedDirectory) -> bool:
 
     from weightport import modeling  # noqa: F401 - registers the families that transformers lacks
 
-    model_type = found.config.get("model_type")
+    model_type = str(found.config.get("model_type"))
     default = (
         getattr(CONFIG_MAPPING[model_type], "is_encoder_decoder", False) if model_type in CONFIG_MAPPING else False
     )
