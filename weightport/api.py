@@ -14,13 +14,14 @@ from weightport.families.registry import registry
 
 if TYPE_CHECKING:
     import torch
+    from huggingface_hub import HfApi
     from transformers import PreTrainedModel
 
     from weightport.adapters.extraction import Extraction
-    from weightport.adapters.merge_plan import MergePlan
-    from weightport.adapters.merging import Merge, MergeOptions, Written
+    from weightport.adapters.merging.merge import Merge, MergeOptions, Written
+    from weightport.adapters.merging.merge_plan import MergePlan
+    from weightport.adapters.merging.weights_check import WeightsCheck
     from weightport.adapters.porting import PortedAdapter
-    from weightport.adapters.weights_check import WeightsCheck
     from weightport.checkpoints.sources import Sources
     from weightport.converters.conversion import Conversion, Planned
     from weightport.converters.export import Export
@@ -175,9 +176,9 @@ def merge_lora(
 ) -> Merge:
     """Write the model directory `base` with `adapters` (folder, weight) merged into it to `out`.
 
-    See `weightport.adapters.merging.merge_lora`.
+    See `weightport.adapters.merging.merge.merge_lora`.
     """
-    from weightport.adapters.merging import merge_lora as run
+    from weightport.adapters.merging.merge import merge_lora as run
 
     return run(
         base,
@@ -212,15 +213,15 @@ def generate(directory: str | Path, image: str | Path | None = None, **settings:
     """Ask the model in `directory` about `image`: see `weightport.generation.generate` for the settings."""
     from weightport.generation import generate as run
 
-    registry().check_converted(Path(directory))
-    return run(directory, image, **settings)
+    family = registry().of_converted(Path(directory))
+    return run(directory, image, tasks=family.tasks if family is not None else {}, **settings)
 
 
 def release(
     directory: str | Path,
     options: ReleaseOptions,
     *,
-    api: Any = None,
+    api: HfApi | None = None,
     announce: Callable[[CheckedDirectory, Sequence[PublishedFile]], None] = lambda checked, files: None,
 ) -> Release:
     """Check the model directory, describe it by what its records say, and upload it to the Hub."""

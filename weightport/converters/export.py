@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from weightport.checkpoints import Checkpoint, TensorRef, open_checkpoint
-from weightport.checkpoints.lazy_tensors import Lazy, blocks, chunks
 from weightport.checkpoints.sources import MAIN
 from weightport.converters.family import ConversionStage, OriginalForm
 from weightport.converters.patterns import Capture
@@ -88,7 +87,7 @@ class _Job:
     overwrite: bool
     advance: Callable[[int], None]
 
-    def document(self) -> Any:
+    def document(self) -> Mapping[str, Any]:
         """What torch.save would be given."""
         model = OrderedDict((tensor.name, tensor) for tensor in self.tensors)
         return self.family.original_document(self.config, self.options, model)
@@ -154,7 +153,7 @@ def original_tensors(
         if value is None:
             continue
         tensor = value.compute(config, name)
-        found[name] = _derived(name, tensor.to(getattr(torch, dtypes[name])) if name in dtypes else tensor)
+        found[name] = Outgoing.of(name, tensor, getattr(torch, dtypes[name]) if name in dtypes else None)
     order = [name for name in names or found if name in found]
     written = {found[name].storage_key for name in order}
     elsewhere = {name for source, tensors in recorded.items() if source != part for name in tensors}
@@ -203,20 +202,12 @@ def _reversed_rules(
             ) from error
         names = rule.source_names(captures, max(1, len(made) // len(rule.sources)))
         for name, tensor in zip(names, made, strict=True):
-            found[name] = _outgoing(name, tensor, names[0] if name == names[0] else name)
+            found[name] = Outgoing.of(name, tensor, storage=names[0] if name == names[0] else name)
             if rule.operation.lossy:
                 lost[name] = rule.operation.lossy
         for alias in rule.alias_names(captures):
-            found[alias] = _outgoing(alias, made[0], names[0])
+            found[alias] = Outgoing.of(alias, made[0], storage=names[0])
     return found, lost
-
-
-def _outgoing(name: str, tensor: Lazy, storage: str) -> Outgoing:
-    return Outgoing(name, tuple(tensor.shape), tensor.dtype, lambda: blocks(tensor), storage=storage)
-
-
-def _derived(name: str, tensor: torch.Tensor) -> Outgoing:
-    return Outgoing(name, tuple(tensor.shape), tensor.dtype, lambda: chunks(tensor, tensor.dtype))
 
 
 def _derived_names(rules: RuleTable, recorded: list[str] | None) -> list[str]:

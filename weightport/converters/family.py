@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from weightport.converters.native import NativeTensors
     from weightport.converters.plan import Plan
     from weightport.converters.processor import ImageUse, Processor
+    from weightport.writing.outgoing import Outgoing
 
 OriginalForm = Literal["torch", "folder", "npz"]
 """What an export writes: one file of torch.save, a folder as the Hub has it, or an .npz."""
@@ -89,7 +90,9 @@ class ConversionStage(Protocol):
     def rules_of(self, config: PreTrainedConfig, layout: str) -> RuleTable:
         """The rule table of a converted model, for the way back."""
 
-    def original_document(self, config: PreTrainedConfig, options: Mapping[str, Any], model: Any) -> Any:
+    def original_document(
+        self, config: PreTrainedConfig, options: Mapping[str, Any], model: Mapping[str, Outgoing]
+    ) -> Mapping[str, Any]:
         """What the original's file holds, with `model` in the place of its state dict (form "torch")."""
 
     def write_original_companions(

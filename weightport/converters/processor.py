@@ -13,7 +13,7 @@ from weightport.errors import ConfigurationError, VocabularyError
 from weightport.tokenizers.provenance import Provenance
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, ProcessorMixin
 
 SPECIAL_TOKENS = ("bos_token_id", "pad_token_id", "eos_token_id")
 
@@ -22,7 +22,7 @@ SPECIAL_TOKENS = ("bos_token_id", "pad_token_id", "eos_token_id")
 class Processor:
     """A processor of transformers, not yet saved, and the vocabulary that its tokenizer was made of."""
 
-    processor: Any
+    processor: ProcessorMixin
     vocabulary: Provenance
 
 
@@ -37,7 +37,7 @@ class ImageUse:
     placeholders: int
 
 
-def image_sides(processor: Any) -> tuple[int, int]:
+def image_sides(processor: ProcessorMixin) -> tuple[int, int]:
     """(height, width) in pixels of the pictures that a processor makes. Raises ConfigurationError."""
     size = processor.image_processor.size
     sides = [size.get(side) for side in ("height", "width")]
@@ -46,7 +46,7 @@ def image_sides(processor: Any) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-def check_processor(processor: Any, config: PreTrainedConfig, use: ImageUse) -> None:
+def check_processor(processor: ProcessorMixin, config: PreTrainedConfig, use: ImageUse) -> None:
     """Raise VocabularyError or ConfigurationError unless `processor` makes what the model of `config` takes.
 
     `use` is what the model makes of the processor's pictures. Compared are ids with rows of the embedding, special
@@ -73,7 +73,7 @@ def check_processor(processor: Any, config: PreTrainedConfig, use: ImageUse) -> 
         )
 
 
-def _check_ids(processor: Any, config: Any, rows: int) -> None:
+def _check_ids(processor: ProcessorMixin, config: PreTrainedConfig, rows: int) -> None:
     # A placeholder's row is never looked up: models may keep its id outside of their embedding.
     image = getattr(processor, "image_token_id", None)
     own = None if image is None or image != getattr(config, "image_token_id", None) else image
@@ -85,7 +85,7 @@ def _check_ids(processor: Any, config: Any, rows: int) -> None:
         )
 
 
-def _check_special_tokens(processor: Any, config: Any, text: Any) -> None:
+def _check_special_tokens(processor: ProcessorMixin, config: PreTrainedConfig, text: Any) -> None:
     pairs = [(name, getattr(processor.tokenizer, name, None), getattr(text, name, None)) for name in SPECIAL_TOKENS]
     image = getattr(processor, "image_token_id", None)
     pairs.append(("image_token_id", image, getattr(config, "image_token_id", None) if image is not None else None))

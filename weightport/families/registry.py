@@ -97,8 +97,12 @@ class FamilyRegistry:
 
     def check_converted(self, directory: Path) -> None:
         """Raise CheckpointError, saying what to do, unless `directory` can be a native model: it is not there, an
-        adapter, an original checkpoint that is not converted yet, or has no config.json. No weights are read."""
-        family = self.original(directory) if directory.exists() else None
+        adapter, an original checkpoint that is not converted yet, or has no config.json. No weights are read, and of a
+        directory with a record of its conversion no family is asked whether it is an original."""
+        from weightport.converters.record import FILE
+
+        known = not directory.exists() or (directory / FILE).is_file()
+        family = None if known else self.original(directory)
         if family is not None:
             raise CheckpointError(
                 f"{directory} holds an original checkpoint of {family.title}, not a converted one. Convert it first: "
@@ -118,17 +122,18 @@ class FamilyRegistry:
     def of_directory(self, directory: Path) -> Family:
         """The family of a native model directory, by its config.json. Raises CheckpointError for what is none,
         UnknownFamilyError for a model of no family."""
-        from weightport.checkpoints.formats.sharded import read_json
-
-        self.check_converted(directory)
-        path = directory / "config.json"
-        config = read_json(path)
-        model_type = config.get("model_type") if isinstance(config, dict) else None
-        family = self.of_model_type(model_type)
+        family = self.of_converted(directory)
         if family is None:
             known = ", ".join(name for each in self for name in each.model_types)
-            raise UnknownFamilyError(f"{path} has the model_type {model_type!r}; known are {known}.")
+            path = directory / "config.json"
+            raise UnknownFamilyError(f"{path} has the model_type {_model_type(path)!r}; known are {known}.")
         return family
+
+    def of_converted(self, directory: Path) -> Family | None:
+        """The family of a native model directory; None for a model of no family. Raises CheckpointError for what is no
+        native directory."""
+        self.check_converted(directory)
+        return self.of_model_type(_model_type(directory / "config.json"))
 
     def looks_like(self, names: Iterable[str]) -> str | None:
         """The kind of checkpoint that tensors with these names are, or None."""
@@ -165,6 +170,13 @@ class FamilyRegistry:
             f"({len(checkpoint)} tensors: {shown}, …).\n"
             "  `weightport inspect` lists what is in it."
         )
+
+
+def _model_type(path: Path) -> object:
+    from weightport.checkpoints.formats.sharded import read_json
+
+    config = read_json(path)
+    return config.get("model_type") if isinstance(config, dict) else None
 
 
 def _pickled(checkpoint: Checkpoint) -> str:

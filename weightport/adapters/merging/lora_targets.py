@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from weightport.adapters.base_model import Base
-from weightport.adapters.lora_tensors import LoraAdapter, ModuleAdapter
-from weightport.adapters.module_names import ModuleNames, Place, weight_of
-from weightport.adapters.ties import TiedHead
+from weightport.adapters.base.base_model import Base
+from weightport.adapters.merging.module_names import ModuleNames, Place, weight_of
+from weightport.adapters.merging.ties import TiedHead
+from weightport.adapters.reading.lora_tensors import LoraAdapter, ModuleAdapter
 from weightport.checkpoints import TensorRef
 from weightport.checkpoints.lazy_tensors import same_bits
 from weightport.converters.stored_pieces import Assembled, Piece

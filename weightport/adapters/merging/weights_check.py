@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from weightport.adapters.combination import SUM
-from weightport.adapters.lora_targets import PairChange, Touched
-from weightport.adapters.lora_tensors import LoraAdapter
-from weightport.adapters.merge_plan import MergePlan
-from weightport.adapters.tensor_edit import Output
+from weightport.adapters.merging.combination import SUM
+from weightport.adapters.merging.lora_targets import PairChange, Touched
+from weightport.adapters.merging.merge_plan import MergePlan
+from weightport.adapters.merging.tensor_edit import Output
+from weightport.adapters.reading.lora_tensors import LoraAdapter
 from weightport.errors import ParityError
 
 _ROWS = 1 << 17

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from weightport.adapters.lora_tensors import is_finite
-from weightport.adapters.low_rank_delta import Change, matrix_shape
-from weightport.adapters.quantized import nf4_round_trip
+from weightport.adapters.merging.low_rank_delta import Change, matrix_shape
+from weightport.adapters.merging.quantized import nf4_round_trip
+from weightport.adapters.reading.lora_tensors import is_finite
 from weightport.checkpoints import TensorRef
 from weightport.checkpoints.lazy_tensors import chunks
 from weightport.errors import NonFiniteError

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from weightport.adapters.lora_tensors import ModuleAdapter
+from weightport.adapters.reading.lora_tensors import ModuleAdapter
 from weightport.converters.stored_pieces import Piece
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from weightport.adapters.lora_config import MergeSettings, read_merge_settings
+from weightport.adapters.reading.lora_config import MergeSettings, read_merge_settings
 from weightport.checkpoints import TensorRef, open_checkpoint
 from weightport.errors import AdapterError, CheckpointError, NonFiniteError
 from weightport.file_state import FileState

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weightport.adapters.lora_settings import LoraSettings, require_fields
+from weightport.adapters.reading.lora_settings import LoraSettings, require_fields
 from weightport.checkpoints.formats.sharded import read_json
 from weightport.converters.lora_patterns import of_layer, of_saved, shown
 from weightport.errors import AdapterError

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from weightport.adapters.low_rank_delta import LowRank, Pair
+from weightport.adapters.merging.low_rank_delta import LowRank, Pair
 from weightport.errors import UsageError
 
 SUM = "cat"

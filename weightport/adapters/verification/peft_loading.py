@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightport.adapters.lora_config import CONFIG
-from weightport.adapters.lora_settings import LoraSettings, require_fields
+from weightport.adapters.reading.lora_config import CONFIG
+from weightport.adapters.reading.lora_settings import LoraSettings, require_fields
 from weightport.checkpoints.formats.sharded import read_json
 from weightport.errors import AdapterError
 

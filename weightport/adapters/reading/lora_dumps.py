@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from weightport.adapters.lora_settings import low_rank_product, parse_settings
+from weightport.adapters.reading.lora_settings import low_rank_product, parse_settings
 from weightport.checkpoints import TensorRef
 from weightport.errors import AdapterError
 

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from weightport.adapters.base_model import Base
-from weightport.adapters.lora_tensors import LoraAdapter, ModuleAdapter
-from weightport.adapters.low_rank_delta import CONV1D_MODELS
-from weightport.adapters.ties import is_head_module, token_embedding
+from weightport.adapters.base.base_model import Base
+from weightport.adapters.merging.low_rank_delta import CONV1D_MODELS
+from weightport.adapters.merging.ties import is_head_module, token_embedding
+from weightport.adapters.reading.lora_tensors import LoraAdapter, ModuleAdapter
 from weightport.checkpoints import TensorRef
 from weightport.converters.name_spaces import NameSpace, name_space
 from weightport.converters.stored_pieces import Assembled, Piece

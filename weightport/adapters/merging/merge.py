@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 
-from weightport.adapters.base_identity import identify
-from weightport.adapters.base_model import Base, open_base
-from weightport.adapters.base_record import recorded_base, recorded_quantization
-from weightport.adapters.combination import Combination
-from weightport.adapters.companions import (
+from weightport.adapters.base.base_identity import identify
+from weightport.adapters.base.base_model import Base, open_base
+from weightport.adapters.base.base_record import recorded_base, recorded_quantization
+from weightport.adapters.family import FamilyLookup
+from weightport.adapters.merging.combination import Combination
+from weightport.adapters.merging.companions import (
     RECORD,
     adapter_processor,
     adapter_records,
@@ -34,24 +35,22 @@ from weightport.adapters.companions import (
     resized_vocabulary,
     write_companions,
 )
-from weightport.adapters.family import FamilyLookup
-from weightport.adapters.lora_targets import unresolved
-from weightport.adapters.lora_tensors import LoraAdapter, open_adapter
-from weightport.adapters.merge_plan import MergePlan, plan_merge
-from weightport.adapters.module_names import ModuleNames, names_of_base
-from weightport.adapters.quantized import KINDS
-from weightport.adapters.tensor_edit import Norms, Output, edited_chunks
-from weightport.adapters.ties import tied_head
-from weightport.adapters.weights_check import WeightsCheck, check_weights
+from weightport.adapters.merging.lora_targets import unresolved
+from weightport.adapters.merging.merge_plan import MergePlan, plan_merge
+from weightport.adapters.merging.module_names import ModuleNames, names_of_base
+from weightport.adapters.merging.quantized import KINDS
+from weightport.adapters.merging.tensor_edit import Norms, Output, edited_chunks
+from weightport.adapters.merging.ties import tied_head
+from weightport.adapters.merging.weights_check import WeightsCheck, check_weights
+from weightport.adapters.reading.lora_tensors import LoraAdapter, open_adapter
 from weightport.checkpoints.formats.sharded import read_json
-from weightport.checkpoints.lazy_tensors import blocks
 from weightport.errors import AdapterError, UsageError
 from weightport.hashing import BackgroundDigests, FileDigest
 from weightport.local_paths import shortened
 from weightport.version import __version__
 from weightport.writing import require_directory, whole_directory
 from weightport.writing.outgoing import Outgoing
-from weightport.writing.safetensors_shards import Advance, WrittenFile, write_safetensors
+from weightport.writing.safetensors_shards import Advance, WrittenFile, write_index, write_safetensors
 
 FORMAT = 1
 
@@ -264,7 +263,7 @@ def _configuration(
             )
         tokenizer = tokenizer or found
         if found and plan.embedding_rows is not None:
-            require_tokenizer_fits(found, plan.embedding_rows, adapter.path)
+            require_tokenizer_fits(found, plan.embedding_rows, adapter.path, base.config)
     return tokenizer, changes
 
 
@@ -281,21 +280,16 @@ def _write(
         changed |= {out.name: _change(out, norms[out.name]) for out in outputs if out.edit is not None}
     if len(plan.shards) > 1:
         metadata = (base.checkpoint.document or {}).get("weights", {}).get("metadata", {})
-        index = {
-            "metadata": {**metadata, "total_size": plan.nbytes},
-            "weight_map": {out.name: shard for shard, outputs in plan.shards.items() for out in outputs},
-        }
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        names = {shard: [out.name for out in outputs] for shard, outputs in plan.shards.items()}
+        write_index(folder, names, plan.nbytes, metadata)
     return files, changed
 
 
 def _outgoing(out: Output, norms: Norms) -> Outgoing:
     """The tensor as a writer takes it; `norms` are filled in while it is written."""
-
-    def values() -> Iterator[torch.Tensor]:
-        return blocks(out.base, out.dtype) if out.edit is None else edited_chunks(out, norms)
-
-    return Outgoing(out.name, out.shape, out.dtype, values)
+    if out.edit is None:
+        return Outgoing.of(out.name, out.base, out.dtype)
+    return Outgoing(out.name, out.shape, out.dtype, lambda: edited_chunks(out, norms))
 
 
 def _change(out: Output, norms: Norms) -> dict[str, Any]:

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from weightport.adapters.base_model import Base
-from weightport.adapters.combination import Combination, Weighted, combine
-from weightport.adapters.lora_targets import PairChange, Part, Touched
-from weightport.adapters.lora_tensors import LoraAdapter
-from weightport.adapters.low_rank_delta import (
+from weightport.adapters.base.base_model import Base
+from weightport.adapters.merging.combination import Combination, Weighted, combine
+from weightport.adapters.merging.lora_targets import PairChange, Part, Touched
+from weightport.adapters.merging.low_rank_delta import (
     Change,
     Vector,
     is_conv1d,
@@ -22,9 +21,10 @@ from weightport.adapters.low_rank_delta import (
     read_pair,
     stored_part,
 )
-from weightport.adapters.quantized import is_quantized_layer
-from weightport.adapters.tensor_edit import Dora, Edit
-from weightport.adapters.ties import TiedHead
+from weightport.adapters.merging.quantized import is_quantized_layer
+from weightport.adapters.merging.tensor_edit import Dora, Edit
+from weightport.adapters.merging.ties import TiedHead
+from weightport.adapters.reading.lora_tensors import LoraAdapter
 from weightport.checkpoints import TensorRef
 from weightport.checkpoints.lazy_tensors import same_bits
 from weightport.converters.stored_pieces import Piece

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from weightport.adapters.base_model import Base
-from weightport.adapters.base_record import recorded_base
-from weightport.adapters.lora_tensors import LoraAdapter
+from weightport.adapters.base.base_model import Base
+from weightport.adapters.base.base_record import recorded_base
+from weightport.adapters.reading.lora_tensors import LoraAdapter
 from weightport.checkpoints.formats.sharded import read_json
 from weightport.errors import AdapterError, CheckpointError
 

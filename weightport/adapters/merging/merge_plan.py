@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 
-from weightport.adapters.base_model import Base
-from weightport.adapters.combination import SUM, Combination, check_combination
-from weightport.adapters.lora_targets import Touched, gather, listed, names_of, require_all_layers, settle_ties
-from weightport.adapters.lora_tensors import LoraAdapter
-from weightport.adapters.module_names import ModuleNames, names_of_base
-from weightport.adapters.planned_edits import EditBuilder
-from weightport.adapters.tensor_edit import Edit, Output
-from weightport.adapters.ties import TiedHead, tied_head
+from weightport.adapters.base.base_model import Base
+from weightport.adapters.merging.combination import SUM, Combination, check_combination
+from weightport.adapters.merging.lora_targets import Touched, gather, listed, names_of, require_all_layers, settle_ties
+from weightport.adapters.merging.module_names import ModuleNames, names_of_base
+from weightport.adapters.merging.planned_edits import EditBuilder
+from weightport.adapters.merging.tensor_edit import Edit, Output
+from weightport.adapters.merging.ties import TiedHead, tied_head
+from weightport.adapters.reading.lora_tensors import LoraAdapter
 from weightport.checkpoints import Checkpoint, TensorRef
 from weightport.errors import AdapterError, CoverageError, UsageError
 
