@@ -14,6 +14,7 @@ import pytest
 import torch
 from drawn_data import draw_receipts
 from PIL import Image
+from tiny_processes import side_by_side
 from tiny_runs import FIXED_RATE, GOLDEN, MODELS, job_of, losses, run, still
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
@@ -272,6 +273,32 @@ def test_samples_mean_is_the_same_however_batches_are_cut(
             seen[mean, batch] = losses(out.history)
         assert seen[mean, 2] == pytest.approx(seen[mean, 4], rel=1e-6)
     assert seen["samples", 4][1] != pytest.approx(seen["tokens", 4][1], rel=1e-3)
+
+
+def test_samples_mean_of_two_processes_is_that_of_one(
+    tiny: Callable[[str], Path], receipts: str, tmp_path: Path
+) -> None:
+    more = {**SHORT, **still(tiny("paligemma2")), "batch.loss_mean": "samples", "training.learning_rate": 1e-3}
+    one = run(
+        tiny("paligemma2"), "json-extract", receipts, tmp_path / "one",
+        more={**more, "training.per_device_train_batch_size": 2},
+    )  # fmt: skip
+    job = job_of(
+        tiny("paligemma2"), "json-extract", receipts, tmp_path / "two",
+        more={**more, "training.per_device_train_batch_size": 1},
+    )  # fmt: skip
+    assert side_by_side(job, 2) == [0, 0]
+    assert len(losses(one.history)) == 3
+    assert losses(tmp_path / "two") == pytest.approx(losses(one.history), rel=5e-7)
+
+
+def test_gemma_2_attends_eagerly_beside_a_tower_that_does_not(
+    tiny: Callable[[str], Path], receipts: str, tmp_path: Path
+) -> None:
+    """transformers' fused attention knows no softcap of scores."""
+    loaded = prepare(job_of(tiny("paligemma2"), "json-extract", receipts, tmp_path / "run", more=SHORT)).loaded
+    config = loaded.model.config
+    assert (config.text_config._attn_implementation, config.vision_config._attn_implementation) == ("eager", "sdpa")
 
 
 def test_two_means_of_a_loss_are_refused(tiny: Callable[[str], Path], receipts: str, tmp_path: Path) -> None:
