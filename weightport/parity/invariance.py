@@ -68,6 +68,8 @@ def _of_decoder(
     arguments = {name: value for name, value in arguments.items() if name != "logits_to_keep"}
     mask = arguments.get("attention_mask")
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    # A family may keep the logits that its references hold; here those of every column are compared.
+    arguments = {name: value for name, value in arguments.items() if name != "logits_to_keep"}
     whole = _text_logits(model, arguments, ids.shape[1])
     yield _batch_check(model, arguments, whole, real, place)
 
