@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from weightport.api import merge_lora
 from weightport.checkpoints import open_checkpoint
-from weightport.errors import DataError, RecipeError
+from weightport.errors import DataError, RecipeError, TrainingError
 from weightport.families.paligemma2.training import TRAINING, read_objects, written_objects
 from weightport.finetuning.data import open_data
 from weightport.finetuning.data.samples import Objects, Sample
@@ -256,6 +256,25 @@ def test_best_model_of_a_full_run_is_the_one_that_was_best(
     result = AutoModelForImageTextToText.from_pretrained(out.directory)
     for (name, a), (_, b) in zip(kept.named_parameters(), result.named_parameters()):
         assert torch.equal(a, b), name
+
+
+def test_checkpoint_without_some_tensors_is_refused(
+    tiny: Callable[[str], Path], receipts: str, tmp_path: Path
+) -> None:
+    """Trainer warns, and goes on from the base's values there."""
+    from safetensors.torch import load_file, save_file
+
+    more = {**SHORT, "model.method": "full", "training.save_strategy": "steps", "training.save_steps": 2}
+    run(tiny("paligemma2"), "json-extract", receipts, tmp_path / "run", more=more)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.rmtree(checkpoints / "checkpoint-3", ignore_errors=True)
+    weights = checkpoints / "checkpoint-2" / "model.safetensors"
+    tensors = load_file(weights)
+    assert "model.language_model.norm.weight" in tensors, "a checkpoint has the names in memory"
+    del tensors["model.language_model.norm.weight"]
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(TrainingError, match=r"lacks 1 of the model's tensors, such as model\.language_model\.norm"):
+        run(tiny("paligemma2"), "json-extract", receipts, tmp_path / "run", resume=True, more=more)
 
 
 def test_samples_mean_is_the_same_however_batches_are_cut(
