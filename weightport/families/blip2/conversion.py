@@ -145,8 +145,8 @@ def _special_ids(kind: Kind, rows: int, given: Sources, options: Blip2Options) -
         return special_ids(kind, load_tokenizer(kind, folder), rows, folder)
     if (kind, rows) not in RELEASED:
         raise ConfigurationError(
-            f"An embedding of {rows} rows is of no release, so that only the tokenizer tells the ids of <image> and of "
-            "the end: leave out --vocab none."
+            f"An embedding of {rows} rows is of no release: only the tokenizer tells the ids of <image> and of the "
+            "end. Leave out --vocab none."
         )
     return RELEASED[kind, rows]
 
