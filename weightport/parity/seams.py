@@ -82,9 +82,9 @@ def recording(model: nn.Module, seams: Sequence[Seam], wanted: Iterable[Expected
     with ExitStack() as hooks:
         for (seam, layer), expected in _by_place(seams, wanted, observations).items():
             path = seam.module.replace("*", layer)
-            module = _submodule(model, path) or (
-                _submodule(model, seam.also.replace("*", layer)) if seam.also else None
-            )
+            module = _submodule(model, path)
+            if module is None and seam.also:
+                module = _submodule(model, seam.also.replace("*", layer))
             if module is None:
                 observations.update({each.tensor.name: Missed(f"the model has no module {path}") for each in expected})
                 continue
