@@ -68,7 +68,8 @@ def build_processor(kind: Kind, model: SourceModel, sources: Sources, options: B
         num_query_tokens=config.num_query_tokens,
     )
     processor.chat_template = CHAT_TEMPLATE
-    return Processor(processor, provenance(folder, name), end=config.text_config.eos_token_id)
+    own = options.vocabulary is None
+    return Processor(processor, provenance(folder, name, own=own), end=config.text_config.eos_token_id)
 
 
 def write(kind: Kind, model: SourceModel, plan: Plan, folder: Path) -> None:

@@ -7,7 +7,7 @@ with `</s>`. The Q-Former's is BERT's with `[DEC]` as one more token. Blip2Proce
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ FILES = (
     "vocab.json", "merges.txt", "spiece.model", "vocab.txt",
 )  # fmt: skip
 LINE_END = "\n"
+OWN = "the folder of the model itself"
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,15 @@ def load_tokenizer(kind: Kind, folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        # OPT answers behind its prompt, so that padding stands before it.
+        side = {"padding_side": "left"} if kind == "opt" else {}
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **side)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise VocabularyError(f"{folder} holds no tokenizer that can be read: {str(error).splitlines()[0]}") from error
     if kind == "itm":
         tokenizer.add_special_tokens({"bos_token": DECODER_START})
     if kind == "opt":
         _check_opt(tokenizer, folder)
-        tokenizer.padding_side = "left"
     return tokenizer
 
 
@@ -116,6 +118,11 @@ def special_ids(kind: Kind, tokenizer: Any, rows: int, folder: Path) -> SpecialI
     return SpecialIds(image, tokenizer.bos_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
 
 
-def provenance(folder: Path, name: str) -> Provenance:
-    """The files that a tokenizer was read of; `name` is what the user called the folder."""
-    return of_folder(folder, FILES[1:], name)
+def provenance(folder: Path, name: str, *, own: bool) -> Provenance:
+    """The files that a tokenizer was read of; `name` is what the user called the folder, `own` whether it is that of
+    the model whose tokenizer it is."""
+    found = of_folder(folder, FILES[1:], name)
+    if not own:
+        return found
+    files = tuple(replace(file, origin=file.origin or OWN) for file in found.files)
+    return replace(found, files=files)
