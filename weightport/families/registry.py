@@ -21,6 +21,7 @@ from weightport.model_directory import check_model_directory
 
 if TYPE_CHECKING:
     from weightport.checkpoints import Checkpoint
+    from weightport.finetuning.family import Family as TrainingStage
 
 GROUP = "weightport.families"
 
@@ -113,6 +114,12 @@ class FamilyRegistry:
             return self.recognised(open_checkpoint(path))
         except CheckpointError:
             return None
+
+    def training_of(self, directory: Path) -> TrainingStage:
+        """The training stage for the model in `directory`. Raises as `of_directory`, and FamilyError without one."""
+        from weightport.checkpoints.formats.sharded import read_json
+
+        return self.of_directory(directory).training_of(read_json(directory / "config.json"))
 
     def of_directory(self, directory: Path) -> Family:
         """The family of a native model directory, by its config.json. Raises CheckpointError for what is none,

@@ -40,4 +40,5 @@ FAMILY = Family(
     verification_prompt="a photo of",
     conversion_stage="weightport.families.blip2.conversion:CONVERSION",
     parity_stage="weightport.families.blip2.parity:BLIP2",
+    training_stage="weightport.families.blip2.training:TRAINING",
 )
