@@ -34,7 +34,7 @@ SEAMS = {
 STAGE_1 = {
     "vit": ("itc", "vision"), "ln_vision": ("itc", "vision.norm"), "qformer_image": ("itc", "qformer"),
     "image_embeds": ("itc", "image_embeds"), "text_embeds": ("itc", "text_embeds"), "itc": ("itc", "itc"),
-    "itm": ("itm", "itm"),
+    "itc_forward": ("itc", "itc_pairs"), "itm": ("itm", "itm"),
 }  # fmt: skip
 BEHIND_T5 = ("encoder", "logits", "loss", "grad")
 GENERATED = re.compile(r"(generate|vqa)\.\w+")
@@ -45,7 +45,7 @@ INPUTS = re.compile(
 NOT_PORTED = re.compile(
     # Of rounded weights, which another conversion gives. Of pairs, which `itm` and `itc` hold too, and of the text's
     # own pass. Losses of stage 1 need the captioning head and the temperature, which the native model has not.
-    r".+\.bf16_weights|(itm|itc)_forward|compute_itm|qformer_text_cls|qformer_multimodal\..+|train\.loss.*"
+    r".+\.bf16_weights|itm_forward|compute_itm|qformer_text_cls|qformer_multimodal\..+|train\.loss.*"
 )
 
 

@@ -76,6 +76,7 @@ SEAMS = (
     Seam("image_embeds", "", attrgetter("image_embeds")),
     Seam("text_embeds", "", attrgetter("text_embeds")),
     Seam("itc", "", lambda output: output.logits_per_image),
+    Seam("itc_pairs", "", lambda output: output.logits_per_image.diagonal()[:, None]),
     Seam("itm", "", lambda output: output.logits_per_image),
     Seam("loss", "", attrgetter("loss")),
 )
