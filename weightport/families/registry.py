@@ -28,6 +28,7 @@ BUILT_IN = {
     "ofa": "weightport.families.ofa:FAMILY",
     "florence2": "weightport.families.florence2:FAMILY",
     "paligemma2": "weightport.families.paligemma2:FAMILY",
+    "moondream2": "weightport.families.moondream2:FAMILY",
 }
 """A new built-in family is a folder, and a line here."""
 
@@ -35,10 +36,6 @@ NATIVE = "a native "
 """How the kinds of signatures begin that are what a conversion gives."""
 
 STRANGERS = (
-    Signature(
-        "Moondream2",
-        r"(.+\.)?(text_model\.transformer\.h\.0\.mixer\.Wqkv\.weight|text\.blocks\.0\.attn\.qkv\.weight)",
-    ),
     Signature("BLIP-2 (LAVIS)", r"(model\.)?Qformer\.bert\.encoder\.layer\.0\..+"),
     Signature("a native BLIP-2 model", r"qformer\.encoder\.layer\.0\..+"),
     Signature("BART (fairseq)", r"(model\.)?encoder\.sentence_encoder\..+|(model\.)?encoder\.layers\.0\.fc1\.weight"),
