@@ -113,6 +113,44 @@ def test_an_array_is_checked_in_the_pass_that_reads_it(tmp_path, monkeypatch):
     assert read_bytes(checkpoint, monkeypatch) == [4000 + 128]
 
 
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+def test_parts_in_their_order_cost_one_pass_and_are_checked_with_the_last(tmp_path, monkeypatch, write):
+    values = np.random.default_rng(0).random((5, 2, 300_000)).astype(np.float32)
+    write(tmp_path / "c.npz", w=values)
+    ref, counted = open_checkpoint(tmp_path / "c.npz")["w"], [0]
+    real = SourceFile.read_into
+
+    def counting(self: SourceFile, buffer: memoryview, offset: int, what: str) -> None:
+        counted[0] += len(buffer)
+        real(self, buffer, offset, what)
+
+    monkeypatch.setattr(SourceFile, "read_into", counting)
+    for layer in range(5):
+        for half in range(2):
+            assert np.array_equal(ref.part(layer).part(half).read().numpy(), values[layer, half])
+    assert counted[0] <= (tmp_path / "c.npz").stat().st_size
+
+
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("order", [(4, 3, 2, 1, 0), (0, 2, 4), (1, 1, 0, 4)])
+def test_parts_in_another_order_are_right_too(tmp_path, write, order: tuple[int, ...]):
+    values = np.random.default_rng(0).random((5, 700_000)).astype(np.float32)
+    write(tmp_path / "c.npz", w=values)
+    ref = open_checkpoint(tmp_path / "c.npz")["w"]
+    for place in order:
+        assert np.array_equal(ref.part(place).read().numpy(), values[place])
+
+
+def test_damage_is_found_with_the_last_of_the_parts(tmp_path):
+    np.savez(tmp_path / "c.npz", w=np.arange(5000.0).reshape(5, 1000))
+    flip(tmp_path / "c.npz", "w.npy", 9000)
+    ref = open_checkpoint(tmp_path / "c.npz")["w"]
+    with pytest.raises(CheckpointError, match=r"'w\.npy' is damaged"):
+        [ref.part(place).read() for place in range(5)]
+    with pytest.raises(CheckpointError, match=r"'w\.npy' is damaged"):
+        open_checkpoint(tmp_path / "c.npz")["w"].part(3).read()
+
+
 def test_an_archive_that_was_written_without_checksums_still_opens(tmp_path):
     torch.serialization.set_crc32_options(False)
     try:

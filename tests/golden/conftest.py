@@ -78,7 +78,8 @@ def converted(tmp_path_factory: pytest.TempPathFactory, rebuilt: Callable[[Case]
     def conversion(case: Case, ema: bool = False) -> Path:
         out = tmp_path_factory.mktemp("native") / "model"
         vocabulary = None if (case.path / "companions").is_dir() else "none"
-        convert(rebuilt(case), out, case.family, vocabulary=vocabulary, ema=ema)
+        settings = {**FAMILIES[case.family].settings(case), **({"ema": True} if ema else {})}
+        convert(rebuilt(case), out, case.family, vocabulary=vocabulary, **settings)
         return out
 
     return conversion

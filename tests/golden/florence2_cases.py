@@ -69,6 +69,11 @@ class Builder:
         return write_reference(path, FAMILY, self.case.spec.get("source", {}), runs, tensors, slices)
 
 
+def settings(case: Case) -> dict[str, Any]:
+    """What a conversion of the case has to be told: nothing, files of this family tell everything."""
+    return {}
+
+
 def has_ema(case: Case) -> bool:
     """No case of this family has averaged weights."""
     return False

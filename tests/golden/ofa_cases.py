@@ -103,6 +103,11 @@ class Builder:
 DECODER_ARGUMENTS = ("prev_output_tokens", "code_masks")
 
 
+def settings(case: Case) -> dict[str, Any]:
+    """What a conversion of the case has to be told: nothing, files of this family tell everything."""
+    return {}
+
+
 def has_ema(case: Case) -> bool:
     """Whether the case has a reference of the averaged weights."""
     return any(".ema_output." in name for name in case.tensor_names)

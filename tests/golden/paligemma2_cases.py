@@ -33,14 +33,16 @@ SEAMS = {
     "llm.pre_logits": "decoder",
     "text_logits": "logits",
     "text_logits.logsumexp": "logits.lse",
+    "text_logits.top5_ids": "logits.argmax",
 }
 BLOCK, HIDDEN = re.compile(r"vision\.block(\d+)"), re.compile(r"llm\.hidden\.(\d+)")
 LOSS = re.compile(r"(?:loss\.|grad_norm\.)(token_mean|trainer)(?:/(.+))?")
 RUNS = {"token_mean": "tokens", "trainer": "examples"}
 NOT_PORTED = re.compile(
-    # Derived from others that are; of a beam search of the original's own; of parameters kept in bfloat16.
+    # Derived from others that are; of a beam search of the original's own; of parameters kept in bfloat16. The copies
+    # in this repository hold none of these.
     r"in\..+|.*softcapped|loss\.(nll_per_token|per_example)|generate\.(alt_eos|beam3.*|greedy_logp.*|"
-    r"greedy_bf16cache)|.+\.bf16params|generate\.prefill_last_logits|text_logits\.top5_(ids|values)"
+    r"greedy_bf16cache)|.+\.bf16params|generate\.prefill_last_logits|text_logits\.top5_values"
 )
 
 
@@ -60,7 +62,7 @@ def settings(case: Case) -> dict[str, Any]:
     chosen: dict[str, Any] = {}
     if text["query_pre_attn_norm"] == "rsqrt_emb_per_head":
         chosen["query_scale"] = "width"
-    if text["post_norms"] and text["attn_logits_softcap"] != 50.0:
+    if text.get("post_norms") and text["attn_logits_softcap"] != 50.0:
         chosen["attention_softcap"] = str(text["attn_logits_softcap"])
     return chosen
 
@@ -152,7 +154,9 @@ def _place(builder: Builder, name: str) -> bool:
     if seam == "projector":
         # The original has the tokens of all frames behind each other.
         tensor = tensor.reshape(-1, tensor.shape[1] // case.spec["config"]["frames"], tensor.shape[2])
-    builder.expect("forward", seam, tensor, f64, kept(case.texts.get(name, "")))
+    if seam == "logits.argmax":
+        tensor = tensor[..., 0].long()
+    builder.expect("forward", seam, tensor, f64, kept(case, case.texts.get(name, "")))
     return True
 
 
@@ -183,9 +187,17 @@ def seam_of(value: str, case: Case) -> str | None:
     return "decoder.embeddings" if value == "text_embedded" else SEAMS.get(value)
 
 
-SLICE = re.compile(r"\[([^\]]*:[^\]]*)\]")
+TOKENS = re.compile(r"tokens 0, (\d+), \d+ \.\.\., first (\d+) channels")
+COLUMNS = re.compile(r"(\d+):(\d+)")
 
 
-def kept(text: str) -> list[Any] | None:
-    """What part of a tensor was kept, from its text: `sliced [:, ::199, ::17]`."""
+def kept(case: Case, text: str) -> list[Any] | None:
+    """What part of a tensor was kept, from its text; None where all of it was."""
+    if tokens := TOKENS.match(text):
+        return [[0, None], [0, None, int(tokens[1])], [0, int(tokens[2])]]
+    if text == "text positions only":
+        return [[0, None], [case.spec["config"]["image_tokens"], None]]
+    if text.startswith("columns "):
+        ranges = COLUMNS.findall(text.partition(" of ")[0])
+        return [[0, None], [0, None], {"indices": [i for a, b in ranges for i in range(int(a), int(b))]}]
     return None

@@ -19,8 +19,11 @@ def judged(folder: Path, test: str, **cases: str) -> str:
     """What pytest says of a golden test, in a copy of this folder with these cases."""
     golden = folder / "golden"
     golden.mkdir()
-    for file in ("conftest.py", "golden.py", "golden_case.py", "needs.py", "ofa_cases.py", "florence2_cases.py"):
+    for file in ("conftest.py", "golden.py", "golden_case.py", "needs.py"):
         shutil.copy(HERE / file, golden)
+    for table in HERE.glob("*_cases.py"):
+        if not table.name.startswith("test_"):
+            shutil.copy(table, golden)
     shutil.copy(HERE.parent / "conftest.py", folder)
     for name, text in cases.items():
         (golden / "cases" / name).mkdir(parents=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -56,20 +56,51 @@ def _blocks(file: SourceFile, member: Member, packed_bytes: int) -> Iterator[byt
         )
 
 
+@dataclass
+class _Unpacking:
+    """A member that is being unpacked: what comes next (`rest` first), and how many bytes have come."""
+
+    blocks: Iterator[bytes]
+    at: int = 0
+    rest: bytes = b""
+
+    def put_back(self, rest: bytes) -> None:
+        self.rest, self.at = rest, self.at - len(rest)
+
+    def __iter__(self) -> Iterator[bytes]:
+        if self.rest:
+            block, self.rest = self.rest, b""
+            self.at += len(block)
+            yield block
+        for block in self.blocks:
+            self.at += len(block)
+            yield block
+
+
 @dataclass(frozen=True)
 class Inflated:
-    """The bytes of a deflated member from byte `skip` on. deflate has no index: each reading unpacks the member."""
+    """The bytes of a deflated member from byte `skip` on. deflate has no index: each reading unpacks the member, and
+    its end is compared with its size and CRC-32. With `unpacking` (see Source.in_order) one reading goes on where the
+    one before ended."""
 
     file: SourceFile
     member: Member
     skip: int
     big_endian: bool = False
+    unpacking: list[_Unpacking] | None = None
+    _shared: list[_Unpacking] = field(default_factory=list, repr=False, compare=False)
+
+    def in_order(self) -> Inflated:
+        return replace(self, unpacking=self._shared)
 
     def pieces(self, start: int, count: int, dtype: torch.dtype, nbytes: int) -> Iterator[torch.Tensor]:
-        before, wanted = self.skip + start, count * dtype.itemsize
+        wanted = count * dtype.itemsize
         step = max(nbytes // dtype.itemsize, 1) * dtype.itemsize
         values, filled = torch.empty(min(step, wanted), dtype=torch.uint8), 0
-        for block in _blocks(self.file, self.member, _BLOCK_BYTES):
+        unpacking = self._from(self.skip + start)
+        before = self.skip + start - unpacking.at
+        last = self.skip + start + wanted == self.member.size
+        for block in unpacking:
             begin = min(before, len(block))
             before -= begin
             while begin < len(block) and wanted:
@@ -79,6 +110,18 @@ class Inflated:
                 if filled == len(values):
                     yield self._elements(values, dtype)
                     values, filled = torch.empty(min(step, wanted), dtype=torch.uint8), 0
+            if self.unpacking is not None and not wanted and not last:
+                unpacking.put_back(block[begin:])
+                self.unpacking[:] = [unpacking]
+                return
+
+    def _from(self, offset: int) -> _Unpacking:
+        """The member's bytes from its beginning, or from where the reading before ended, if that is not behind
+        `offset`."""
+        found = self.unpacking.pop() if self.unpacking else None
+        if found is not None and found.at <= offset:
+            return found
+        return _Unpacking(_blocks(self.file, self.member, _BLOCK_BYTES))
 
     def _elements(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return byte_swapped(values.view(dtype)) if self.big_endian else values.view(dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol
 
@@ -28,6 +28,10 @@ class Source(Protocol):
         """`count` elements of `dtype` from byte `start` of the run: 1-D, in native byte order, at most `nbytes` bytes
         (but one element at least) at a time. Every piece has memory of its own."""
 
+    def in_order(self) -> Source:
+        """The same run for a reader that takes all of it, part after part from the first to the last: each byte is
+        read once then, and what is checked over the whole run is checked when the last part is read."""
+
 
 class Checksum:
     """The CRC-32 of `nbytes` bytes of a file from `start` on, compared the first time that any of them is used.
@@ -42,17 +46,24 @@ class Checksum:
         self.nbytes = nbytes
         self.expected = expected
         self.settled = not expected
+        # Where a reader that takes part after part goes on, and the CRC-32 of what it has had.
+        self._next, self._crc = start, 0
 
-    def before(self, offset: int, nbytes: int) -> int | None:
+    def before(self, offset: int, nbytes: int, *, first: int | None = None) -> int | None:
         """The CRC-32 of what stands before `offset`, for whoever is about to read the `nbytes` bytes from there to the
-        end and hands the result to `settle`; None where nothing is left to check.
+        end and hands the result to `after`; None where nothing is left to check.
 
-        Who reads less than that has all of it checked now: one pass more over these bytes, once.
+        Who reads less than that has all of it checked now: one pass more over these bytes, once. Not so a reader that
+        takes part after part from the byte `first` on: the parts before were read already and those behind will be.
         """
         if self.settled:
             return None
         if (offset, nbytes) == (self.start, self.nbytes):
             return 0
+        if first is not None and offset == self._next:
+            return self._crc
+        if offset == first:
+            return zlib.crc32(self.file.read(self.start, first - self.start, f"the member {shown(self.name)}"))
         until = offset if offset + nbytes == self.start + self.nbytes else self.start + self.nbytes
         crc = 0
         buffer = memoryview(bytearray(min(_BLOCK_BYTES, until - self.start)))
@@ -64,6 +75,12 @@ class Checksum:
             return crc
         self.settle(crc)
         return None
+
+    def after(self, end: int, crc: int) -> None:
+        """`crc` is that of everything before the byte `end`. Raises CheckpointError as `settle` does."""
+        if end == self.start + self.nbytes:
+            self.settle(crc)
+        self._next, self._crc = end, crc
 
     def settle(self, crc: int) -> None:
         """Raises CheckpointError unless `crc` is what the archive says."""
@@ -77,18 +94,24 @@ class Checksum:
 
 @dataclass(frozen=True)
 class Span:
-    """`nbytes` bytes of a file from `offset` on, part of what `checksum` covers where there is one."""
+    """`nbytes` bytes of a file from `offset` on, part of what `checksum` covers where there is one. `ordered`: see
+    Source.in_order."""
 
     file: SourceFile
     offset: int
     nbytes: int
     big_endian: bool = False
     checksum: Checksum | None = None
+    ordered: bool = False
+
+    def in_order(self) -> Span:
+        return replace(self, ordered=True)
 
     def pieces(self, start: int, count: int, dtype: torch.dtype, nbytes: int) -> Iterator[torch.Tensor]:
         offset, end = self.offset + start, self.offset + start + count * dtype.itemsize
         self.file.require(offset, end - offset, "a tensor")
-        crc = self.checksum.before(offset, end - offset) if self.checksum else None
+        first = self.offset if self.ordered else None
+        crc = self.checksum.before(offset, end - offset, first=first) if self.checksum else None
         step = max(nbytes // dtype.itemsize, 1) * dtype.itemsize
         for at in range(offset, end, step):
             values = torch.empty(min(step, end - at) // dtype.itemsize, dtype=dtype)
@@ -97,7 +120,7 @@ class Span:
             if self.checksum and crc is not None:
                 crc = zlib.crc32(raw, crc)
                 if at + len(raw) == end:
-                    self.checksum.settle(crc)
+                    self.checksum.after(end, crc)
             yield byte_swapped(values) if self.big_endian else values
 
 
@@ -204,6 +227,13 @@ class StoredTensor:
         whole = self.layout
         shape = (max(stop - start, 0), *whole.shape[1:])
         return Layout(whole.dtype, shape, whole.stride, whole.offset + start * whole.stride[0]).read(self.source)
+
+    def part(self, place: int) -> StoredTensor:
+        """Entry `place` of axis 0, for a reader that takes all entries in their order."""
+        whole = self.layout
+        own = Layout(whole.dtype, whole.shape[1:], whole.stride[1:], whole.offset + place * whole.stride[0])
+        # Entries of Fortran order lie between each other.
+        return StoredTensor(own, self.source.in_order() if whole.is_contiguous else self.source)
 
     def pieces(self, nbytes: int) -> Iterator[torch.Tensor]:
         """The tensor's elements in row-major order: 1-D, at most `nbytes` bytes at a time."""

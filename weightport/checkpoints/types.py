@@ -51,6 +51,20 @@ class TensorRef:
         whole = self.load()
         return whole[start:stop] if self.shape else whole
 
+    def part(self, place: int) -> TensorRef:
+        """Entry `place` of axis 0 as a tensor of its own, for a reader that takes all entries in their order: each
+        costs its own bytes then."""
+        load = self.load
+        if isinstance(load, StoredTensor):
+            entry: Callable[[], torch.Tensor] = load.part(place)
+        else:
+
+            def entry() -> torch.Tensor:
+                return load()[place]
+
+        storage = (*self.storage, place) if self.storage else ()
+        return TensorRef(f"{self.name}[{place}]", self.shape[1:], self.dtype, entry, storage)
+
     def pieces(self, nbytes: int) -> Iterator[torch.Tensor]:
         """The tensor's values in row-major order: 1-D, at most `nbytes` bytes (but one value at least) at a time."""
         if isinstance(self.load, StoredTensor):

@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional
 
 from weightport.checkpoints.lazy_tensors import Lazy, LazyTensor, in_memory
+from weightport.checkpoints.types import TensorRef
 from weightport.converters.low_rank_pair import LowRankPair
 from weightport.errors import AdapterError
 
@@ -483,8 +484,10 @@ def _none_of(tensor: Lazy) -> torch.Tensor:
     return torch.empty((0, *tensor.shape), dtype=tensor.dtype)
 
 
-def _layer(stacked: Lazy, place: int) -> LazyTensor:
+def _layer(stacked: Lazy, place: int) -> Lazy:
     """One layer of a stack, by the bytes of that layer alone."""
+    if isinstance(stacked, TensorRef):
+        return stacked.part(place)
     shape = tuple(stacked.shape[1:])
 
     def rows(start: int, stop: int) -> torch.Tensor:

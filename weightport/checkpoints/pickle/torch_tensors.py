@@ -54,6 +54,10 @@ class Storage:
         first = offset * dtype.itemsize
         return TensorRef("", shape, dtype, StoredTensor(layout, self), (str(self.path), self.key, first, stride))
 
+    def in_order(self) -> Source:
+        """Itself: tensors share a storage, which is checked whole when one of them is read in part."""
+        return self
+
     def pieces(self, start: int, count: int, dtype: torch.dtype, nbytes: int) -> Iterator[torch.Tensor]:
         """As any `Source` gives its elements."""
         if self.source is None:
