@@ -345,7 +345,9 @@ def _place_2025(builder: Builder, value: str, f64: bool, tensor: torch.Tensor) -
     if what == "query.logits" and f64:
         length = len(case.tensors[f"query.tokens.{number}"]) + case.spec["config"]["text"]["prefix_attn"]
         kept = [None, [length - tensor.shape[1], None]]
-    builder.expect(f"query{number}", seams[what], tensor, f64, kept)
+    # The original projects one picture's features, without an axis of pictures.
+    value = tensor[None] if what == "image_embeds" else tensor
+    builder.expect(f"query{number}", seams[what], value, f64, kept)
     return True
 
 

@@ -90,7 +90,8 @@ class Family:
     computes the loss of a training run from these and the run's options, where it is not the model's own (then None).
     `exact_loss` stands in
     for the model's own loss in float64, where transformers rounds logits to float32 first. `casts_to_float32`: the
-    native model's own code casts values to float32, which a float64 run leaves out.
+    native model's own code casts values to float32, which a float64 run leaves out. `rounds_to_float32(config, seam)`:
+    before this seam both sides use numbers of float32 in a run of float64 too, which they compute in other ways.
     """
 
     name: str
@@ -115,6 +116,7 @@ class Family:
     ) = None
     exact_loss: Callable[..., torch.Tensor] | None = None
     casts_to_float32: bool = False
+    rounds_to_float32: Callable[[PreTrainedConfig, str], bool] = lambda config, seam: False
 
     def noise_at(self, seam: str) -> Noise:
         """The noise of a seam."""

@@ -199,11 +199,11 @@ def build_processor(model: SourceModel, checkpoint: Checkpoint, options: Moondre
     from weightport.modeling.moondream.image_processing_moondream import MoondreamImageProcessor
     from weightport.modeling.moondream.processing_moondream import MoondreamProcessor
 
-    source = model.options["vocabulary"]
-    if source is None:
-        return None
     config: Any = model.config
     revision = revision_named(model.options["revision"])
+    source, _ = vocabulary_source(checkpoint, revision, options)
+    if source is None:
+        return None
     vocabulary = read_vocabulary(source)
     check_fit(vocabulary, config.text_config.vocab_size)
     if revision.own_tokenizer and not vocabulary.is_new:
@@ -212,7 +212,7 @@ def build_processor(model: SourceModel, checkpoint: Checkpoint, options: Moondre
             f"that of {NEW_TOKENIZER}.\n  Pass --vocab with its tokenizer.json."
         )
     side = config.vision_config.image_size
-    stated = model.options["config"]
+    stated = model.options["files"].get("config.json") or {}
     images = MoondreamImageProcessor(
         size={"height": side, "width": side},
         views=revision.merge,

@@ -74,9 +74,7 @@ class MoondreamConversion:
             sections={MAIN: found.prefix},
             options={
                 "revision": revision.name,
-                "config": dict(beside.config),
                 "files": companions.source_files(checkpoint),
-                "vocabulary": str(source) if source is not None else None,
                 "image_token_added": added,
                 "end_ids": end_ids or [special["eos"]],
             },

@@ -72,7 +72,7 @@ def is_quantized(names: Iterable[str]) -> bool:
 
 
 def locate(checkpoint: Checkpoint) -> Found:
-    """The moondream2 in a checkpoint that has one. Raises CheckpointError, ConfigurationError for what is quantised."""
+    """The moondream2 in a checkpoint that has one. Raises CheckpointError, ConfigurationError."""
     if is_quantized(checkpoint):
         raise ConfigurationError(
             f"{checkpoint.path} holds int4 weights (tensors *.packed, *.scale, *.zero_point), which cannot be "

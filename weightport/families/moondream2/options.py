@@ -15,8 +15,8 @@ class MoondreamOptions(ConversionOptions):
     vocabulary: str | None = option(
         "--vocab",
         None,
-        "The tokenizer, where the right one does not stand beside SOURCE: a tokenizer.json, a folder that holds one, or "
-        "a Hub id; none: write the model without a processor.",
+        "The tokenizer, where the right one does not stand beside SOURCE: a tokenizer.json, a folder that holds one, "
+        "or a Hub id; none: write the model without a processor.",
         metavar="FILE|DIR|HUB_ID|none",
     )
     revision: str | None = option(

@@ -163,7 +163,7 @@ def build_tokenizer(vocabulary: MoondreamVocabulary, image_id: int, model_max_le
     found = backend.token_to_id(IMAGE_TOKEN)
     if found != image_id:
         raise VocabularyError(
-            f"The tokenizer in {vocabulary.source} has gaps in its ids: {IMAGE_TOKEN} would be {found}, not {image_id}."
+            f"The tokenizer in {vocabulary.source} has gaps in its ids: {IMAGE_TOKEN} is {found}, not {image_id}."
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,

@@ -86,8 +86,8 @@ class MoondreamGenerationMixin(GenerationMixin):
     def detect(
         self, input_ids: torch.Tensor, *, max_objects: int = MAX_OBJECTS, **inputs: Any
     ) -> list[dict[str, float]]:
-        """Boxes of what the prompt asks for: `x_min`, `y_min`, `x_max`, `y_max` in fractions of the picture's width and
-        height, not clipped to it. Greedy, as the original decides.
+        """Boxes of what the prompt asks for: `x_min`, `y_min`, `x_max`, `y_max` in fractions of the picture's width
+        and height, not clipped to it. Greedy, as the original decides.
 
         Args:
             input_ids: int64 [1, length], of a prompt for detection.

@@ -1,8 +1,8 @@
 """moondream2 for transformers 5: a SigLIP tower, a two-layer projector, and Phi, in one class for all its revisions.
 
-Revisions differ in what the projector sees of a picture (one view, a whole view beside crops, overlapping tiles) and in
-whether the image is attended to in both directions. Nothing here is computed in a constructor that loading on the meta
-device would lose: what is no parameter is made in `_init_weights`.
+Revisions differ in what the projector sees of a picture (one view, a whole view beside crops, overlapping tiles) and
+in whether the image is attended to in both directions. Nothing here is computed in a constructor that loading on the
+meta device would lose: what is no parameter is made in `_init_weights`.
 """
 
 from __future__ import annotations

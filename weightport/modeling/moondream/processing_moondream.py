@@ -151,9 +151,7 @@ class MoondreamProcessor(ProcessorMixin):
 
     def _encoded(self, texts: list[str], text_kwargs: dict[str, Any], single: bool) -> dict[str, Any]:
         if text_kwargs.get("truncation"):
-            raise ValueError(
-                "Prompts are not truncated: what they end with asks for the answer. Shorten the question."
-            )
+            raise ValueError("Prompts are not truncated: their end asks for the answer. Shorten the question.")
         rows = [self.encode(each) for each in texts]
         if single:
             return {"input_ids": rows[0], "attention_mask": [1] * len(rows[0])}
