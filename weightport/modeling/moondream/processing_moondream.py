@@ -34,7 +34,7 @@ CHAT_OF_WORDS = (
 )
 CHAT_OF_MARKS = (
     "{%- set lead = '' -%}" + PLAIN_CHAT + "{%- if message.role == 'assistant' -%}{{- said.text -}}"
-    "{%- else -%}{{- '<|query|>' ~ space ~ said.text ~ '<|/query|>' -}}{%- endif -%}"
+    "{%- else -%}{{- '<|query|>' ~ SPACE ~ said.text ~ '<|/query|>' -}}{%- endif -%}"
     "{%- endfor -%}"
 )
 """Turns as the original writes a chat's history: questions and answers, the last question open."""
@@ -92,7 +92,7 @@ class MoondreamProcessor(ProcessorMixin):
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) if tokenizer is not None else None
         super().__init__(image_processor, tokenizer)
-        own = CHAT_OF_WORDS if templates is None else CHAT_OF_MARKS.replace("space", repr(" " * question_space))
+        own = CHAT_OF_WORDS if templates is None else CHAT_OF_MARKS.replace("SPACE", repr(" " * question_space))
         self.chat_template = chat_template or own
 
     @property
