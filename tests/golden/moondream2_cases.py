@@ -185,22 +185,24 @@ def _place_2024(builder: Builder, value: str, f64: bool, tensor: torch.Tensor) -
         builder.run("batch", "forward", lambda: inference(case))
         builder.expect("batch", seam, _view_order(case, tensor), f64)
         return True
+    length = case.tensors["infer.input_ids"].shape[1]
+    tail = case.tensors.get("infer.logits.f64")
+    if value == "infer.logits" and tail is not None:
+        # In float64 of the last positions only: the same of float32, so that the original's own noise, which an
+        # adapter of random numbers makes large, is known.
+        builder.run("batch", "forward", lambda: inference(case))
+        last = [None, [length - tail.shape[1], None]]
+        builder.expect("batch", "logits", tensor[:, -tail.shape[1] :], f64, last)
+        return True
     if value == "infer.logits_tail":
         builder.run("batch", "forward", lambda: inference(case))
-        length = case.tensors["infer.input_ids"].shape[1]
         builder.expect("batch", "logits", tensor, f64, [None, [length - tensor.shape[1], None]])
         return True
     if seam := _text_seam(value):
         # What stands at padding has no meaning, so that rows are compared one by one.
         for row, real in enumerate(case.tensors["infer.attention_mask"].bool()):
-            if f64 and value == "infer.logits":
-                # Of the last positions only.
-                kept = int(real.sum()) - tensor.shape[1]
-                rows, places = tensor[row : row + 1], [None, [kept, None]]
-            else:
-                rows, places = tensor[row : row + 1, real], None
             builder.run(f"alone{row}", "forward", lambda row=row: _alone(case, row))
-            builder.expect(f"alone{row}", seam, rows, f64, places)
+            builder.expect(f"alone{row}", seam, tensor[row : row + 1, real], f64)
         return True
     if value.startswith("generate."):
         return _generation(builder, value.removeprefix("generate."), tensor)

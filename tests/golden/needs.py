@@ -72,6 +72,11 @@ def has_portable_adapter(case: Case) -> bool:
     return has_checkpoint(case) and bool(case.adapter) and "expected" not in case.spec
 
 
+def has_adapter_training(case: Case) -> bool:
+    """Logits, loss and gradients of the whole batch with the adapter beside the base."""
+    return has_portable_adapter(case) and "training" in case.spec
+
+
 def has_adapter_to_refuse(case: Case) -> bool:
     return has_checkpoint(case) and bool(case.adapter) and "expected" in case.spec
 
