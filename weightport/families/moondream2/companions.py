@@ -138,14 +138,15 @@ def has_new_tokens(checkpoint: Checkpoint) -> bool:
         return False
 
 
-def special_ids(revision: Revision, stated: Mapping[str, Any], end: int | None) -> dict[str, int]:
+def special_ids(revision: Revision, stated: Mapping[str, Any], end: int | None, rows: int) -> dict[str, int | None]:
     """The ids `bos`, `eos` and, in 2025-06-21, `answer`: what config.json states, else the revision's, or the
-    tokenizer's end token `end`."""
+    tokenizer's end token `end`. None where the embedding has no row of a release's id."""
     own = stated_2025(stated)["tokenizer"] if revision.keys == "2025" else {}
     default = (
         dict(NEW_IDS) if revision.own_tokenizer else ({"bos": end, "eos": end} if end is not None else RELEASED_IDS)
     )
-    return {name: own.get(f"{name}_id", value) for name, value in default.items()}
+    ids = {name: own.get(f"{name}_id", value) for name, value in default.items()}
+    return {name: value if value < rows else None for name, value in ids.items()}
 
 
 def templates_of(revision: Revision, stated: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -180,7 +181,7 @@ def generation_settings(config: Any, revision: Revision, end_ids: list[int]) -> 
     never generated."""
     settings: dict[str, Any] = {
         "bos_token_id": config.text_config.bos_token_id,
-        "eos_token_id": end_ids if len(end_ids) > 1 else end_ids[0],
+        "eos_token_id": end_ids if len(end_ids) > 1 else config.text_config.eos_token_id,
         "pad_token_id": config.text_config.eos_token_id,
         "max_new_tokens": revision.new_tokens,
         "do_sample": False,
@@ -189,7 +190,7 @@ def generation_settings(config: Any, revision: Revision, end_ids: list[int]) -> 
         settings["suppress_tokens"] = [config.image_token_id]
     if revision.keys == "2025":
         settings |= {"do_sample": True, "temperature": 0.5, "top_p": 0.3, "top_k": 0}
-    return settings
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def build_processor(model: SourceModel, checkpoint: Checkpoint, options: MoondreamOptions) -> Processor | None:

@@ -174,14 +174,15 @@ def native_config(
     stated: Mapping[str, Any],
     tensors: Tensors,
     revision: Revision,
-    special: Mapping[str, int],
+    special: Mapping[str, int | None],
     image_token_id: int,
 ) -> PreTrainedConfig:
     """The configuration of MoondreamForConditionalGeneration.
 
-    `stated` is config.json, `special` are the ids `bos`, `eos` and, where the revision has one, `answer`. Raises
-    ConfigurationError for what contradicts the tensors.
+    `stated` is config.json, `special` are the ids `bos`, `eos` and, where the revision has one, `answer` (None where
+    nothing tells). Raises ConfigurationError for what contradicts the tensors.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import PhiConfig, SiglipVisionConfig
 
     from weightport.modeling.moondream.configuration_moondream import MoondreamConfig
@@ -217,7 +218,7 @@ def native_config(
             eos_token_id=special["eos"],
             pad_token_id=None,
         )
-    except (ValueError, TypeError) as error:
+    except (StrictDataclassError, ValueError, TypeError) as error:
         raise ConfigurationError(f"No native model has these sizes: {error}") from error
 
 

@@ -57,7 +57,7 @@ class MoondreamConversion:
         revision = decision.revision
         source, note = companions.vocabulary_source(checkpoint, revision, options)
         image_id, end, end_ids, added = _tokens(source, sizes.rows, revision.end_text)
-        special = companions.special_ids(revision, beside.config, end)
+        special = companions.special_ids(revision, beside.config, end, sizes.rows)
         config = configuration.native_config(sizes, beside.config, found.tensors, revision, special, image_id)
         missing = (
             "There is no tokenizer beside the weights: the directory has no processor. --vocab names one."
@@ -76,7 +76,7 @@ class MoondreamConversion:
                 "revision": revision.name,
                 "files": companions.source_files(checkpoint),
                 "image_token_added": added,
-                "end_ids": end_ids or [special["eos"]],
+                "end_ids": end_ids,
             },
             notes=tuple(each for each in (_because(decision), note, missing) if each is not None),
         )

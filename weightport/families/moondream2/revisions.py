@@ -121,7 +121,8 @@ def decide(evidence: Evidence, asked: str | None) -> Decision:
                 "  Leave --revision out, or convert the file that you mean."
             )
         return Decision(wanted, f"--revision says so; {why}")
-    for narrowed in (_by_config(evidence, possible), _by_code(evidence, possible), _by_tokenizer(evidence, possible)):
+    for look in (_by_config, _by_code, _by_tokenizer):
+        narrowed = look(evidence, possible)
         if narrowed is not None:
             possible, also = narrowed
             why = f"{why}; {also}"
