@@ -3,10 +3,15 @@
 
     python benchmarks/convert.py                 a 2 GB model inside a 6 GB training checkpoint
     python benchmarks/convert.py --layers 3      a small one, to try
+    python benchmarks/convert.py --family paligemma2                 a PaliGemma 2 3B: an .npz of 6 GB
+    python benchmarks/convert.py --family paligemma2 --size 28b --layers 4 --limit-gb 2 --no-straightforward
+
+The last one plans the 28B model in full, on a sparse file of 55 GB, and converts one of its widths with four text
+layers, in processes that may not have more than 2 GB of private memory.
 
 One run makes the checkpoint, then times whole processes in turn (so that a slow moment of the machine hits all of
 them) and prints medians and ratios. Memory is the peak of private anonymous memory (RssAnon): pages of mapped files
-belong to the page cache. The straightforward way is torch.load, rename, load_state_dict, save_pretrained.
+belong to the page cache. The straightforward way is torch.load (or np.load), rename, load_state_dict, save_pretrained.
 """
 
 from __future__ import annotations
@@ -107,39 +112,105 @@ def straightforward(source: Path, out: Path) -> None:
     model.save_pretrained(out)
 
 
+def straightforward_npz(source: Path, out: Path) -> None:
+    """As the former scripts did it: every member in memory, every layer's slices beside them, a model, its state."""
+    import numpy as np
+    import torch
+    from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+
+    from weightport.checkpoints.lazy_tensors import in_memory
+    from weightport.families.paligemma2.layouts import Towers
+    from weightport.families.paligemma2.rules import paligemma_rules
+
+    config = PaliGemmaConfig.from_pretrained(out.with_name("port"))
+    rules = paligemma_rules(config, Towers())
+    memory = {"vision_tower.vision_model.": "model.vision_tower.", "language_model.model.": "model.language_model.",
+              "multi_modal_projector.": "model.multi_modal_projector."}  # fmt: skip
+    renamed = {}
+    with np.load(source) as archive:
+        for name in archive.files:
+            tensor = torch.from_numpy(archive[name].view(np.int16)).view(torch.bfloat16)
+            claim = next(rules.of_source(name.removeprefix("params/")))
+            made = [each.read().contiguous() for each in claim.rule.operation.forward([in_memory(tensor)])]
+            layers = max(1, len(made) // len(claim.rule.targets))
+            for stored, value in zip(claim.rule.target_names(claim.captures, layers), made):
+                start = next(each for each in memory if stored.startswith(each))
+                renamed[memory[start] + stored.removeprefix(start)] = value
+    torch.set_default_dtype(torch.bfloat16)
+    model = PaliGemmaForConditionalGeneration(config)
+    model.load_state_dict(renamed, strict=False)
+    model.save_pretrained(out)
+
+
+def write_source(arguments: argparse.Namespace, folder: Path) -> Path:
+    """The checkpoint to convert."""
+    if arguments.family == "ofa":
+        write_checkpoint(folder / "ofa.pt", arguments.layers or 14)
+        return folder / "ofa.pt"
+    import paligemma_files
+
+    whole = paligemma_files.shapes(arguments.size)
+    if arguments.layers:
+        sparse = folder / "whole.npz"
+        total = paligemma_files.write_sparse(sparse, whole)
+        dry = timed([*port_command("paligemma2"), str(sparse), str(folder / "none"), "--vocab", "none", "--dry-run"],
+                    arguments.limit)  # fmt: skip
+        print(f"planned in full: {arguments.size}, {total / 1e9:.1f} GB, {dry.seconds:.1f} s, {dry.megabytes:.0f} MB; "
+              f"converted with {arguments.layers} text layers")  # fmt: skip
+        sparse.unlink()
+    paligemma_files.write_checkpoint(
+        folder / "paligemma.npz", paligemma_files.shapes(arguments.size, arguments.layers)
+    )
+    return folder / "paligemma.npz"
+
+
+def port_command(family: str) -> list[str]:
+    """`port-FAMILY`, by the interpreter and the package that run this."""
+    return [sys.executable, "-c", f"from weightport import cli; cli.port_{family}()"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=14, help="layers a side; 14 make a 2 GB model in a 6 GB file")
+    parser.add_argument("--family", choices=("ofa", "paligemma2"), default="ofa")
+    parser.add_argument("--size", choices=("3b", "10b", "28b"), default="3b", help="of PaliGemma 2")
+    parser.add_argument("--layers", type=int, help="OFA: layers a side, 14 make a 2 GB model in a 6 GB file; "
+                        "PaliGemma: text layers, by default all")  # fmt: skip
     parser.add_argument("--runs", type=int, default=3, help="counted runs of each command")
     parser.add_argument("--folder", type=Path, help="where to work; needs 4 times the file's size")
+    parser.add_argument("--limit-gb", type=float, help="private memory that a conversion may have")
+    parser.add_argument("--no-straightforward", action="store_true", help="leave out what needs most memory and disk")
     parser.add_argument("--straightforward", nargs=2, type=Path, metavar=("SOURCE", "OUT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.limit = int(arguments.limit_gb * 1e9) if arguments.limit_gb else None
     if arguments.straightforward:
-        straightforward(*arguments.straightforward)
+        {"ofa": straightforward, "paligemma2": straightforward_npz}[arguments.family](*arguments.straightforward)
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
-        source, port, naive, copy = (folder / part for part in ("ofa.pt", "port", "naive", "copy"))
-        write_checkpoint(source, arguments.layers)
-        command = Path(sys.executable).with_name("port-ofa")
+        port, naive, copy = (folder / part for part in ("port", "naive", "copy"))
+        source, label = write_source(arguments, folder), f"port-{arguments.family}"
+        copied = f"cp {port}/model.safetensors {copy}"
         commands = {
-            "port-ofa": [str(command), str(source), str(port), "--vocab", "none", "--quiet", "--overwrite"],
+            label: [*port_command(arguments.family), str(source), str(port), "--vocab", "none", "--quiet",
+                    "--overwrite", "--max-shard-size", "100GB"],
             "cp": ["cp", str(port / "model.safetensors"), str(copy)],
-            "cp, then sync": ["sh", "-c", f"cp {port}/model.safetensors {copy} && sync {copy}"],
+            "cp, then sync": ["sh", "-c", f"{copied} && sync {copy}"],
             "interpreter start": [sys.executable, "-c", START],
-            "straightforward": [sys.executable, __file__, "--straightforward", str(source), str(naive)],
-        }
-        commands["port-ofa"] += ["--max-shard-size", "100GB"]
-        timings: dict[str, list[Timing]] = {label: [] for label in commands}
+            "straightforward": [sys.executable, __file__, "--family", arguments.family, "--straightforward",
+                                str(source), str(naive)],
+        }  # fmt: skip
+        if arguments.no_straightforward:
+            del commands["straightforward"]
+        timings: dict[str, list[Timing]] = {each: [] for each in commands}
         for _ in range(arguments.runs):
-            for label, each in commands.items():
+            for each, command in commands.items():
                 copy.unlink(missing_ok=True)
                 shutil.rmtree(naive, ignore_errors=True)
-                timings[label].append(timed(each))
-        report(timings, source.stat().st_size, (port / "model.safetensors").stat().st_size)
+                timings[each].append(timed(command, arguments.limit if each == label else None))
+        report(label, timings, source.stat().st_size, (port / "model.safetensors").stat().st_size)
 
 
-def report(timings: dict[str, list[Timing]], read: int, written: int) -> None:
+def report(port: str, timings: dict[str, list[Timing]], read: int, written: int) -> None:
     """Print medians and the ratios that are claimed."""
     seconds = {label: statistics.median(t.seconds for t in runs) for label, runs in timings.items()}
     memory = {label: statistics.median(t.megabytes for t in runs) for label, runs in timings.items()}
@@ -148,11 +219,14 @@ def report(timings: dict[str, list[Timing]], read: int, written: int) -> None:
         print(f"{label:<18} {seconds[label]:7.2f} s   {memory[label]:7.0f} MB private memory at its peak")
     start = seconds["interpreter start"]
     ratios = {
-        "(port-ofa − interpreter start) / cp": (seconds["port-ofa"] - start) / seconds["cp"],
-        "(port-ofa − interpreter start) / (cp, then sync)": (seconds["port-ofa"] - start) / seconds["cp, then sync"],
-        "straightforward / port-ofa": seconds["straightforward"] / seconds["port-ofa"],
-        "memory: straightforward / port-ofa": memory["straightforward"] / memory["port-ofa"],
+        f"({port} − interpreter start) / cp": (seconds[port] - start) / seconds["cp"],
+        f"({port} − interpreter start) / (cp, then sync)": (seconds[port] - start) / seconds["cp, then sync"],
     }
+    if "straightforward" in timings:
+        ratios |= {
+            f"straightforward / {port}": seconds["straightforward"] / seconds[port],
+            f"memory: straightforward / {port}": memory["straightforward"] / memory[port],
+        }
     for label, ratio in ratios.items():
         print(f"{label:<50} {ratio:5.2f}")
     print(json.dumps({"seconds": seconds, "megabytes": memory, "ratios": ratios}))

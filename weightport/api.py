@@ -212,8 +212,8 @@ def generate(directory: str | Path, image: str | Path | None = None, **settings:
     """Ask the model in `directory` about `image`: see `weightport.generation.generate` for the settings."""
     from weightport.generation import generate as run
 
-    registry().check_converted(Path(directory))
-    return run(directory, image, **settings)
+    family = registry().of_converted(Path(directory))
+    return run(directory, image, tasks=family.tasks if family is not None else {}, **settings)
 
 
 def release(

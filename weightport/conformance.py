@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from weightport.checkpoints import Checkpoint, TensorRef
     from weightport.parity.report import ParityReport
 
+REFERENCE = "reference.safetensors"
 MISTAKES = 12
 """Mistakes that are planted, spread over the rows of the rule table."""
 
@@ -52,16 +54,41 @@ class Check:
     detail: str
 
 
+def find_cases(folder: Path) -> list[Path]:
+    """The folders of cases at `folder` or below it: those with a case.json or a reference.safetensors."""
+    found = {path.parent for name in ("case.json", REFERENCE) for path in folder.rglob(name)}
+    return sorted(found)
+
+
+def installed_cases(family: Family) -> list[Path]:
+    """The cases that are installed with a family; none where it declares none."""
+    if family.cases is None:
+        return []
+    package, _, folder = family.cases.partition(":")
+    found = find_cases(Path(str(files(package))) / folder)
+    if not found:
+        raise FamilyError(f"The family {family.name!r} declares cases in {family.cases}, where there are none.")
+    return found
+
+
+def family_of_case(folder: Path) -> str:
+    """The family that a case says it is of, in case.json or else in its reference. Raises FamilyError where neither
+    says it."""
+    from weightport.parity.reference import read_reference
+
+    stated = _stated(folder).get("family")
+    if stated is not None:
+        return str(stated)
+    reference = folder / str(_stated(folder).get("reference", REFERENCE))
+    if not reference.is_file():
+        raise FamilyError(f'{folder} does not say of which family it is: {{"family": "NAME"}} in case.json.')
+    return read_reference(reference).family
+
+
 def read_case(folder: Path) -> Case:
     """The case in `folder`. Raises FamilyError for one that cannot be told."""
-    path = folder / "case.json"
-    stated: Any = {}
-    if path.is_file():
-        try:
-            stated = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise FamilyError(f"{path} is not JSON: {error}.") from error
-    reference = folder / str(stated.get("reference", "reference.safetensors"))
+    path, stated = folder / "case.json", _stated(folder)
+    reference = folder / str(stated.get("reference", REFERENCE))
     sources = stated.get("sources")
     if sources is None:
         rest = [each for each in sorted(folder.iterdir()) if each not in (path, reference) and each.suffix != ".md"]
@@ -76,6 +103,20 @@ def read_case(folder: Path) -> Case:
         if not file.exists():
             raise FamilyError(f"{folder}: its source {name!r} should be {file.name}, which is not there.")
     return Case(folder, found, dict(stated.get("options", {})), reference if reference.is_file() else None)
+
+
+def _stated(folder: Path) -> dict[str, Any]:
+    """What case.json says; nothing where there is none."""
+    path = folder / "case.json"
+    if not path.is_file():
+        return {}
+    try:
+        stated = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FamilyError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(stated, dict):
+        raise FamilyError(f"{path} should hold a JSON object; found {type(stated).__name__}.")
+    return stated
 
 
 def check_family(
@@ -211,11 +252,15 @@ def _parity(case: Case, native: Path) -> tuple[bool, str]:
 
 
 def _planted_mistakes(case: Case, native: Path) -> tuple[bool, str]:
-    """Change the values of one tensor of a rule's row at a time: the reference must notice each."""
+    """Change the values of one tensor of a rule's row at a time: the reference must notice each. Counters, such as a
+    norm's number of batches, compute nothing."""
+    from weightport.checkpoints import open_checkpoint
     from weightport.converters.record import read_record
 
     record = read_record(native) or {}
-    rows = [step["to"][0] for step in record["steps"] if step["from"]]
+    stored = open_checkpoint(native)
+    made = [step["to"][0] for step in record["steps"] if step["from"]]
+    rows = [name for name in made if stored[name].dtype.is_floating_point]
     chosen = rows[:: max(1, len(rows) // MISTAKES)][:MISTAKES]
     unnoticed = []
     for name in chosen:
@@ -236,7 +281,7 @@ def _changed(native: Path, name: str) -> Iterator[None]:
     kept = file.read_bytes()
     tensors = load_file(file)
     tensor = tensors[name]
-    tensors[name] = (tensor.flip(0) * 1.1 if tensor.is_floating_point() else tensor + 1).contiguous()
+    tensors[name] = (tensor.flip(0) * 1.1).contiguous()
     save_file(tensors, file, {"format": "pt"})
     try:
         yield

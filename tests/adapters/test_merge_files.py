@@ -381,8 +381,8 @@ def test_base_that_cannot_be_merged_into_is_refused(base: Path, adapter: Path, t
 
 
 def test_weight_that_is_no_number_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
-    for adapters in ([], [(adapter, float("nan"))]):
-        with pytest.raises(UsageError):
+    for adapters, said in (([], "at least one adapter"), ([(adapter, float("nan"))], "has the weight nan; expected")):
+        with pytest.raises(UsageError, match=said):
             merge_lora(base, adapters, tmp_path / "out")
 
 

@@ -6,6 +6,7 @@ import argparse
 import random
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,30 +132,34 @@ def sets(form: str, local: int | None, central: int | None, value: int) -> Calla
     return change
 
 
+DISAGREE = r"directory and the header of 'archive/data/0' at byte \d+ disagree"
 TAMPERED = {
-    "encrypted": sets("<H", 6, 8, 1),
-    "encrypted in the local header only": sets("<H", 6, None, 1),
-    "another name in the local header": sets("<H", 32, None, 0x4141),
-    "longer name in the local header": sets("<H", 26, None, 15),
-    "another size in the local header": sets("<L", 22, None, 44),
-    "another size in both": sets("<L", 22, 24, 44),
-    "size of gigabytes": sets("<L", None, 24, 1 << 31),
-    "compressed size of gigabytes": sets("<L", None, 20, 1 << 31),
-    "compression unknown": sets("<H", 8, 10, 99),
-    "compression in one header only": sets("<H", None, 10, 8),
-    "header beyond the file": sets("<L", None, 42, 1 << 31),
-    "header of another member": sets("<L", None, 42, 0),
-    "zip64 without its field": sets("<L", None, 24, 0xFFFFFFFF),
-    "on another disk": sets("<H", None, 34, 1),
-    "extra field beyond the end": sets("<H", None, 30, 0xFFFF),
-}
+    "encrypted": (sets("<H", 6, 8, 1), "is encrypted"),
+    "encrypted in the local header only": (sets("<H", 6, None, 1), "is encrypted"),
+    "another name in the local header": (sets("<H", 32, None, 0x4141), DISAGREE),
+    "longer name in the local header": (sets("<H", 26, None, 15), DISAGREE),
+    "another size in the local header": (sets("<L", 22, None, 44), DISAGREE),
+    "another size in both": (sets("<L", 22, 24, 44), "is stored, yet 48 bytes are said to make 44"),
+    "size of gigabytes": (sets("<L", None, 24, 1 << 31), "is stored, yet 48 bytes are said to make 2147483648"),
+    "compressed size of gigabytes": (
+        sets("<L", None, 20, 1 << 31), "is stored, yet 2147483648 bytes are said to make 48",
+    ),
+    "compression unknown": (sets("<H", 8, 10, 99), r"is compressed \(method 99\)"),
+    "compression in one header only": (sets("<H", None, 10, 8), DISAGREE),
+    "header beyond the file": (sets("<L", None, 42, 1 << 31), "should be 30 bytes at byte 2147483648, but the file"),
+    "header of another member": (sets("<L", None, 42, 0), DISAGREE),
+    "zip64 without its field": (sets("<L", None, 24, 0xFFFFFFFF), "has no zip64 sizes"),
+    "on another disk": (sets("<H", None, 34, 1), "is one part of a split zip archive"),
+    "extra field beyond the end": (sets("<H", None, 30, 0xFFFF), "zip directory ends inside an entry"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TAMPERED)
 def test_a_tampered_archive_is_refused(archive, name):
     open_checkpoint(archive)["w"].read()
-    with pytest.raises(CheckpointError, match=r"c\.pt"):
-        open_checkpoint(rewritten(archive, TAMPERED[name]))
+    change, said = TAMPERED[name]
+    with pytest.raises(CheckpointError, match=rf"c\.pt: .*{said}"):
+        open_checkpoint(rewritten(archive, change))
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -166,25 +171,30 @@ def test_a_member_that_stands_twice_is_refused(archive):
 
 
 def test_overlapping_members_are_refused(tmp_path):
-    # Two entries of the directory for the same bytes: the way of zip bombs.
-    path = write_archive(tmp_path / "c.pt", DOCUMENT, {"0": bytes(48)})
+    # A whole member, header and all, among the bytes of another: the way of zip bombs.
+    inner = struct.pack("<4s5H3L2H", b"PK\3\4", 20, 0, 0, 0, 0, zlib.crc32(bytes(4)), 4, 4, 14, 0)
+    inner += b"archive/data/1" + bytes(4)
+    path = write_archive(tmp_path / "c.pt", DOCUMENT, {"0": inner})
     data = path.read_bytes()
-    start = data.index(b"PK\1\2")
-    entry_at = data.index(b"archive/data/0", start) - 46
-    entry = data[entry_at : data.index(b"PK\1\2", entry_at + 4)]
-    end = data.index(b"PK\5\6")
-    count, length = struct.unpack_from("<H", data, end + 8)[0] + 1, end - start + len(entry)
+    start, end, within = data.index(b"PK\1\2"), data.index(b"PK\5\6"), data.index(inner)
+    entry = struct.pack(
+        "<4s6H3L5H2L", b"PK\1\2", 20, 20, 0, 0, 0, 0, zlib.crc32(bytes(4)), 4, 4, 14, 0, 0, 0, 0, 0, within
+    )
+    count, length = struct.unpack_from("<H", data, end + 8)[0] + 1, end - start + len(entry) + 14
     tail = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, count, count, length, start, 0)
-    path.write_bytes(data[:end] + entry.replace(b"data/0", b"data/1") + tail)
-    with pytest.raises(CheckpointError, match=r"c\.pt"):
+    path.write_bytes(data[:end] + entry + b"archive/data/1" + tail)
+    with zipfile.ZipFile(path) as opened:
+        assert opened.read("archive/data/1") == bytes(4), "the archive is sound but for the overlap"
+    with pytest.raises(CheckpointError, match=r"'archive/data/0' overlaps what follows it"):
         open_checkpoint(path)
 
 
 def test_bytes_before_or_after_an_archive_are_refused(archive):
     data = archive.read_bytes()
-    for changed in (data + b"x", data[:4] + b"x" + data[4:], b"PK\3\4" + data):
+    after, before = "has bytes after the end", r"should end at byte \d+ and ends at \d+: bytes were added or lost"
+    for changed, said in ((data + b"x", after), (data[:4] + b"x" + data[4:], before), (b"PK\3\4" + data, before)):
         archive.write_bytes(changed)
-        with pytest.raises(CheckpointError, match=r"c\.pt"):
+        with pytest.raises(CheckpointError, match=said):
             open_checkpoint(archive)
 
 

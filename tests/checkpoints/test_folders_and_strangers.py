@@ -90,10 +90,20 @@ def test_an_index_that_does_not_match_its_shards_is_refused(tmp_path, name):
         open_checkpoint(index)
 
 
-@pytest.mark.parametrize("text", ["{", "[1, 2]", '"text"', "{}", "[" * 100_000, '{"weight_map": {}}'])
-def test_json_that_is_no_index_is_refused(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "cannot be read as one"),
+        ("[1, 2]", "it has no weight_map"),
+        ('"text"', "is not a checkpoint"),
+        ("{}", "it has no weight_map"),
+        ("[" * 100_000, "it nests too deep"),
+        ('{"weight_map": {}}', "it has no weight_map"),
+    ],
+)
+def test_json_that_is_no_index_is_refused(tmp_path, text, said):
     (tmp_path / "model.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"model\.json"):
+    with pytest.raises(CheckpointError, match=rf"model\.json: .*{said}"):
         open_checkpoint(tmp_path / "model.json")
 
 
@@ -132,7 +142,7 @@ def test_the_only_weights_of_a_folder_are_taken_whatever_their_name(tmp_path):
 def test_malformed_companions_are_named(tmp_path):
     save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"a": ')
-    with pytest.raises(CheckpointError, match=r"config\.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json: should be a JSON file"):
         open_checkpoint(tmp_path)
 
 

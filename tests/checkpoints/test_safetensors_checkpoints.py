@@ -63,49 +63,57 @@ def test_a_header_of_any_length_gives_the_right_bytes(tmp_path, pad):
 
 
 ENTRY = json.dumps(entry()).encode()
-MALFORMED: dict[str, tuple[Any, bytes]] = {
-    "overlap": ({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12)),
-    "same bytes": ({"a": entry(0, 8), "b": entry(0, 8)}, bytes(8)),
-    "hole": ({"a": entry(0, 8), "b": entry(12, 20)}, bytes(20)),
-    "hole at the start": ({"a": entry(4, 12)}, bytes(12)),
-    "bytes left over": ({"a": entry(0, 8)}, bytes(9)),
-    "bytes missing": ({"a": entry(0, 8)}, bytes(7)),
-    "shape too large": ({"a": entry(0, 8, (3,))}, bytes(8)),
-    "shape too small": ({"a": entry(0, 8, (1,))}, bytes(8)),
-    "shape negative": ({"a": entry(0, 8, (-2, -1))}, bytes(8)),
-    "shape of floats": ({"a": entry(0, 8, (2.0,))}, bytes(8)),
-    "shape of truths": ({"a": entry(0, 4, (True,))}, bytes(4)),
-    "shape overflows": ({"a": entry(0, 8, (1 << 62, 1 << 62, 4))}, bytes(8)),
-    "shape is no list": ({"a": {**entry(), "shape": 2}}, bytes(8)),
-    "offsets reversed": ({"a": entry(8, 0)}, bytes(8)),
-    "offsets negative": ({"a": entry(-8, 0)}, bytes(8)),
-    "three offsets": ({"a": {**entry(), "data_offsets": [0, 8, 8]}}, bytes(8)),
-    "dtype unknown": ({"a": entry(dtype="F7")}, bytes(8)),
-    "dtype no text": ({"a": entry(dtype=["F32"])}, bytes(8)),
-    "field missing": ({"a": {"dtype": "F32", "shape": [2]}}, bytes(8)),
-    "field surplus": ({"a": {**entry(), "code": "x"}}, bytes(8)),
-    "entry is no object": ({"a": [1]}, b""),
-    "metadata is no object": ({"__metadata__": [1]}, b""),
-    "metadata not text": ({"__metadata__": {"a": 1}}, b""),
-    "name twice": (b'{"a":%s,"a":%s}' % (ENTRY, ENTRY), bytes(8)),
-    "header no object": (b"{]", b""),
-    "header cut": (b'{"a":', b""),
-    "header not UTF-8": (b'{"\xff":1}', b""),
-    "half a surrogate": (b'{"\\ud800":%s}' % ENTRY, bytes(8)),
-    "number of too many digits": (b'{"a":' + b"9" * 10_000 + b"}", b""),
-    "nested without end": (b'{"a":' + b"[" * 200_000 + b"}", b""),
+MALFORMED: dict[str, tuple[Any, bytes, str]] = {
+    "overlap": ({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12), "'b' at bytes 4 to 12 overlaps"),
+    "same bytes": ({"a": entry(0, 8), "b": entry(0, 8)}, bytes(8), "'b' at bytes 0 to 8 overlaps"),
+    "hole": ({"a": entry(0, 8), "b": entry(12, 20)}, bytes(20), "'b' at bytes 12 to 20 leaves 4 bytes unused"),
+    "hole at the start": ({"a": entry(4, 12)}, bytes(12), "'a' at bytes 4 to 12 leaves 4 bytes unused"),
+    "bytes left over": ({"a": entry(0, 8)}, bytes(9), "end at byte 77, but the file has 78"),
+    "bytes missing": ({"a": entry(0, 8)}, bytes(7), "end at byte 77, but the file has 76"),
+    "shape too large": ({"a": entry(0, 8, (3,))}, bytes(8), "which take 12 bytes, but stands at bytes 0 to 8"),
+    "shape too small": ({"a": entry(0, 8, (1,))}, bytes(8), "which take 4 bytes, but stands at bytes 0 to 8"),
+    "shape negative": ({"a": entry(0, 8, (-2, -1))}, bytes(8), "that are not whole numbers"),
+    "shape of floats": ({"a": entry(0, 8, (2.0,))}, bytes(8), "that are not whole numbers"),
+    "shape of truths": ({"a": entry(0, 4, (True,))}, bytes(4), "that are not whole numbers"),
+    "shape overflows": ({"a": entry(0, 8, (1 << 62, 1 << 62, 4))}, bytes(8), "must be whole numbers from 0 up"),
+    "shape is no list": ({"a": {**entry(), "shape": 2}}, bytes(8), "that are not whole numbers"),
+    "offsets reversed": ({"a": entry(8, 0)}, bytes(8), "but stands at bytes 8 to 0"),
+    "offsets negative": ({"a": entry(-8, 0)}, bytes(8), "that are not whole numbers"),
+    "three offsets": ({"a": {**entry(), "data_offsets": [0, 8, 8]}}, bytes(8), "that are not whole numbers"),
+    "dtype unknown": ({"a": entry(dtype="F7")}, bytes(8), "has dtype 'F7'; known are"),
+    "dtype no text": ({"a": entry(dtype=["F32"])}, bytes(8), "has dtype list; known are"),
+    "field missing": ({"a": {"dtype": "F32", "shape": [2]}}, bytes(8), "should have dtype, shape and data_offsets"),
+    "field surplus": ({"a": {**entry(), "code": "x"}}, bytes(8), "should have dtype, shape and data_offsets"),
+    "entry is no object": ({"a": [1]}, b"", "should have dtype, shape and data_offsets"),
+    "metadata is no object": ({"__metadata__": [1]}, b"", "__metadata__ should map text to text"),
+    "metadata not text": ({"__metadata__": {"a": 1}}, b"", "__metadata__ should map text to text"),
+    "name twice": (b'{"a":%s,"a":%s}' % (ENTRY, ENTRY), bytes(8), "'a' stands twice"),
+    "header no object": (b"{]", b"", "Expecting property name"),
+    "header cut": (b'{"a":', b"", "Expecting value"),
+    "header not UTF-8": (b'{"\xff":1}', b"", "can't decode byte 0xff"),
+    "half a surrogate": (b'{"\\ud800":%s}' % ENTRY, bytes(8), "which is not Unicode"),
+    "number of too many digits": (b'{"a":' + b"9" * 10_000 + b"}", b"", r"Exceeds the limit \(4300 digits\)"),
+    "nested without end": (b'{"a":' + b"[" * 200_000 + b"}", b"", "nests too deep"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MALFORMED)
 def test_a_header_that_does_not_fit_the_bytes_is_refused(tmp_path, name):
-    path = write(tmp_path / "c.safetensors", *MALFORMED[name])
-    with pytest.raises(CheckpointError, match=r"c\.safetensors"):
+    header, data, said = MALFORMED[name]
+    path = write(tmp_path / "c.safetensors", header, data)
+    with pytest.raises(CheckpointError, match=rf"c\.safetensors: .*{said}"):
         open_checkpoint(path)
 
 
-@pytest.mark.parametrize("length", [10_000, 100_000_001, 1 << 63])
-def test_a_header_longer_than_the_file_is_refused(tmp_path, length):
+@pytest.mark.parametrize(
+    ("length", "said"),
+    [
+        (10_000, "header should be 10000 bytes at byte 8, but the file has 77"),
+        (100_000_001, "of no known format"),
+        (1 << 63, "of no known format"),
+    ],
+)
+def test_a_header_longer_than_the_file_is_refused(tmp_path, length, said):
     path = write(tmp_path / "c.safetensors", {"a": entry()}, bytes(8), length=length)
-    with pytest.raises(CheckpointError, match=r"c\.safetensors"):
+    with pytest.raises(CheckpointError, match=rf"c\.safetensors: .*{said}"):
         open_checkpoint(path)

@@ -210,7 +210,7 @@ def test_a_dictionary_that_stands_twice_gives_both_names(tmp_path):
 
 def test_two_tensors_of_one_name_are_refused(tmp_path):
     path = save({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, tmp_path / "c.pt")
-    with pytest.raises(CheckpointError, match=r"a\.b"):
+    with pytest.raises(CheckpointError, match=r"two tensors that would both be named 'a\.b'"):
         open_checkpoint(path)
 
 
@@ -319,62 +319,64 @@ def test_a_torchscript_program_is_refused(tmp_path):
 
 
 FAR = 1 << 61
+BEYOND = "ends at byte 52 of a storage of 48 bytes"
+WHOLE = "must be whole numbers from 0 up"
 
 
 @pytest.mark.parametrize(
-    ("offset", "shape", "stride"),
+    ("offset", "shape", "stride", "said"),
     [
-        (0, (13,), (1,)),
-        (12, (1,), (1,)),
-        (1, (3, 4), (4, 1)),
-        (0, (2,), (12,)),
-        (0, (2, 2), (FAR, FAR)),
-        (0, (FAR, FAR), (0, 0)),
-        (0, (1 << 33,), (0,)),
-        (-1, (2,), (1,)),
-        (0, (-2,), (1,)),
-        (3, (2,), (-1,)),
-        (0, (2, 2), (1,)),
-        (0, (True,), (1,)),
-        (0, (2.0,), (1,)),
-        (0, "ab", (1,)),
-        (0, ((),), (1,)),
-        (0, (1,) * 65, (1,) * 65),
-        (0, (0, FAR, FAR), (1, 1, 1)),
-        (None, (2,), (1,)),
-        (1 << 200, (2,), (1,)),
+        (0, (13,), (1,), BEYOND),
+        (12, (1,), (1,), BEYOND),
+        (1, (3, 4), (4, 1), BEYOND),
+        (0, (2,), (12,), BEYOND),
+        (0, (2, 2), (FAR, FAR), "ends at byte .* of a storage of 48 bytes"),
+        (0, (FAR, FAR), (0, 0), "is larger than torch can hold"),
+        (0, (1 << 33,), (0,), "would fill 34359738368 bytes from a file of"),
+        (-1, (2,), (1,), WHOLE),
+        (0, (-2,), (1,), WHOLE),
+        (3, (2,), (-1,), WHOLE),
+        (0, (2, 2), (1,), "claims 2 dimensions and 1 strides"),
+        (0, (True,), (1,), WHOLE),
+        (0, (2.0,), (1,), WHOLE),
+        (0, "ab", (1,), "should be a tuple, but are 'ab'"),
+        (0, ((),), (1,), WHOLE),
+        (0, (1,) * 65, (1,) * 65, "claims 65 dimensions and 65 strides"),
+        (0, (0, FAR, FAR), (1, 1, 1), "is larger than torch can hold"),
+        (None, (2,), (1,), "offset None"),
+        (1 << 200, (2,), (1,), WHOLE),
     ],
 )
-def test_a_layout_that_leaves_its_storage_is_refused(tmp_path, offset, shape, stride):
+def test_a_layout_that_leaves_its_storage_is_refused(tmp_path, offset, shape, stride, said):
     path = write_archive(tmp_path / "c.pt", {"w": tensor(storage_id(), offset, shape, stride)}, {"0": bytes(48)})
-    with pytest.raises(CheckpointError, match=r"c\.pt"):
+    with pytest.raises(CheckpointError, match=rf"c\.pt: .*{said}"):
         open_checkpoint(path)
 
 
 @pytest.mark.parametrize(
-    "storage",
+    ("storage", "said"),
     [
-        storage_id("../../x"),
-        storage_id("1"),
-        storage_id(count=13),
-        storage_id(count=11),
-        storage_id(count=-12),
-        storage_id(count=1 << 80),
-        storage_id(kind=torch.DoubleStorage),
-        storage_id(kind=dict),
-        StorageId(("storage", torch.FloatStorage, "0", "cpu")),
-        StorageId(("module", torch.FloatStorage)),
-        StorageId(("storage", torch.FloatStorage, None, "cpu", 12)),
-        StorageId(("storage", torch.FloatStorage, ("0",), "cpu", 12)),
-        StorageId(("storage", torch.QInt8Storage, "0", "cpu", 48)),
-        StorageId(()),
-        "text",
-        None,
+        (storage_id("../../x"), r"the storage '\.\./\.\./x', which the archive does not hold"),
+        (storage_id("1"), "the storage '1', which the archive does not hold"),
+        (storage_id(count=13), "claims 52 bytes for the storage '0', which has 48"),
+        (storage_id(count=11), "claims 44 bytes for the storage '0', which has 48"),
+        (storage_id(count=-12), "a storage '0' of -12 elements"),
+        (storage_id(count=1 << 80), "a storage '0' of 1208925819614629174706176 elements"),
+        (storage_id(kind=torch.DoubleStorage), "claims 96 bytes for the storage '0', which has 48"),
+        (storage_id(kind=dict), "a storage of the unknown type 'builtins.dict'"),
+        (StorageId(("storage", torch.FloatStorage, "0", "cpu")), r"'cpu'\], which is no storage"),
+        (StorageId(("module", torch.FloatStorage)), "should be made of a storage, but is made of Symbol"),
+        (StorageId(("storage", torch.FloatStorage, None, "cpu", 12)), "a storage None of 12 elements"),
+        (StorageId(("storage", torch.FloatStorage, ("0",), "cpu", 12)), r"a storage \['0'\] of 12 elements"),
+        (StorageId(("storage", torch.QInt8Storage, "0", "cpu", 48)), "quantized values"),
+        (StorageId(()), r"refers to \[\], which is no storage"),
+        ("text", "should be made of a storage, but is made of 'text'"),
+        (None, "should be made of a storage, but is made of None"),
     ],
 )
-def test_a_storage_that_the_archive_does_not_hold_is_refused(tmp_path, storage):
+def test_a_storage_that_the_archive_does_not_hold_is_refused(tmp_path, storage, said):
     path = write_archive(tmp_path / "c.pt", {"w": tensor(storage, 0, (12,), (1,))}, {"0": bytes(48)})
-    with pytest.raises(CheckpointError, match=r"c\.pt"):
+    with pytest.raises(CheckpointError, match=rf"c\.pt: .*{said}"):
         open_checkpoint(path)
 
 

@@ -13,6 +13,8 @@ from weightport.cli import main
 ABSENT = "nowhere/absent.pt"
 READ = {
     "convert": [[ABSENT, "out"], [".", "out", "--vocab", "./absent"]],
+    "families": [["--cases", ABSENT]],
+    "family-check": [["ofa", ABSENT]],
     "inspect": [[ABSENT]],
     "export": [[ABSENT, "out"]],
     "parity": [[ABSENT, "--reference", "."], [".", "--reference", ABSENT]],
@@ -24,12 +26,9 @@ READ = {
     "port-adapter": [[ABSENT, "out", "--base", "."], [".", "out", "--base", ABSENT]],
     "merge-lora": [[ABSENT, ".", "out"], [".", ABSENT, "out"], [".", f"{ABSENT}=0.5", "out"]],
     "extract-lora": [[ABSENT, ".", "out", "--rank", "1"], [".", ABSENT, "out", "--rank", "1"]],
-    "families": [],
-    "family-check": [["ofa", ABSENT]],
     "release": [[ABSENT, "--repo", "org/name"]],
 }
 """Command lines by command, each with one path that is not there."""
-
 
 CONTEXT = click.Context(main)
 COMMANDS = {name: main.get_command(CONTEXT, name) for name in main.list_commands(CONTEXT)}

@@ -118,7 +118,8 @@ def test_an_export_replaces_an_export_and_not_the_original(converted, checkpoint
     shutil.copyfile(checkpoint, untouched / "original.pt")
     refused(tmp_path, untouched, "export", converted, untouched / "original.pt", "--overwrite", said="not written by")
     assert weightport("export", converted, tmp_path / "back.pt").exit_code == 0
-    assert weightport("export", converted, tmp_path / "back.pt").exit_code == 1
+    again = weightport("export", converted, tmp_path / "back.pt")
+    assert again.exit_code == 1 and "back.pt exists" in again.stderr, again.stderr
     assert weightport("export", converted, tmp_path / "back.pt", "--overwrite").exit_code == 0
     assert torch.load(tmp_path / "back.pt", weights_only=False)["model"]
 

@@ -56,7 +56,7 @@ def test_inspecting_as_json_stays_json(hostile: Path):
 
 def test_errors_and_notes_are_printable(hostile: Path, tmp_path: Path):
     result = CliRunner().invoke(cli.port_ofa, [str(hostile), str(tmp_path / "out")])
-    assert result.exit_code == 1
+    assert result.exit_code == 1 and "is not a checkpoint of OFA" in result.output, result.output
     assert all(character.isprintable() or character == "\n" for character in result.output)
 
 

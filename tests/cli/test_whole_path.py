@@ -54,8 +54,10 @@ def test_checkpoint_becomes_a_proven_tuned_merged_model_ready_for_release(demo: 
     assert measured == {name: pytest.approx(value) for name, value in tuned.items() if name != "eval_loss"}
 
     # The base is the one that was proven; the merged model is another.
-    failed = CliRunner().invoke(cli.port_parity, ["merged", "--reference", "demo/reference.safetensors", "-q"])
-    assert failed.exit_code == 1
+    failed = CliRunner().invoke(cli.port_parity, ["merged", "--reference", "demo/reference.safetensors"])
+    assert failed.exit_code == 1 and "departs from the original, first at encoder.layers.0" in failed.output, (
+        failed.output
+    )
     card = ran(cli.port_release, "merged", "--repo", "somebody/captions", "--dry-run")
     for text in (
         "model.safetensors",

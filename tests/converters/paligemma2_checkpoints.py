@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zstandard
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 CASES = GOLDEN / "cases" / "paligemma2"
@@ -56,3 +58,21 @@ def unstacked_text(tensors: Mapping[str, np.ndarray]) -> Arrays:
         else:
             found[name] = array
     return found
+
+
+def trainer_step(folder: Path, tensors: Mapping[str, np.ndarray], chunks: int = 2) -> Path:
+    """A step as the trainer writes it: a zarr array a folder, divided into `chunks` along axis 0 where that goes."""
+    for name, array in tensors.items():
+        place = folder / name.replace("/", "~")
+        place.mkdir(parents=True)
+        parts = chunks if array.ndim and array.shape[0] % chunks == 0 else 1
+        dtype = "bfloat16" if array.dtype.kind == "V" else array.dtype.str
+        chunk = [array.shape[0] // parts, *array.shape[1:]] if array.ndim else []
+        described = {"zarr_format": 2, "shape": list(array.shape), "chunks": chunk, "dtype": dtype, "order": "C",
+                     "compressor": {"id": "zstd", "level": 1}, "fill_value": None, "filters": None}  # fmt: skip
+        (place / ".zarray").write_text(json.dumps(described))
+        for number in range(parts):
+            part = array[number * chunk[0] : (number + 1) * chunk[0]] if array.ndim else array
+            name_of = ".".join(map(str, [number] + [0] * (array.ndim - 1))) if array.ndim else "0"
+            (place / name_of).write_bytes(zstandard.compress(part.tobytes(), 1))
+    return folder

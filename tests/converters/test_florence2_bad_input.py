@@ -132,7 +132,7 @@ def test_every_missing_and_unknown_tensor_is_named(source, tmp_path):
     del state[gone]
     state["language_model.model.encoder.extra"] = torch.zeros(3)
     folder = source.write(tmp_path / "in", state)
-    with pytest.raises(CoverageError) as error:
+    with pytest.raises(CoverageError, match="native model's do not meet") as error:
         convert(folder, tmp_path / "out")
     assert gone in str(error.value) and "language_model.model.encoder.extra [3]" in str(error.value)
 

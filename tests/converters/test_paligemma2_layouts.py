@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from paligemma2_checkpoints import VOCABULARY, arrays, originals, under, unstacked_text, write
+from paligemma2_checkpoints import VOCABULARY, arrays, originals, trainer_step, under, unstacked_text, write
 from safetensors.torch import load_file
 
 from weightport.api import convert, export, plan_conversion
@@ -58,6 +58,28 @@ def test_every_form_gives_the_same_model_and_comes_back_as_it_was(
     back = arrays(export(out, tmp_path / "back.npz").path)
     assert list(back) == [name for name in given if name != "opt/state/step"]
     assert all(array.dtype == given[name].dtype and np.array_equal(array, given[name]) for name, array in back.items())
+
+
+@pytest.mark.parametrize("name", ["tiny-trainstate", "tiny-bf16"])
+def test_trainers_folder_gives_the_same_model_and_comes_back_as_an_npz(original, tmp_path: Path, name: str) -> None:
+    given = arrays(original(name))
+    trainer_step(tmp_path / "work" / "checkpoint.bv-000000100", given)
+    (tmp_path / "work" / "checkpoint.bv-LAST").write_text("000000100")
+    (tmp_path / "work" / VOCABULARY.name).write_bytes(VOCABULARY.read_bytes())
+    made = convert(tmp_path / "work", tmp_path / "out")
+    same_file = convert(original(name), tmp_path / "of_file").directory
+    assert same(weights(made.directory), weights(same_file))
+    assert "The step is checkpoint.bv-000000100." in made.model.notes
+    assert made.model.unread == plan_conversion(original(name), vocabulary="none").model.unread
+    source = json.loads((made.directory / "conversion.json").read_text())["sources"]["checkpoint"]
+    assert source["format"] == "zarr-folder" and source["name"] == "checkpoint.bv-000000100"
+    assert "params~img~head~bias/0" in {file["name"] for file in source["files"]}
+    assert (made.directory / "processor_config.json").is_file()
+    back = arrays(export(made.directory, tmp_path / "back.npz").path)
+    wanted = {key: array for key, array in given.items() if key.startswith("params/")}
+    assert back.keys() == wanted.keys() and all(
+        back[key].tobytes() == array.tobytes() for key, array in wanted.items()
+    )
 
 
 def test_what_stands_beside_the_model_is_named_with_its_size(original) -> None:

@@ -70,7 +70,7 @@ def test_a_line_of_renames_with_three_names_is_refused():
 
 def test_every_unaccounted_tensor_is_named_in_one_error():
     rules = table(move("a", "x"), move("b", "y"), move("c", "z"))
-    with pytest.raises(CoverageError) as caught:
+    with pytest.raises(CoverageError, match="native model's do not meet") as caught:
         plan(
             sources(a=torch.zeros(2), c=torch.zeros(4), stray=torch.zeros(7)),
             rules,

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from weightport.checkpoints import open_checkpoint
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "family"
 CASE = EXAMPLE / "cases" / "tiny"
@@ -47,6 +51,38 @@ def test_family_of_another_package_keeps_its_word(installed):
         "declaration", "recognition", "coverage", "round trip", "parity", "planted mistakes", "training step",
     }  # fmt: skip
     assert finished.returncode == 0
+
+
+def test_list_of_families_says_whether_the_installed_cases_pass(installed):
+    finished = weightport(installed, "families", "--check")
+    assert finished.returncode == 0, finished.stderr
+    assert "tiny: 7 of 7 checks hold" in finished.stdout
+    assert finished.stdout.count("none are installed with it (--cases DIR)") == 2
+
+
+def test_a_case_that_does_not_pass_is_shown_with_its_reason(installed, tmp_path):
+    case = tmp_path / "cases" / "spoiled"
+    shutil.copytree(CASE, case)
+    tensors = open_checkpoint(case / "tellit.pt")
+    document = {"model": {name.removeprefix("model."): ref.read() for name, ref in tensors.items()}}
+    name = next(name for name, value in document["model"].items() if value.is_floating_point() and value.ndim == 2)
+    document["model"][name] = document["model"][name] + 0.5
+    torch.save({**torch.load(case / "tellit.pt", weights_only=True), **document}, case / "tellit.pt")
+    finished = weightport(installed, "families", "--cases", tmp_path / "cases", "--json")
+    assert finished.returncode == 1, finished.stderr
+    found = {each["name"]: each for each in json.loads(finished.stdout)}
+    assert found["tellit"]["cases"] == {"tiny": True, "spoiled": False}
+    assert found["ofa"]["cases"] == {}
+
+
+def test_cases_of_a_family_that_is_not_there_are_refused(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "case.json").write_text('{"family": "llava"}')
+    finished = weightport(dict(os.environ), "families", "--cases", tmp_path)
+    assert finished.returncode == 1 and "There is no family 'llava'" in finished.stderr
+    (tmp_path / "one" / "case.json").write_text("[]")
+    finished = weightport(dict(os.environ), "families", "--cases", tmp_path)
+    assert finished.returncode == 1 and "case.json should hold a JSON object; found list" in finished.stderr
 
 
 def test_option_of_another_family_is_a_usage_error(installed, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from drawn_data import draw_coco, draw_jsonl, draw_muge, write_lines
+from drawn_data import draw_coco, draw_jsonl, draw_muge, draw_receipts, write_lines
 from tiny_runs import CAPTIONS, CHINESE_CAPTIONS, boxes_document, convert_case
 
 
@@ -39,6 +39,12 @@ def muge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = draw_muge(tmp_path_factory.mktemp("muge"), count=len(CHINESE_CAPTIONS), captions=1)
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     return write_lines(path, [{**row, "text": [text] * 2} for row, text in zip(rows, CHINESE_CAPTIONS)])
+
+
+@pytest.fixture(scope="session")
+def receipts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Four receipts and what they say as JSON, the part `train` of a folder."""
+    return f"{draw_receipts(tmp_path_factory.mktemp('receipts'), {'train': 4, 'valid': 2, 'test': 2})}:train"
 
 
 @pytest.fixture(scope="session")

@@ -93,3 +93,35 @@ def draw_coco(folder: Path, document: Mapping[str, Any] | None = None) -> Path:
     path = folder / "_annotations.coco.json"
     path.write_text(json.dumps(document, indent=1), "utf-8")
     return path
+
+
+def draw_receipt(number: int, size: tuple[int, int] = (84, 112)) -> tuple[Image.Image, dict[str, Any]]:
+    """A receipt of bars for lines of text, and what it says: `number` decides its items and their prices."""
+    page = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(page)
+    items = [
+        {"name": ("tea", "rice", "soap")[(number + line) % 3], "price": f"{1 + (number * 7 + line * 3) % 9}.50"}
+        for line in range(1 + number % 3)
+    ]
+    pen.rectangle((0, 0, size[0], 10 + 6 * (number % 4)), fill=COLOURS[number % len(COLOURS)])
+    for line, item in enumerate(items):
+        pen.rectangle((6, 44 + 16 * line, 6 + 12 * len(item["name"]), 54 + 16 * line), fill="black")
+        pen.rectangle((62, 44 + 16 * line, 62 + 2 * int(item["price"][0]), 54 + 16 * line), fill="gray")
+    total = sum(float(item["price"]) for item in items)
+    return page, {"items": items, "total": f"{total:.2f}"}
+
+
+def draw_receipts(folder: Path, counts: Mapping[str, int]) -> Path:
+    """A folder for each split with its pictures and annotations.jsonl, as the guide's data set has it."""
+    number = 0
+    for split, count in counts.items():
+        rows = []
+        (folder / split).mkdir(parents=True)
+        for _ in range(count):
+            page, content = draw_receipt(number)
+            page.save(folder / split / f"receipt_{number}.png")
+            suffix = json.dumps(content, ensure_ascii=False)
+            rows.append({"image": f"receipt_{number}.png", "prefix": "extract JSON.", "suffix": suffix})
+            number += 1
+        write_lines(folder / split / "annotations.jsonl", rows)
+    return folder

@@ -37,7 +37,7 @@ def test_every_row_is_a_sample_with_its_own_picture(tmp_path: Path) -> None:
     assert samples[2].place == f"{tmp_path}/annotations.jsonl, line 3"
     assert samples[2].picture is not None and samples[2].picture.key == "2.png"
     assert samples[-1].suffix == "orange"
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match="has 4 samples; there is no 4"):
         samples[4]
 
 

@@ -66,7 +66,7 @@ def test_roboflows_jsonl_of_several_splits_opens_by_split(tmp_path: Path) -> Non
 def test_a_folder_without_data_says_what_was_looked_for_and_found(tmp_path: Path) -> None:
     for number in range(12):
         (tmp_path / f"{number:02}.txt").touch()
-    with pytest.raises(DataError) as raised:
+    with pytest.raises(DataError, match="no data set found here") as raised:
         open_data(tmp_path, PLAIN)
     for words in ("annotations.jsonl", "_annotations.coco.json", "*.parquet", "save_to_disk", "00.txt", "2 more"):
         assert words in str(raised.value)

@@ -88,19 +88,21 @@ def test_half_a_surrogate_pair_in_a_name_is_written_as_its_escape(tmp_path: Path
 
 
 HEAD = "name: a\ntitle: b\n"
+PUBLISHED = r"published\.ofa' holds settings .* and mistakes \(a list\)"
 RECIPES = {
-    "families of lists": f"{HEAD}families: [[ofa]]",
-    "settings in a list": f"{HEAD}families: [ofa]\npublished: {{ofa: {{settings: [1]}}}}",
-    "mistakes as a number": f"{HEAD}families: [ofa]\npublished: {{ofa: {{mistakes: 5}}}}",
-    "mistakes as text": f"{HEAD}families: [ofa]\npublished: {{ofa: {{mistakes: abc}}}}",
-    "setting of a number": f"{HEAD}families: {{ofa: {{5: 1}}}}",
+    "families of lists": (f"{HEAD}families: [[ofa]]", r"is for \['ofa'\], and the model is 'ofa'"),
+    "settings in a list": (f"{HEAD}families: [ofa]\npublished: {{ofa: {{settings: [1]}}}}", PUBLISHED),
+    "mistakes as a number": (f"{HEAD}families: [ofa]\npublished: {{ofa: {{mistakes: 5}}}}", PUBLISHED),
+    "mistakes as text": (f"{HEAD}families: [ofa]\npublished: {{ofa: {{mistakes: abc}}}}", PUBLISHED),
+    "setting of a number": (f"{HEAD}families: {{ofa: {{5: 1}}}}", "there is no setting '5'"),
 }
 
 
 @pytest.mark.parametrize("what", RECIPES)
 def test_recipe_of_other_kinds_is_one_error(what: str) -> None:
-    with pytest.raises(RecipeError):
-        for_family(parse_recipe(RECIPES[what], "own.yaml"), "ofa")
+    text, said = RECIPES[what]
+    with pytest.raises(RecipeError, match=said):
+        for_family(parse_recipe(text, "own.yaml"), "ofa")
     empty = parse_recipe(f"{HEAD}families: [ofa]\npublished: {{ofa: }}", "own.yaml")
     assert empty.published["ofa"].mistakes == ()
 

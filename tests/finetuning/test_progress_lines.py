@@ -294,7 +294,7 @@ def test_a_terminal_gets_one_live_line_and_its_cursor_back(tmp_path):
 def test_the_cursor_comes_back_when_training_or_evaluation_fails(tmp_path, failure, fails_at):
     # Forward passes 1 and 2 train, 3 and 4 evaluate with batches of 5 and train without evaluation.
     out = Terminal()
-    with pytest.raises(failure):
+    with pytest.raises(failure, match="as planned"):
         trained(
             tmp_path,
             ProgressLine(6, stream=out),

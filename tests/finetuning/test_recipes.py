@@ -11,6 +11,8 @@ from tiny_runs import FIXED_RATE, run, still
 
 OFA = {"training.learning_rate": 1e-3, "batch.image_size": 64}
 FLORENCE2 = {"training.learning_rate": 5e-3}
+PALIGEMMA = {"training.learning_rate": 1e-2}
+RECEIPTS = {**PALIGEMMA, "training.gradient_accumulation_steps": 1}
 CASES = [
     ("muge-caption", "ofa-cn", "muge", 60, OFA, {"cider-d": 10.0, "bleu-4": 100.0, "rouge-l": 1.0}),
     ("caption", "ofa", "pairs", 60, OFA, {"cider-d": 10.0, "bleu-4": 100.0, "rouge-l": 1.0}),
@@ -20,6 +22,10 @@ CASES = [
     ("detection", "florence2", "boxes", 60, FLORENCE2, {"ap": 1.0, "box-f1": 1.0}),
     ("default", "ofa", "pairs", 60, OFA, {"exact-match": 1.0, "levenshtein": 1.0}),
     ("default", "florence2", "pairs", 60, FLORENCE2, {"exact-match": 1.0, "levenshtein": 1.0}),
+    ("json-extract", "paligemma2", "receipts", 120, RECEIPTS, {"json-f1": 1.0, "json-valid": 1.0, "json-edit": 0.0}),
+    ("caption", "paligemma2", "pairs", 60, PALIGEMMA, {"cider-d": 10.0, "bleu-4": 100.0, "rouge-l": 1.0}),
+    ("detection", "paligemma2", "boxes", 60, PALIGEMMA, {"ap": 1.0, "box-f1": 1.0}),
+    ("default", "paligemma2", "pairs", 60, PALIGEMMA, {"exact-match": 1.0, "levenshtein": 1.0}),
 ]
 
 

@@ -318,8 +318,8 @@ def test_output_that_exists_is_kept(finetune: Callable[..., Result], tmp_path: P
 
 def test_output_that_is_a_file_is_kept(finetune: Callable[..., Result], tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
-    refused(finetune(), 1, "run")
-    refused(finetune("--overwrite"), 1, "run")
+    refused(finetune(), 1, "run is no folder, and the output is one")
+    refused(finetune("--overwrite"), 1, "run is no folder, and the output is one")
     assert (tmp_path / "run").read_text() == "a file"
 
 

@@ -304,7 +304,7 @@ def test_a_report_replaces_an_earlier_one_whole_or_not_at_all(tmp_path):
     write_report(target, summary(title="second"))
     before = target.read_bytes()
     assert b"<h1>second</h1>" in before
-    with pytest.raises(AttributeError):
+    with pytest.raises(AttributeError, match="no attribute 'convert'"):
         write_report(target, summary(pictures={3: "no picture"}))
     assert target.read_bytes() == before
     assert [path.name for path in target.parent.iterdir()] == ["report.html"]

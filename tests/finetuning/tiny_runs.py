@@ -13,13 +13,19 @@ import pytest
 
 from weightport.api import convert
 from weightport.families.registry import registry
+from weightport.finetuning.family import Family
 from weightport.finetuning.recipes.recipe import load_recipe, qualified, with_settings
 from weightport.finetuning.setup.preparing import Job, resolved
 from weightport.finetuning.training.results import Outcome
 from weightport.finetuning.training.run import finetune
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-MODELS = {"ofa-cn": "ofa/cn-tiny", "ofa": "ofa/en-tiny-args", "florence2": "florence2/tiny-vocab-4k"}
+MODELS = {
+    "ofa-cn": "ofa/cn-tiny",
+    "ofa": "ofa/en-tiny-args",
+    "florence2": "florence2/tiny-vocab-4k",
+    "paligemma2": "paligemma2/tiny-gemma2",
+}
 """Golden cases by what they are called here; all have a vocabulary of their own."""
 
 CAPTIONS = ("red cat on mat", "big dog in sun", "old hat by bed", "hot tea for two")
@@ -35,6 +41,10 @@ RECIPES = {
     "detection-florence2": ("detection", "florence2", "boxes", {}),
     "default-ofa": ("default", "ofa", "pairs", {"batch.image_size": 64}),
     "default-florence2": ("default", "florence2", "pairs", {}),
+    "json-extract-paligemma2": ("json-extract", "paligemma2", "receipts", {"training.gradient_accumulation_steps": 1}),
+    "caption-paligemma2": ("caption", "paligemma2", "pairs", {}),
+    "detection-paligemma2": ("detection", "paligemma2", "boxes", {}),
+    "default-paligemma2": ("default", "paligemma2", "pairs", {}),
 }
 """Every shipped recipe on every family that it is for: its name, the model, the fixture of its data, tiny settings."""
 
@@ -46,6 +56,7 @@ STILL = {
         "text_config.activation_dropout",
         "vision_config.drop_path_rate",
     ),
+    "paligemma": ("text_config.attention_dropout", "vision_config.attention_dropout"),
 }
 """Fields of the config that make training random."""
 
@@ -96,10 +107,12 @@ def job_of(
     as_published: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    family: Family | None = None,
     **settings: Any,
 ) -> Job:
-    """A job as the command line makes it; `settings` by name, `__` for the dot of a dotted one."""
-    family = registry().of_directory(model).training
+    """A job as the command line makes it; `settings` by name, `__` for the dot of a dotted one. `family`: of a model
+    whose family is not installed."""
+    family = family or registry().of_directory(model).training
     found, mistakes = resolved(load_recipe(str(recipe)), family.name, as_published=as_published)
     assigned = {key.replace("__", "."): value for key, value in settings.items()}
     assigned |= assigned.pop("more", {})

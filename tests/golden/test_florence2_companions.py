@@ -86,7 +86,7 @@ def test_original_processor_gives_the_originals_ids_for_every_prompt(
     _, processor = processors(case, tmp_path, ids)
     for item in strings["items"]:
         if "error" in item:
-            with pytest.raises(ValueError):
+            with pytest.raises(ValueError, match="should be the only text"):
                 prompt_ids(processor, item["text"])
         else:
             assert prompt_ids(processor, item["text"]) == item[ids], item["text"]
@@ -103,7 +103,8 @@ def test_native_processor_differs_from_the_originals_ids_only_where_documented(
         text = item["text"]
         rest = task.sub("", text)
         if "error" in item or "<image>" in text:
-            with pytest.raises(ValueError):
+            said = "Found total 2 <image> tokens" if "<image>" in text else "should be the only content in the prompt"
+            with pytest.raises(ValueError, match=said):
                 prompt_ids(processor, text)
         elif task.search(text) and rest != rest.strip():
             assert prompt_ids(processor, text) == prompt_ids(processor, text.replace(rest, rest.strip()))

@@ -148,7 +148,8 @@ def test_a_trainers_state_beside_the_model_is_named_and_left_out(tmp_path, swapp
     # Where both hold it, it is compared.
     sections["last_optimizer_state"] = {"state": {0: {"exp_avg": torch.zeros(3)}}}
     torch.save(sections, tmp_path / "other.pt")
-    assert command(tmp_path / "original.pt", tmp_path / "other.pt").exit_code == 1
+    result = command(tmp_path / "original.pt", tmp_path / "other.pt")
+    assert result.exit_code == 1 and "different weights: 4 equal, 1 different" in result.output, result.output
 
 
 def test_a_section_that_may_be_a_model_is_never_left_out(tmp_path) -> None:

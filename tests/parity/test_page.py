@@ -142,7 +142,8 @@ def test_command_compares_implementations_and_writes_both_files(native, referenc
     assert "logits · eager" in result.output and "logits · sdpa" in result.output
     assert {each["attention"] for each in json.loads(data.read_text())["comparisons"]} == {"eager", "sdpa"}
     assert page_file.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
-    assert CliRunner().invoke(cli.port_parity, [*map(str, arguments[:-1]), "flash"]).exit_code == 2
+    refused = CliRunner().invoke(cli.port_parity, [*map(str, arguments[:-1]), "flash"])
+    assert refused.exit_code == 2 and "flash is not one of eager, sdpa" in refused.output, refused.output
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

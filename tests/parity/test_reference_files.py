@@ -137,9 +137,17 @@ def test_flat_slice_is_row_major() -> None:
     assert not Selection().given and Selection().apply(tensor) is tensor
 
 
-@pytest.mark.parametrize("data", [[[0, 9]], [None, {"indices": [4]}], {"flat": [0, 13]}, [None] * 2 + [[0, 1]]])
-def test_slice_beyond_the_tensor_is_refused(data: Any) -> None:
-    with pytest.raises(ReferenceFileError):
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ([[0, 9]], "axis 0 was kept up to place 8, but the model's has only 3"),
+        ([None, {"indices": [4]}], "axis 1 was kept up to place 4, but the model's has only 4"),
+        ({"flat": [0, 13]}, "axis 0 was kept up to place 12, but the model's has only 12"),
+        ([None] * 2 + [[0, 1]], r"3 axes are sliced, but the tensor \[3, 4\] has fewer"),
+    ],
+)
+def test_slice_beyond_the_tensor_is_refused(data: Any, said: str) -> None:
+    with pytest.raises(ReferenceFileError, match=said):
         parse_selection(data).apply(torch.zeros(3, 4))
 
 

@@ -155,11 +155,17 @@ def test_directory_that_should_not_be_published_is_refused(what: str, model: Pat
 
 
 @pytest.mark.parametrize(
-    "options",
-    [ReleaseOptions("no-owner"), ReleaseOptions("a/b/c"), ReleaseOptions(REPO, licence="Do What You Want!")],
+    ("options", "said"),
+    [
+        (ReleaseOptions("no-owner"), "'no-owner' is no repository: expected ORG/NAME"),
+        (ReleaseOptions("a/b/c"), "'a/b/c' is no repository: expected ORG/NAME"),
+        (ReleaseOptions(REPO, licence="Do What You Want!"), "is no licence as the Hub names them"),
+    ],
 )
-def test_names_that_the_hub_does_not_take_are_refused(options: ReleaseOptions, model: Path, offline: None) -> None:
-    with pytest.raises(UsageError):
+def test_names_that_the_hub_does_not_take_are_refused(
+    options: ReleaseOptions, said: str, model: Path, offline: None
+) -> None:
+    with pytest.raises(UsageError, match=said):
         release(model, options)
 
 

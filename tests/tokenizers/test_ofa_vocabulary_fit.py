@@ -27,7 +27,7 @@ def english(tmp_path):
 
 
 def test_a_chinese_checkpoint_with_the_english_vocabulary(english):
-    with pytest.raises(VocabularyError) as caught:
+    with pytest.raises(VocabularyError, match="30325 rows") as caught:
         build_ofa_tokenizer(english, 30325, num_bins=1000, code_dict_size=8192, bpe="bert")
     message = str(caught.value)
     assert "30325 rows" in message and "BPE gives 9464 tokens" in message

@@ -151,9 +151,9 @@ def test_a_disk_error_within_safetensors_is_recognised(tmp_path):
 
 
 def test_an_error_of_reading_another_file_is_not_called_one_of_writing(tmp_path):
-    with pytest.raises(FileNotFoundError), whole_directory(tmp_path / "out"):
+    with pytest.raises(FileNotFoundError, match="elsewhere"), whole_directory(tmp_path / "out"):
         (tmp_path / "elsewhere").read_text()
-    with pytest.raises(BrokenPipeError), whole_directory(tmp_path / "out"):
+    with pytest.raises(BrokenPipeError, match="went away"), whole_directory(tmp_path / "out"):
         raise BrokenPipeError(errno.EPIPE, "the reader of our output went away")
 
 

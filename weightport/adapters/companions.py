@@ -27,6 +27,8 @@ _TOKENIZER = (
     "chat_template.json",
 )  # fmt: skip
 
+_PLACES = ("image_token_id", "image_token_index")
+
 _PROCESSOR = ("processor_config.json", "preprocessor_config.json")
 
 
@@ -91,11 +93,15 @@ def _present(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     return found
 
 
-def require_tokenizer_fits(files: Mapping[str, Path], rows: int, adapter: Path) -> None:
-    """Raises AdapterError when the adapter's tokenizer gives ids that the merged embedding of `rows` rows lacks."""
+def require_tokenizer_fits(
+    files: Mapping[str, Path], rows: int, adapter: Path, config: Mapping[str, Any] | None = None
+) -> None:
+    """Raises AdapterError when the adapter's tokenizer gives ids that the merged embedding of `rows` rows lacks. Ids
+    that the base's `config` reserves for places of images need none: what stands there is never looked up."""
     if "tokenizer.json" not in files:
         return
-    highest = max(_ids(read_json(files["tokenizer.json"])), default=-1)
+    reserved = {value for name, value in (config or {}).items() if name in _PLACES}
+    highest = max((each for each in _ids(read_json(files["tokenizer.json"])) if each not in reserved), default=-1)
     if highest >= rows:
         raise AdapterError(
             f"{adapter} brings a tokenizer with ids up to {highest}, but the merged embedding has {rows} rows. The "

@@ -264,7 +264,7 @@ def _configuration(
             )
         tokenizer = tokenizer or found
         if found and plan.embedding_rows is not None:
-            require_tokenizer_fits(found, plan.embedding_rows, adapter.path)
+            require_tokenizer_fits(found, plan.embedding_rows, adapter.path, base.config)
     return tokenizer, changes
 
 

@@ -19,15 +19,18 @@ _TEXT = 12
 """Tokens of a prompt."""
 
 
-def sample_inputs(model: PreTrainedModel, directory: Path) -> Inputs:
-    """Arguments of a forward pass: an image and a prompt where the model takes both, token ids, or an image alone."""
-    found = _processed(model, directory) or next(_fitting(model))
+def sample_inputs(model: PreTrainedModel, directory: Path, prompt: str | None = None) -> Inputs:
+    """Arguments of a forward pass: an image and a prompt where the model takes both, token ids, or an image alone.
+
+    `prompt`: one that makes every part of the model run; None: any text does.
+    """
+    found = _processed(directory, prompt or "what is this?") or next(_fitting(model))
     if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" not in found:
         found["decoder_input_ids"] = _tokens(model, 7)
     return found
 
 
-def _processed(model: PreTrainedModel, directory: Path) -> Inputs:
+def _processed(directory: Path, prompt: str) -> Inputs:
     if not any((directory / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
         return {}
     from PIL import Image
@@ -36,14 +39,14 @@ def _processed(model: PreTrainedModel, directory: Path) -> Inputs:
     from weightport import modeling  # noqa: F401 - registers the families that transformers lacks
 
     pixels = torch.randint(0, 256, (64, 80, 3), generator=_random(), dtype=torch.uint8)
-    prompt = {"florence2": "<CAPTION>", "paligemma": "<image>caption en"}.get(model.config.model_type, "what is this?")
     try:
         processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
         batch = processor(text=prompt, images=Image.fromarray(pixels.numpy()), return_tensors="pt")
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         # A directory with an image processor alone, or one that takes other arguments: what is made up does as well.
         return {}
-    return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    # Without an answer PaliGemma's labels are all to be passed over: their loss is no number.
+    return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and name != "labels"}
 
 
 def _fitting(model: PreTrainedModel) -> Iterator[Inputs]:

@@ -107,8 +107,9 @@ def available_memory() -> int:
     return min([system, *(int(text) for text in texts if text.isdigit())])
 
 
-def verify_merge(written: Written) -> Verification:
-    """Run base + adapters in peft and the merged directory, both in float32, on the same inputs. Raises
+def verify_merge(written: Written, prompt: str | None = None) -> Verification:
+    """Run base + adapters in peft and the merged directory, both in float32, on the same inputs, made of the family's
+    `prompt` where it has one. Raises
     UnverifiableError where the model takes none of the inputs that can be made for it, AdapterError where peft does
     not take the adapter, ParityError for a difference; what cannot be compared is in `unchecked`, never a verdict."""
     changed = {out.name: out.dtype for out in written.plan.outputs if out.edit is not None}
@@ -121,7 +122,7 @@ def verify_merge(written: Written) -> Verification:
             return Verification((), len(changed), 0, 0.0, (), dict.fromkeys(changed, reason))
         tuned = loaded.model
         try:
-            arguments = sample_inputs(tuned.get_base_model(), written.base)
+            arguments = sample_inputs(tuned.get_base_model(), written.base, prompt)
             expected = _outputs(tuned, arguments)
         except Exception as error:
             # Code of any architecture, called with inputs that were made without knowing it.

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-
-import torch
+from functools import partial
 
 from weightport.checkpoints.formats.zip_archive import Member
-from weightport.checkpoints.layout import byte_swapped
+from weightport.checkpoints.forward_run import ForwardRun
 from weightport.checkpoints.shown import shown
 from weightport.checkpoints.source_file import SourceFile
 from weightport.errors import CheckpointError
@@ -56,72 +54,6 @@ def _blocks(file: SourceFile, member: Member, packed_bytes: int) -> Iterator[byt
         )
 
 
-@dataclass
-class _Unpacking:
-    """A member that is being unpacked: what comes next (`rest` first), and how many bytes have come."""
-
-    blocks: Iterator[bytes]
-    at: int = 0
-    rest: bytes = b""
-
-    def put_back(self, rest: bytes) -> None:
-        self.rest, self.at = rest, self.at - len(rest)
-
-    def __iter__(self) -> Iterator[bytes]:
-        if self.rest:
-            block, self.rest = self.rest, b""
-            self.at += len(block)
-            yield block
-        for block in self.blocks:
-            self.at += len(block)
-            yield block
-
-
-@dataclass(frozen=True)
-class Inflated:
-    """The bytes of a deflated member from byte `skip` on. deflate has no index: each reading unpacks the member, and
-    its end is compared with its size and CRC-32. With `unpacking` (see Source.in_order) one reading goes on where the
-    one before ended."""
-
-    file: SourceFile
-    member: Member
-    skip: int
-    big_endian: bool = False
-    unpacking: list[_Unpacking] | None = None
-    _shared: list[_Unpacking] = field(default_factory=list, repr=False, compare=False)
-
-    def in_order(self) -> Inflated:
-        return replace(self, unpacking=self._shared)
-
-    def pieces(self, start: int, count: int, dtype: torch.dtype, nbytes: int) -> Iterator[torch.Tensor]:
-        wanted = count * dtype.itemsize
-        step = max(nbytes // dtype.itemsize, 1) * dtype.itemsize
-        values, filled = torch.empty(min(step, wanted), dtype=torch.uint8), 0
-        unpacking = self._from(self.skip + start)
-        before = self.skip + start - unpacking.at
-        last = self.skip + start + wanted == self.member.size
-        for block in unpacking:
-            begin = min(before, len(block))
-            before -= begin
-            while begin < len(block) and wanted:
-                part = block[begin : begin + len(values) - filled]
-                values[filled : filled + len(part)] = torch.frombuffer(bytearray(part), dtype=torch.uint8)
-                begin, filled, wanted = begin + len(part), filled + len(part), wanted - len(part)
-                if filled == len(values):
-                    yield self._elements(values, dtype)
-                    values, filled = torch.empty(min(step, wanted), dtype=torch.uint8), 0
-            if self.unpacking is not None and not wanted and not last:
-                unpacking.put_back(block[begin:])
-                self.unpacking[:] = [unpacking]
-                return
-
-    def _from(self, offset: int) -> _Unpacking:
-        """The member's bytes from its beginning, or from where the reading before ended, if that is not behind
-        `offset`."""
-        found = self.unpacking.pop() if self.unpacking else None
-        if found is not None and found.at <= offset:
-            return found
-        return _Unpacking(_blocks(self.file, self.member, _BLOCK_BYTES))
-
-    def _elements(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return byte_swapped(values.view(dtype)) if self.big_endian else values.view(dtype)
+def inflated(file: SourceFile, member: Member, skip: int, *, big_endian: bool = False) -> ForwardRun:
+    """The bytes of a deflated member from byte `skip` on; its end is compared with its size and CRC-32."""
+    return ForwardRun(partial(_blocks, file, member, _BLOCK_BYTES), member.size, skip, big_endian)

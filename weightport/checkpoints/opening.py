@@ -11,6 +11,7 @@ from weightport.checkpoints.formats.npz import open_npz
 from weightport.checkpoints.formats.safetensors_file import MAX_HEADER, open_safetensors
 from weightport.checkpoints.formats.sharded import open_sharded
 from weightport.checkpoints.formats.torch_files import is_legacy, open_legacy, open_zip
+from weightport.checkpoints.formats.trainer_folder import is_trainer_folder, open_trainer_folder
 from weightport.checkpoints.formats.zip_archive import read_directory
 from weightport.checkpoints.shown import shown
 from weightport.checkpoints.source_file import SourceFile
@@ -42,18 +43,19 @@ _NOT_CHECKPOINTS: tuple[tuple[tuple[bytes, ...], str], ...] = (
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Opens the checkpoint at `path`: a file, the index of a sharded one, or a folder with weights and config.json.
+    """Opens the checkpoint at `path`: a file, the index of a sharded one, a folder with weights and config.json, or a
+    folder of big_vision's trainers.
 
     Reads names, shapes and metadata only, so that it takes no longer for more bytes. Nothing in the file is executed
     or imported. Formats: torch archives (.pt, .pth, .bin, .ckpt), torch's format before 1.6, safetensors,
-    shards of these with their index, and .npz.
+    shards of these with their index, .npz, and folders of zarr arrays.
 
     Raises CheckpointError for what is missing, damaged or of another format, and UnsafeCheckpointError for a file that
     only executing it could read, or that would execute commands.
     """
     place = Path(path)
     if os.path.isdir(place):
-        return open_folder(place, open_file)
+        return open_trainer_folder(place) if is_trainer_folder(place) else open_folder(place, open_file)
     return open_file(place)
 
 

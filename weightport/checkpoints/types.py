@@ -110,8 +110,8 @@ class Checkpoint(Mapping[str, TensorRef]):
 
     Names are printable: where a file's own name for a tensor holds control characters, their escapes stand there.
 
-    `format` is torch-zip, torch-legacy, torch-sharded, safetensors, safetensors-sharded or npz. `files` are the files
-    that were opened, the index of a sharded checkpoint first, and `states` in which state each was then.
+    `format` is torch-zip, torch-legacy, torch-sharded, safetensors, safetensors-sharded, npz or zarr-folder. `files`
+    are the files that were opened, the index of a sharded checkpoint first, and `states` in which state each was then.
     """
 
     path: Path

@@ -58,8 +58,8 @@ DEFAULT_RECIPE = "default"
     "--freeze",
     multiple=True,
     metavar="PART",
-    help="Parts that stand still, in place of the recipe's: vision, projector, encoder, decoder, embeddings, "
-    "language, or none. Repeatable, or with commas.",
+    help="Parts that stand still, in place of the recipe's, as the family calls them (vision, projector, language, "
+    "…), or none. Repeatable, or with commas.",
 )
 @click.option(
     "--set",
@@ -258,9 +258,12 @@ def recipes_command(name: str | None, as_json: bool) -> None:
 
 
 def _show_recipe(recipe: Recipe) -> None:
+    from weightport.finetuning.recipes.recipe import ANY
+
     lines = Lines(quiet=False)
     lines.heading(f"{recipe.name} · {recipe.title}")
-    lines.line("for", ", ".join(recipe.families) + (" · --as-published" if recipe.published else ""))
+    families = ", ".join("any other family" if name == ANY else name for name in recipe.families)
+    lines.line("for", families + (" · --as-published" if recipe.published else ""))
     if recipe.source:
         lines.line("after", recipe.source)
     training = recipe.training

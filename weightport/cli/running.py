@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,10 @@ import click
 
 from weightport.cli.display import echo
 from weightport.errors import WeightportError
+
+# Read by torch at its first tensor: large tensors are asked for in huge pages. Where fresh memory costs more than the
+# arithmetic on it (weights that are widened, merged or copied piece by piece), that is most of the time.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -45,7 +45,10 @@ def conversion_record(
                 "name": checkpoint.path.name,
                 "format": checkpoint.format,
                 "section": model.sections.get(name, ""),
-                "files": [asdict(digest_of[file]) for file in dict.fromkeys(checkpoint.files)],
+                "files": [
+                    {**asdict(digest_of[file]), "name": _name_in(checkpoint.path, file)}
+                    for file in dict.fromkeys(checkpoint.files)
+                ],
                 "tensors": {tensor: _name(ref.dtype) for tensor, ref in model.tensors_of(name).items()},
             }
             for name, checkpoint in sources.checkpoints.items()
@@ -162,6 +165,11 @@ def _from_format_1(record: Mapping[str, Any]) -> dict[str, Any]:
         "dropped": [{**item, "name": own(item["name"])} for item in record.get("dropped", ())],
         "unused": {},
     }
+
+
+def _name_in(source: Path, file: Path) -> str:
+    """A file's name; its path below a source that is a folder of folders."""
+    return file.relative_to(source).as_posix() if source in file.parents else file.name
 
 
 def _name(dtype: Any) -> str:

@@ -56,7 +56,10 @@ class Family:
 
     What engines need of it as data: `bare` (options with which a checkpoint is only looked at), `portable` (auto_map
     entries of the modelling code in the package `portable_code`, which is written beside weights), `ties` (further
-    names of tied tensors, by the name that is written), `verification_prompt` (a prompt that runs every part).
+    names of tied tensors, by the name that is written), `verification_prompt` (a prompt that runs every part), `tasks`
+    (prompts by task for `weightport generate`, where the processor has none of its own).
+
+    What judges it: `cases`, as `package:folder`, the cases that are installed with it (weightport.conformance).
     """
 
     name: str
@@ -78,6 +81,8 @@ class Family:
     portable_code: str | None = None
     ties: Mapping[str, str] = field(default_factory=dict)
     verification_prompt: str | None = None
+    tasks: Mapping[str, str] = field(default_factory=dict)
+    cases: str | None = None
     interface: int = INTERFACE
 
     @property

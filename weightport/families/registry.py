@@ -115,17 +115,18 @@ class FamilyRegistry:
     def of_directory(self, directory: Path) -> Family:
         """The family of a native model directory, by its config.json. Raises CheckpointError for what is none,
         UnknownFamilyError for a model of no family."""
-        from weightport.checkpoints.formats.sharded import read_json
-
-        self.check_converted(directory)
-        path = directory / "config.json"
-        config = read_json(path)
-        model_type = config.get("model_type") if isinstance(config, dict) else None
-        family = self.of_model_type(model_type)
+        family = self.of_converted(directory)
         if family is None:
             known = ", ".join(name for each in self for name in each.model_types)
-            raise UnknownFamilyError(f"{path} has the model_type {model_type!r}; known are {known}.")
+            path = directory / "config.json"
+            raise UnknownFamilyError(f"{path} has the model_type {_model_type(path)!r}; known are {known}.")
         return family
+
+    def of_converted(self, directory: Path) -> Family | None:
+        """The family of a native model directory; None for a model of no family. Raises CheckpointError for what is no
+        native directory."""
+        self.check_converted(directory)
+        return self.of_model_type(_model_type(directory / "config.json"))
 
     def looks_like(self, names: Iterable[str]) -> str | None:
         """The kind of checkpoint that tensors with these names are, or None."""
@@ -141,7 +142,8 @@ class FamilyRegistry:
     def recognise(self, checkpoint: Checkpoint, name: str | None = None) -> Family:
         """The family of the checkpoint. Raises UnknownFamilyError, also when it is not the one asked for."""
         if not checkpoint:
-            raise UnknownFamilyError(f"{checkpoint.path} holds no tensors, so it is not a model's checkpoint.")
+            why = _pickled(checkpoint)
+            raise UnknownFamilyError(f"{checkpoint.path} holds no tensors, so it is not a model's checkpoint.{why}")
         if name is not None and self[name].conversion.recognises(checkpoint):
             return self[name]
         matching = self.recognised(checkpoint)
@@ -161,6 +163,23 @@ class FamilyRegistry:
             f"({len(checkpoint)} tensors: {shown}, …).\n"
             "  `weightport inspect` lists what is in it."
         )
+
+
+def _model_type(path: Path) -> object:
+    from weightport.checkpoints.formats.sharded import read_json
+
+    config = read_json(path)
+    return config.get("model_type") if isinstance(config, dict) else None
+
+
+def _pickled(checkpoint: Checkpoint) -> str:
+    """What to say of an .npz that holds nothing but pickled objects."""
+    if checkpoint.format != "npz" or not checkpoint.document:
+        return ""
+    return (
+        f"\n  What it holds ({', '.join(list(checkpoint.document)[:3])}) are pickled Python objects, which only "
+        "executing the file could read. Where you trust it, save its arrays by name with numpy.savez."
+    )
 
 
 def _importer(reference: str) -> Callable[[], object]:

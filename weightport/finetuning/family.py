@@ -48,22 +48,30 @@ class Answer:
 
 @dataclass(frozen=True)
 class Room:
-    """Tokens that the model has positions for: of a prompt without its special tokens, and of an answer with them."""
+    """Tokens that the model has positions for: of a prompt without its special tokens, and of an answer with them.
+
+    total: columns of `input_ids` that prompt and answer share, special tokens and places of the image included, where
+    a decoder reads both in one sequence; None where an encoder reads the prompt.
+    """
 
     prompt: int
     answer: int
+    total: int | None = None
 
 
 class Family(Protocol):
-    """One family. `name` is its model_type.
+    """One family. `name` is the one that recipes list it by.
 
-    `full_precision` are the modules that QLoRA leaves as they are. `own_loss` is True when the model's loss never
-    counts padding, so that a guide that counts it needs another. `leaves_unused`: a step leaves some of the trained
-    parameters without a gradient. `cached` are the beginnings of the model whose output can be kept while they are
-    frozen, the longest first.
+    `causal`: a decoder reads image, prompt and answer in one sequence. The answer is then what `generate` returns
+    behind the prompt, `questions` pads on the left and `labels` go with `input_ids`, -100 on all but the answer.
+    `full_precision` are the modules, by their whole names, that QLoRA leaves as they are. `own_loss` is True when the
+    model's loss never counts padding, so that a guide that counts it needs another. `leaves_unused`: a step leaves
+    some of the trained parameters without a gradient. `cached` are the beginnings of the model whose output can be
+    kept while they are frozen, the longest first.
     """
 
     name: str
+    causal: bool
     parts: Parts
     full_precision: tuple[str, ...]
     own_loss: bool
@@ -100,10 +108,11 @@ class Family(Protocol):
         answers: Sequence[str],
         images: Images,
     ) -> dict[str, torch.Tensor]:
-        """`questions`, `labels` int64 [batch, length] with -100 as padding unless it counts, `decoder_input_ids`."""
+        """`questions`, `labels` int64 [batch, length] with -100 as padding unless it counts, `decoder_input_ids`; of a
+        causal family the sequences of prompt and answer, with `attention_mask`, and `labels` of the same columns."""
 
     def read(self, processor: Any, batch: BatchSettings, ids: torch.Tensor, size: tuple[int, int] | None) -> Answer:
-        """The answer in generated ids [length] about an image of `size` (width, height)."""
+        """The answer in generated ids [length], without the prompt's, about an image of `size` (width, height)."""
 
 
 def shortened(tokenizer: Any, text: str, tokens: int | None) -> str:

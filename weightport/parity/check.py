@@ -207,7 +207,7 @@ def _judge(
             yield replace(result, dtype=str(dtype).removeprefix("torch."))
     if invariance and run.kind == "forward":
         place = Place(run.name, dtype, family.depth(model.config, "logits"), family.noise)
-        yield from check_invariances(model, native_arguments(family, run, model), place)
+        yield from check_invariances(model, family, native_arguments(family, run, model), place)
 
 
 def _against(run: Run, dtype: torch.dtype) -> list[Expected]:

@@ -76,6 +76,19 @@ class Generation:
     prompt_length: int = 1
 
 
+def leading_block(sample: Mapping[str, Any], config: PreTrainedConfig) -> int:
+    """Columns of `input_ids` of one sample without padding that a decoder has to read at once.
+
+    Where token types are given, all up to the last one of the first column's type: the prefix that sees itself. All
+    places of the image in any case, and one column at least.
+    """
+    ids, types = sample["input_ids"][0], sample.get("token_type_ids")
+    image = getattr(config, "image_token_id", None)
+    blocks = [] if types is None else [types[0] == types[0, 0]]
+    blocks += [] if image is None else [ids == image]
+    return max([1, *(int(block.nonzero().max()) + 1 for block in blocks if bool(block.any()))])
+
+
 @dataclass(frozen=True)
 class Family:
     """The table of one family.
@@ -92,6 +105,7 @@ class Family:
     for the model's own loss in float64, where transformers rounds logits to float32 first. `casts_to_float32`: the
     native model's own code casts values to float32, which a float64 run leaves out. `rounds_to_float32(config, seam)`:
     before this seam both sides use numbers of float32 in a run of float64 too, which they compute in other ways.
+    `prefix` counts the columns that a model without an encoder reads at once before it decodes step by step.
     """
 
     name: str
@@ -117,6 +131,7 @@ class Family:
     exact_loss: Callable[..., torch.Tensor] | None = None
     casts_to_float32: bool = False
     rounds_to_float32: Callable[[PreTrainedConfig, str], bool] = lambda config, seam: False
+    prefix: Callable[[Mapping[str, Any], PreTrainedConfig], int] = leading_block
 
     def noise_at(self, seam: str) -> Noise:
         """The noise of a seam."""

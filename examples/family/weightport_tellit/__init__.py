@@ -19,4 +19,5 @@ FAMILY = Family(
     conversion_stage="weightport_tellit.conversion:CONVERSION",
     parity_stage="weightport_tellit.parity:TELLIT",
     training_stage="weightport_tellit.training:TRAINING",
+    cases="weightport_tellit:cases",
 )

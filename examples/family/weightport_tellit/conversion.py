@@ -140,7 +140,9 @@ def _processor(model: SourceModel, *, lower_case: bool) -> Any:
     side = model.config.vision_config.image_size
     words = {word: place for place, word in enumerate(model.options["words"])}
     # Tellit has no token for masking; BERT's tokenizer would add one.
-    tokenizer = BertTokenizer(vocab=words, do_lower_case=lower_case, mask_token="[UNK]")
+    tokenizer = BertTokenizer(
+        vocab=words, do_lower_case=lower_case, mask_token="[UNK]", model_input_names=["input_ids", "attention_mask"]
+    )
     size = {"height": side, "width": side}
     images = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False)
     return GitProcessor(images, tokenizer)

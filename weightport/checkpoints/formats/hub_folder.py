@@ -99,9 +99,12 @@ def _weights(folder: Path) -> Path:
             f"{folder}: holds {len(candidates)} weight files, and none of a conventional name: "
             f"{', '.join(candidates)}. Name the one that you mean."
         )
-    if any(name.startswith("checkpoint.bv-") or name == ".zarray" or "~" in name for name in names):
+    if ".zarray" in names:
+        raise CheckpointError(f"{folder}: is one array of a trainer's checkpoint. Name the folder that it stands in.")
+    if any(name in names for name in ("manifest.ocdbt", "ocdbt.process_0", "_CHECKPOINT_METADATA", "zarr.json")):
         raise CheckpointError(
-            f"{folder}: is a big_vision tensorstore checkpoint. Save it as .npz with big_vision's utils.npsave first."
+            f"{folder}: is a checkpoint of Orbax (OCDBT or zarr 3). Restore it with Orbax, and save the parameters as "
+            ".npz: numpy.savez(file, **{'params/' + name: array}), names joined with slashes."
         )
     raise CheckpointError(
         f"{folder}: holds no weights. Expected {_CONVENTIONAL[1]}, {_CONVENTIONAL[3]}, their index files, or one file "

@@ -11,7 +11,7 @@ import numpy as np
 
 from weightport.checkpoints.dtypes import NUMPY_DTYPES
 from weightport.checkpoints.formats.zip_archive import Member, member_span, read_directory, read_member
-from weightport.checkpoints.inflating import Inflated, inflate
+from weightport.checkpoints.inflating import inflate, inflated
 from weightport.checkpoints.layout import Layout, Source, StoredTensor
 from weightport.checkpoints.naming import tensor_name
 from weightport.checkpoints.pickle.numpy_arrays import require_unicode
@@ -84,7 +84,7 @@ def _array(file: SourceFile, member: Member, name: str) -> Any:
             f"holds {member.size - skip}."
         )
     big_endian = kind.byteorder == ">"
-    source: Source = Inflated(file, member, skip, big_endian)
+    source: Source = inflated(file, member, skip, big_endian=big_endian)
     if member.stored:
         source = member_span(file, member, skip=skip, big_endian=big_endian)
     return TensorRef(name, shape, dtype, StoredTensor(layout, source), (str(file.path), name, 0, layout.stride))

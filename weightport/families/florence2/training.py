@@ -62,7 +62,8 @@ class Florence2Training:
     """The family `florence2`."""
 
     name = "florence2"
-    full_precision = ("lm_head", "vision_tower", "multi_modal_projector")
+    causal = False
+    full_precision = ("lm_head", "model.vision_tower", "model.multi_modal_projector")
     own_loss = False
     leaves_unused = False
     parts = Parts(

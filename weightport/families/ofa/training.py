@@ -48,7 +48,8 @@ class OFATraining:
     """The family `ofa`. Its encoder holds the image tower."""
 
     name = "ofa"
-    full_precision = ("lm_head", "vision_tower", "image_proj")
+    causal = False
+    full_precision = ("lm_head", "model.encoder.vision_tower", "model.encoder.image_proj")
     own_loss = True
     # Its tables of image codes serve other tasks.
     leaves_unused = True

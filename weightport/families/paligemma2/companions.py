@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from weightport.checkpoints import Checkpoint
+from weightport.checkpoints.formats.trainer_folder import FORMAT as TRAINER_FOLDER
 from weightport.converters.family import SourceModel
 from weightport.converters.plan import Plan
 from weightport.converters.processor import Processor
@@ -53,7 +54,11 @@ def vocabulary_source(checkpoint: Checkpoint, options: PaliGemmaOptions) -> str 
 
     if options.vocabulary == NO_VOCABULARY:
         return None
-    return options.vocabulary or vocabulary_file(checkpoint.folder)
+    if options.vocabulary is not None:
+        return options.vocabulary
+    # A trainer's step is a folder of arrays: what belongs to it stands beside it.
+    folder = checkpoint.folder.parent if checkpoint.format == TRAINER_FOLDER else checkpoint.folder
+    return vocabulary_file(folder)
 
 
 def build_processor(model: SourceModel, checkpoint: Checkpoint, options: PaliGemmaOptions) -> Processor | None:

@@ -218,6 +218,7 @@ def _positive(flag: str, text: str, *, whole: bool, words: str) -> float:
 def native_config(sizes: Sizes, settings: Settings, *, pad_vocab: bool) -> PreTrainedConfig:
     """The configuration of PaliGemmaForConditionalGeneration. Raises ConfigurationError for sizes that transformers
     does not take."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import PaliGemmaConfig
 
     special: dict[str, Any] = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
@@ -233,7 +234,7 @@ def native_config(sizes: Sizes, settings: Settings, *, pad_vocab: bool) -> PreTr
             tie_word_embeddings=True,
             **special,
         )
-    except ValueError as error:
+    except (ValueError, StrictDataclassError) as error:
         raise ConfigurationError(f"transformers has no model of these sizes: {error}") from error
 
 

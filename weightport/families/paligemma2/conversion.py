@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightport.checkpoints import TensorRef
+from weightport.checkpoints.formats.trainer_folder import FORMAT as TRAINER_FOLDER
 from weightport.checkpoints.sources import MAIN, Sources
 from weightport.converters.family import OriginalForm, SourceModel
 from weightport.converters.rules import RuleTable
@@ -39,6 +40,7 @@ class PaliGemmaConversion:
         sizes = configuration.read_sizes(found.tensors, found.towers)
         settings = configuration.settings_of(sizes, options)
         config = configuration.native_config(sizes, settings, pad_vocab=options.pad_vocab)
+        step = [f"The step is {sources.main.path.name}."] if sources.main.format == TRAINER_FOLDER else []
         size = settings.variant or f"of width {sizes.text.width}"
         return SourceModel(
             family=self.name,
@@ -55,7 +57,7 @@ class PaliGemmaConversion:
                 "unread": dict(found.unread),
             },
             unread=found.unread,
-            notes=settings.notes,
+            notes=(*step, *settings.notes),
         )
 
     def targets(self, config: PreTrainedConfig) -> NativeTensors:

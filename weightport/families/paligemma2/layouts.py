@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from weightport.checkpoints import Checkpoint, TensorRef
+from weightport.checkpoints import Checkpoint, Record, TensorRef
 from weightport.checkpoints.types import NamedTensors
+from weightport.errors import UnsafeCheckpointError
 
 PREFIXES = ("params", "opt/target", "")
 _MARK = re.compile(r"llm/layers/(\d+/)?attn/(q|qkv)_einsum/w")
@@ -61,10 +62,22 @@ def prefix_of(names: Iterable[str]) -> str | None:
 
 
 def locate(checkpoint: Checkpoint) -> Found:
-    """The PaliGemma in a checkpoint that has one."""
+    """The PaliGemma in a checkpoint that has one. Raises UnsafeCheckpointError where some of it is pickled."""
     prefix = prefix_of(checkpoint) or ""
+    _require_plain(checkpoint, f"{prefix}/" if prefix else "")
     tensors = checkpoint.section(prefix, "/")
     return Found(prefix, tensors, _towers(tensors), _unread(checkpoint, prefix))
+
+
+def _require_plain(checkpoint: Checkpoint, start: str) -> None:
+    document = checkpoint.document if isinstance(checkpoint.document, Mapping) else {}
+    pickled = [name for name, value in document.items() if isinstance(value, Record) and name.startswith(start)]
+    if pickled:
+        raise UnsafeCheckpointError(
+            f"{checkpoint.path}: {', '.join(pickled[:3])} {'is' if len(pickled) == 1 else 'are'} no plain array but "
+            "pickled Python objects, which only executing the file could read. Where you trust it, save it again with "
+            "numpy.savez and arrays of numbers."
+        )
 
 
 def _towers(names: Iterable[str]) -> Towers:

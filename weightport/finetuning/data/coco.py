@@ -92,7 +92,7 @@ class CocoImages:
         boxes = tuple((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in self.boxes[of_image])
         width, height = (int(side) for side in self.sizes[row])
         objects = Objects(tuple(self.classes[label] for label in labels), boxes, (width, height))
-        return Entry(place, picture, "", (), objects)
+        return Entry(place, picture, "", (), objects, self.classes)
 
     def _read_image(
         self, image: dict[str, Any], annotations: list[dict[str, Any]], document: CocoDocument, place: str

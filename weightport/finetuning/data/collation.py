@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -89,6 +88,17 @@ class StoredFeatures:
 
 
 @dataclass(frozen=True)
+class _Row:
+    """What becomes a row of a batch."""
+
+    number: int
+    place: str
+    prompt: str
+    answer: str
+    image: Image.Image | None
+
+
+@dataclass(frozen=True)
 class Collator:
     """What the data loader calls: samples with their indices → the model's inputs, labels, and the indices. With
     `features` no picture is read. Where all samples of a batch are bad, the next good one takes their place: every
@@ -103,23 +113,46 @@ class Collator:
 
     def __call__(self, items: Sequence[tuple[int, Sample | str]]) -> dict[str, Any]:
         try:
-            good = list(self._good(items))
+            good, tensors = self._encoded(list(self._good(items)))
             stands_in = not good
-            if stands_in:
-                good = list(islice(self._good(self.bad.following(items[-1][0])), 1))
+            following = self._good(self.bad.following(items[-1][0])) if stands_in else iter(())
+            while not good and (one := next(following, None)) is not None:
+                good, tensors = self._encoded([one])
             if not good:
                 raise DataError("Every sample is bad, so that there is nothing to train on.")
-            indices, prompts, answers, images = map(list, zip(*good))
-            pictures = None if self.features is not None else images
-            tensors = self.family.encode(self.processor, self.config, self.batch, prompts, answers, pictures)
         except DataError as error:
             return {INDICES: torch.zeros(0, dtype=torch.long), FAILURE: str(error)}
+        indices = [each.number for each in good]
         if self.features is not None:
             tensors |= self.features.batch(indices)
         return {**tensors, INDICES: torch.tensor(indices)} | ({STAND_IN: True} if stands_in else {})
 
-    def _good(self, items: Iterable[tuple[int, Sample | str]]) -> Iterator[tuple[int, str, str, Image.Image | None]]:
-        """Index, prompt, answer and picture of each sample that is good. Raises DataError for a bad one too many."""
+    def _encoded(self, good: list[_Row]) -> tuple[list[_Row], dict[str, torch.Tensor]]:
+        """The samples that the model has positions for, and their tensors. Raises DataError for a longer one too
+        many."""
+        total = self.family.room(self.processor, self.config).total
+        while good:
+            pictures = None if self.features is not None else [each.image for each in good]
+            prompts, answers = [each.prompt for each in good], [each.answer for each in good]
+            tensors = self.family.encode(self.processor, self.config, self.batch, prompts, answers, pictures)
+            if total is None:
+                return good, tensors
+            lengths = tensors["attention_mask"].sum(dim=1).tolist()
+            fits = [length <= total for length in lengths]
+            if all(fits):
+                return good, tensors
+            for each, length, is_short in zip(good, lengths, fits):
+                if not is_short and not self.bad.may_skip(each.number):
+                    message = (
+                        f"{each.place}: prompt and answer are {length} tokens together, and the model has {total} "
+                        "positions for them. Lower batch.max_prompt_length or batch.max_target_length."
+                    )
+                    raise DataError(_advice(message, self.bad))
+            good = [each for each, is_short in zip(good, fits) if is_short]
+        return [], {}
+
+    def _good(self, items: Iterable[tuple[int, Sample | str]]) -> Iterator[_Row]:
+        """Each sample that is good. Raises DataError for a bad one too many."""
         for index, sample in items:
             try:
                 if isinstance(sample, str):
@@ -130,7 +163,7 @@ class Collator:
                 if self.bad.may_skip(index):
                     continue
                 raise DataError(_advice(str(error), self.bad)) from error
-            yield index, self.family.prompt(self.processor, self.batch, sample), answer, image
+            yield _Row(index, sample.place, self.family.prompt(self.processor, self.batch, sample), answer, image)
 
     def _picture(self, index: int, sample: Sample) -> Image.Image | None:
         if self.features is not None:

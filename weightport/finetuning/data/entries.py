@@ -14,13 +14,15 @@ from weightport.finetuning.data.samples import Objects, Picture, Sample
 
 @dataclass(frozen=True)
 class Entry:
-    """One row of a data set. All its answers hold for the one picture and question; none where `objects` are it."""
+    """One row of a data set. All its answers hold for the one picture and question; none where `objects` are it.
+    `classes`: see `Sample`."""
 
     place: str
     picture: Picture
     prefix: str
     answers: tuple[str, ...]
     objects: Objects | None = None
+    classes: tuple[str, ...] = ()
 
 
 class Source(Protocol):
@@ -143,6 +145,7 @@ class EntrySamples:
             suffix=first.answers[answer] if first.answers else "",
             references=tuple(text for entry in entries for text in entry.answers),
             objects=first.objects,
+            classes=first.classes,
         )
 
 

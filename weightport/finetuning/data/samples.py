@@ -49,7 +49,8 @@ class Sample:
 
     `prefix` is what is asked about the picture, empty where the recipe's prompt says all; `suffix` is the answer to
     train on, empty where `objects` are the answer and the family writes them in its own symbols. `references` are all
-    answers that metrics accept. `place` says where it stands: "train.jsonl, line 7".
+    answers that metrics accept. `place` says where it stands: "train.jsonl, line 7". `classes` are all that are looked
+    for, in this picture or not, where the data say.
     """
 
     place: str
@@ -58,6 +59,7 @@ class Sample:
     suffix: str
     references: tuple[str, ...]
     objects: Objects | None = None
+    classes: tuple[str, ...] = ()
 
 
 class Samples(Protocol):

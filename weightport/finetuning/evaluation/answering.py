@@ -97,8 +97,14 @@ def _answered(
 ) -> Iterator[Prediction]:
     device = next(model.parameters()).device
     inputs = {name: _placed(tensor, device, model.dtype) for name, tensor in questions.inputs.items()}
+    asked = questions.inputs["input_ids"].shape[1] if family.causal else 0
+    total = family.room(processor, model.config).total
+    if total is not None:
+        options = within_budget(model.generation_config, options, asked, total)
     with torch.no_grad(), torch.autocast(device.type, autocast) if autocast else nullcontext():
         ids = model.generate(**inputs, **options).cpu()
+    # A decoder alone returns the prompt before the answer.
+    ids = ids[:, asked:]
     for row, index, sample, prompt, size in zip(
         ids, questions.indices, questions.samples, questions.prompts, questions.sizes
     ):
@@ -133,6 +139,16 @@ def generation_options(model: Any, settings: Mapping[str, Any]) -> dict[str, Any
     except (ValueError, TypeError) as error:
         raise RecipeError(f"evaluation.generation: {error}") from error
     return options
+
+
+def within_budget(own: GenerationConfig, options: Mapping[str, Any], asked: int, total: int) -> dict[str, Any]:
+    """The settings for `generate`, its limit no larger than `total` columns allow behind a prompt of `asked`. `own`:
+    the model's settings, which count where `options` say nothing."""
+    limits = {name: options.get(name, getattr(own, name)) for name in ("max_new_tokens", "max_length")}
+    if limits["max_new_tokens"] is not None:
+        return {**options, "max_new_tokens": min(limits["max_new_tokens"], total - asked), "max_length": None}
+    # It counts the prompt too.
+    return {**options, "max_length": min(limits["max_length"] or total, total)}
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from weightport.errors import RecipeError
 from weightport.finetuning.data.settings import ANSWERS, FORMS, READERS, DataSettings
 from weightport.finetuning.recipes.settings import (
     DTYPES,
+    LOSS_MEANS,
     METHODS,
     BatchSettings,
     EvaluationSettings,
@@ -34,6 +35,7 @@ CHOICES = {
     "data.reader": READERS,
     "data.form": FORMS,
     "data.answer": ANSWERS,
+    "batch.loss_mean": LOSS_MEANS,
     "model.method": METHODS,
     "model.dtype": DTYPES,
     "model.frozen_mode": ("eval", "train"),
@@ -57,6 +59,9 @@ AT_LEAST = {
 """The smallest value of settings whose own libraries notice too late that they cannot be."""
 OPEN = ("model.config", "evaluation.generation")
 """Mappings whose keys belong to the model: checked when it is there."""
+
+ANY = "*"
+"""Among a recipe's families: every other one, of any package."""
 
 OURS = ("output_dir", "do_train", "do_eval", "do_predict", "push_to_hub", "remove_unused_columns", "disable_tqdm",
         "resume_from_checkpoint", "label_names", "logging_nan_inf_filter")  # fmt: skip
@@ -130,13 +135,14 @@ def parse_recipe(text: str, place: str) -> Recipe:
 
 
 def for_family(recipe: Recipe, family: str, *, as_published: bool = False) -> Recipe:
-    """The recipe for one model type: its own settings applied, with `as_published` the guide's too."""
-    if family not in recipe.families:
+    """The recipe for one family: its own settings applied, with `as_published` the guide's too."""
+    own = recipe.families.get(family, recipe.families.get(ANY))
+    if own is None:
         raise RecipeError(
             f"The recipe {recipe.name!r} is for {', '.join(recipe.families)}, and the model is {family!r}. "
             f"`weightport recipes` lists what there is."
         )
-    resolved = with_settings(recipe, recipe.families[family], f"recipe {recipe.name}, families.{family}")
+    resolved = with_settings(recipe, own, f"recipe {recipe.name}, families.{family}")
     if as_published:
         if family not in recipe.published:
             raise RecipeError(f"The recipe {recipe.name!r} follows no published guide for {family!r}.")

@@ -9,6 +9,7 @@ from typing import Any
 from weightport.finetuning.data.settings import DataSettings
 
 METHODS = ("full", "lora", "qlora")
+LOSS_MEANS = ("tokens", "samples")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -20,7 +21,8 @@ class BatchSettings:
     `task`. image_size: pixels of the square that images are resized to, by default the processor's.
     max_prompt_length, max_target_length: tokens kept of prompt and answer, end token included.
     count_padding: padding counts in the loss, as in some published loops. attend_padding: the encoder attends to the
-    padding of prompts, as Florence-2's remote code does.
+    padding of prompts, as Florence-2's remote code does. loss_mean: what a step's loss is the mean of, `tokens` of all
+    answers, as in transformers, or `samples`, of each answer's own mean, as big_vision trains.
     """
 
     prompt: str | None = None
@@ -30,6 +32,7 @@ class BatchSettings:
     max_target_length: int = 512
     count_padding: bool = False
     attend_padding: bool = False
+    loss_mean: str = "tokens"
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ class Published:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A published way of fine-tuning. `families` are the model types it is for, with the settings that are theirs.
+    """A published way of fine-tuning. `families` are those it is for, by name, with the settings that are theirs; `*`
+    are all others.
 
     `training` are transformers' TrainingArguments, `lora` peft's LoraConfig, both by their own names.
     """

@@ -106,6 +106,7 @@ def prepare(job: Job) -> Prepared:
     check_processor(job.model)
     if family.name not in recipe.families:
         recipe = for_family(recipe, family.name)
+    _require_meaning(family, recipe)
     frozen = frozen_parts(family.parts, recipe.model.freeze)
     for name in recipe.evaluation.metrics:
         metric_named(name)
@@ -155,6 +156,22 @@ def prepare(job: Job) -> Prepared:
     return Prepared(loaded, arguments, samples, eval_samples, found, checkpoint, tuple(notes), recipe, features)
 
 
+def _require_meaning(family: Family, recipe: Recipe) -> None:
+    """Raises RecipeError for settings of an encoder and a loss that a causal family does not have."""
+    smoothed = recipe.training.get("label_smoothing_factor")
+    if recipe.batch.loss_mean == "samples" and (smoothed or recipe.batch.count_padding):
+        other = "training.label_smoothing_factor" if smoothed else "batch.count_padding"
+        raise RecipeError(f"batch.loss_mean=samples and {other} are two losses: set one of them.")
+    if not family.causal:
+        return
+    for name in ("count_padding", "attend_padding"):
+        if getattr(recipe.batch, name):
+            raise RecipeError(
+                f"batch.{name} is for models with an encoder: {family.name} reads prompt and answer in one sequence, "
+                "whose padding is never seen."
+            )
+
+
 def _trainable(
     directory: Path, family: Family, recipe: Recipe, arguments: TrainingArguments, frozen: frozenset[str]
 ) -> Loaded:
@@ -168,6 +185,9 @@ def _trainable(
         model.config.use_cache = model.config.get_text_config(decoder=True).use_cache = False
     if arguments.label_smoothing_factor and family.smooth_labels(model, arguments.label_smoothing_factor):
         arguments.label_smoothing_factor = 0.0
+    elif arguments.label_smoothing_factor and family.causal:
+        # Trainer's own holds each logit against the label of its column, where it should be the next one's.
+        raise RecipeError(f"training.label_smoothing_factor: {family.name} has no label smoothing.")
     freeze(model, family.parts, frozen, still=recipe.model.frozen_mode == "eval")
     if recipe.model.method == "qlora":
         from peft import prepare_model_for_kbit_training

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from weightport.finetuning.data.samples import Samples
 from weightport.finetuning.display.progress import ProgressLine
 from weightport.finetuning.evaluation.answering import chosen
 from weightport.finetuning.evaluation.measuring import Measuring
+from weightport.finetuning.family import Family
 from weightport.finetuning.features.filling import filled_store
 from weightport.finetuning.recipes.recipe import as_yaml
 from weightport.finetuning.recipes.settings import Recipe
@@ -31,6 +33,7 @@ from weightport.finetuning.training.trainer import (
     FirstCheckpoint,
     LogBeforeSaving,
     PortTrainer,
+    loss_of_samples,
     loss_with_padding,
 )
 from weightport.formatting import samples as in_words
@@ -136,12 +139,13 @@ def _train(
             data_collator=collator(bad, features),
             train_dataset=Indexed(prepared.samples),
             eval_dataset=_subset(eval_samples, recipe) if eval_samples is not None else None,
-            compute_loss_func=loss_with_padding if recipe.batch.count_padding and family.own_loss else None,
+            compute_loss_func=_loss(recipe, family),
             callbacks=[LogBeforeSaving(), FirstCheckpoint(keep), BestCheckpointOfThisRun(), progress],
             samples=prepared.samples,
             eval_collator=collator(BadSamples(eval_samples, recipe.data.skip_bad)) if eval_samples else None,
             measure=measuring,
             features=prepared.features,
+            by_sample=recipe.batch.loss_mean == "samples",
         )
         trainer.remove_callback(PrinterCallback)
         lost = _trained(trainer, prepared.checkpoint)
@@ -152,6 +156,13 @@ def _train(
         were, they = ("was", "it") if bad.count == 1 else ("were", "they")
         notes.append(f"{in_words(bad.count)} {were} left out while training, because {they} could not be read")
     return finish(job, prepared, trainer, measuring, notes)
+
+
+def _loss(recipe: Recipe, family: Family) -> Callable[..., torch.Tensor] | None:
+    """What computes the loss in place of the model, None where the model does."""
+    if recipe.batch.loss_mean == "samples":
+        return partial(loss_of_samples, shift=family.causal)
+    return loss_with_padding if recipe.batch.count_padding and family.own_loss else None
 
 
 def _trained(trainer: PortTrainer, checkpoint: Path | None) -> list[str]:

@@ -6,13 +6,14 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from weightport.errors import DataError, TrainingError
@@ -30,7 +31,7 @@ class PortTrainer(Trainer):
 
     `measure` answers the evaluation data with the model at a step and returns metrics by name; in every process, at
     every evaluation. `samples` are the training data, to name those of a batch that fails. `features`: of what plan
-    batches hold features in the place of pictures.
+    batches hold features in the place of pictures. `by_sample`: the loss is a mean over samples, not over tokens.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class PortTrainer(Trainer):
         eval_collator: Collator | None = None,
         measure: Callable[[Any, int], Mapping[str, float]] | None = None,
         features: FeaturePlan | None = None,
+        by_sample: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -49,8 +51,10 @@ class PortTrainer(Trainer):
         self._samples = samples
         self._measure = measure
         self._features = features
+        self._by_sample = by_sample
         self._evaluated = -1
         self._best_loaded: int | None = None
+        self._in_checkpoint = False
 
     @property
     def held_step(self) -> int:
@@ -77,6 +81,9 @@ class PortTrainer(Trainer):
         # none.
         for batch in batch_samples:
             _require_made(batch)
+        if self._by_sample:
+            # Counted as Trainer counts labels: one of a sample, that is not the first of its row.
+            batch_samples = [{"labels": _sample_marks(batch["labels"])} for batch in batch_samples]
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -97,7 +104,34 @@ class PortTrainer(Trainer):
         # A checkpoint holds a tied matrix once: the names that share it are not missing.
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        if load_result.missing_keys:
+            # Trainer would go on from the base's weights there.
+            raise TrainingError(
+                f"The checkpoint lacks {len(load_result.missing_keys)} of the model's tensors, such as "
+                f"{load_result.missing_keys[0]}: it was written by another version, or for another model. Begin the "
+                "run again."
+            )
         super()._issue_warnings_after_load(load_result)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._in_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._in_checkpoint = False
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self._in_checkpoint or not isinstance(self.model, PreTrainedModel):
+            super()._save(output_dir, state_dict)
+            return
+        # Trainer reads a checkpoint by the names in memory, and passes over what is called otherwise, as files are
+        # whose names on disk differ.
+        model: Any = self.model
+        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            del model.save_pretrained
 
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -214,6 +248,34 @@ def loss_with_padding(
         return torch.nn.functional.cross_entropy(logits, labels)
     total = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
     return total / torch.as_tensor(num_items_in_batch, device=total.device)
+
+
+def loss_of_samples(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None, *, shift: bool
+) -> torch.Tensor:
+    """The mean over samples of each one's mean over its labels but -100, by `num_items_in_batch` samples.
+
+    logits [batch, columns, vocabulary], labels int64 [batch, length]; computed in float32, or in float64 if they are.
+    `shift`: the logits of a column are for the label of the next one. Columns of an image before the text have no
+    labels.
+    """
+    logits = outputs.logits[:, -labels.shape[1] :]
+    if shift:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)
+    labels = labels.to(logits.device)
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
+    counted = (labels != IGNORED).sum(dim=1)
+    total = (losses.sum(dim=1) / counted.clamp(min=1)).sum()
+    items = (counted > 0).sum() if num_items_in_batch is None else num_items_in_batch
+    return total / torch.as_tensor(items, device=total.device).clamp(min=1)
+
+
+def _sample_marks(labels: torch.Tensor) -> torch.Tensor:
+    """int64 [batch, 2]: 1 in the second column for a sample that has labels, -100 elsewhere."""
+    marks = torch.full((len(labels), 2), IGNORED)
+    marks[(labels != IGNORED).any(dim=1).cpu(), 1] = 1
+    return marks
 
 
 def _indices(inputs: dict[str, Any]) -> list[int]:
