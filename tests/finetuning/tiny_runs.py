@@ -25,6 +25,7 @@ MODELS = {
     "ofa": "ofa/en-tiny-args",
     "florence2": "florence2/tiny-vocab-4k",
     "paligemma2": "paligemma2/tiny-gemma2",
+    "moondream2": "moondream2/tiny-2024-04-02",
 }
 """Golden cases by what they are called here; all have a vocabulary of their own."""
 
@@ -45,6 +46,8 @@ RECIPES = {
     "caption-paligemma2": ("caption", "paligemma2", "pairs", {}),
     "detection-paligemma2": ("detection", "paligemma2", "boxes", {}),
     "default-paligemma2": ("default", "paligemma2", "pairs", {}),
+    "count-json-moondream2": ("count-json", "moondream2", "boxes", {}),
+    "default-moondream2": ("default", "moondream2", "pairs", {}),
 }
 """Every shipped recipe on every family that it is for: its name, the model, the fixture of its data, tiny settings."""
 
@@ -57,6 +60,7 @@ STILL = {
         "vision_config.drop_path_rate",
     ),
     "paligemma": ("text_config.attention_dropout", "vision_config.attention_dropout"),
+    "moondream": ("text_config.attention_dropout", "vision_config.attention_dropout"),
 }
 """Fields of the config that make training random."""
 
@@ -84,10 +88,12 @@ def convert_case(name: str, folder: Path) -> Path:
     """The model directory of a golden case, as `port-<family>` writes it."""
     sys.path.insert(0, str(GOLDEN))
     from golden_case import Case
+    from needs import FAMILIES
 
     case = Case(GOLDEN / "cases" / MODELS.get(name, name), name)
     (folder / "original").mkdir()
-    convert(case.materialize(folder / "original"), folder / name, case.family)
+    told = FAMILIES[case.family].settings(case)
+    convert(case.materialize(folder / "original"), folder / name, case.family, **told)
     return folder / name
 
 

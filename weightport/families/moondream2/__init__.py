@@ -29,4 +29,5 @@ FAMILY = Family(
     verification_prompt="<image>\n\nQuestion: What is this?\n\nAnswer:",
     conversion_stage="weightport.families.moondream2.conversion:CONVERSION",
     parity_stage="weightport.families.moondream2.parity:MOONDREAM2",
+    training_stage="weightport.families.moondream2.training:TRAINING",
 )

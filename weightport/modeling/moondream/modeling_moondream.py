@@ -133,7 +133,8 @@ class MoondreamModel(MoondreamPreTrainedModel):
         image_grids: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
-        """What stands at the places of pictures, as `pooler_output` [pictures, image_seq_length, hidden_size].
+        """What stands at the places of pictures, as `pooler_output` [pictures, image_seq_length, hidden_size];
+        `last_hidden_state` is what the projector made it of.
 
         Args:
             pixel_values: [pictures, 3, size, size] of one view each; [pictures, views, 3, size, size] of several: the
@@ -160,8 +161,13 @@ class MoondreamModel(MoondreamPreTrainedModel):
         outputs = self.vision_tower(views, **kwargs)
         features = nn.utils.rnn.pad_sequence(outputs.last_hidden_state.split(counts), batch_first=True)
         margin = self.config.overlap_margin if self.config.feature_merge == "tiles" else 0
-        outputs.pooler_output = self.multi_modal_projector(merge_views(features, image_grids, margin))
-        return outputs
+        merged = merge_views(features, image_grids, margin)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=merged,
+            pooler_output=self.multi_modal_projector(merged),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
     def _embed(
         self, input_ids: torch.Tensor, image_features: torch.Tensor | None

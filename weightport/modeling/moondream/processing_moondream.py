@@ -14,6 +14,8 @@ TASKS = ("query", "caption", "detect", "point")
 CAPTION_LENGTHS = ("short", "normal", "long")
 # A prompt of 2025 is ids before and after its text. In a string these stand for them.
 MARK = re.compile(r"<\|(query|detect|point)\|>|<\|/(query|detect|point)\|>|<\|caption (short|normal|long)\|>")
+# Cuts the placeholder's name where the tokenizer would see a picture.
+SPELLED_OUT = re.compile(r"(?<=<)(?=image>)")
 # What transformers 4 took away from decoded text, and transformers 5 does not.
 SPACES = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"),
           (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))  # fmt: skip
@@ -167,30 +169,29 @@ class MoondreamProcessor(ProcessorMixin):
         before, image, after = text.partition(IMAGE_TOKEN)
         ids += self._text_ids(before)
         if image:
-            ids += self._text_ids(IMAGE_TOKEN, as_text=True) if self.image_texts else []
+            ids += self.text_ids(IMAGE_TOKEN) if self.image_texts else []
             ids += [self.image_token_id] * self.image_processor.image_seq_length
             ids += self._text_ids("</image>") if self.image_texts else []
         return ids + self._text_ids(after)
 
-    def _text_ids(self, text: str, as_text: bool = False) -> list[int]:
-        if as_text:
-            # The placeholder's own name, which the first revisions spell out around the picture.
-            return [each for part in ("<", "image", ">") for each in self._plain_ids(part)]
+    def _text_ids(self, text: str) -> list[int]:
         if self.templates is None:
-            return self._plain_ids(text)
+            return self.text_ids(text)
         ids: list[int] = []
         end = 0
         for mark in MARK.finditer(text):
-            ids += self._plain_ids(text[end : mark.start()])
+            ids += self.text_ids(text[end : mark.start()])
             opened, closed, length = mark.groups()
             ids += self._template_ids("caption", length) if length else []
             ids += self._template_ids(opened, "prefix") if opened else []
             ids += self._template_ids(closed, "suffix") if closed else []
             end = mark.end()
-        return ids + self._plain_ids(text[end:])
+        return ids + self.text_ids(text[end:])
 
-    def _plain_ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of a text that holds no picture: one that spells out `<image>` says the word."""
+        parts = SPELLED_OUT.split(text)
+        return [each for part in parts if part for each in self.tokenizer(part, add_special_tokens=False)["input_ids"]]
 
     def _template_ids(self, task: str, part: str) -> list[int]:
         found = ((self.templates or {}).get(task) or {}).get(part)

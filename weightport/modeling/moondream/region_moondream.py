@@ -33,18 +33,15 @@ class MoondreamRegionMLP(nn.Module):
 class MoondreamBinRegionHead(nn.Module):
     """The head of 2025: a coordinate is the likeliest of its bins, and so are a box's width and height.
 
-    Random Fourier frequencies are part of a checkpoint; they are no parameters.
+    Random Fourier frequencies are part of a checkpoint, and never trained.
     """
-
-    coord_features: torch.Tensor
-    size_features: torch.Tensor
 
     def __init__(self, hidden_size: int, region: dict[str, Any]):
         super().__init__()
         self.size_scale = region.get("size_scale", "log")
         coord, size, inner = region["coord_feat_dim"], region["size_feat_dim"], region["inner_dim"]
-        self.register_buffer("coord_features", torch.empty(1, coord // 2))
-        self.register_buffer("size_features", torch.empty(2, size // 2))
+        self.coord_features = nn.Parameter(torch.empty(1, coord // 2), requires_grad=False)
+        self.size_features = nn.Parameter(torch.empty(2, size // 2), requires_grad=False)
         self.coord_encoder = nn.Linear(coord, hidden_size)
         self.coord_decoder = MoondreamRegionMLP(hidden_size, inner, region["coord_out_dim"])
         self.size_encoder = nn.Linear(size, hidden_size)
@@ -83,14 +80,11 @@ class MoondreamBinRegionHead(nn.Module):
 class MoondreamPointRegionHead(nn.Module):
     """The head of 2024-08-26, which no public method of that revision uses: carried for the way back."""
 
-    position_features: torch.Tensor
-    size_features: torch.Tensor
-
     def __init__(self, hidden_size: int, region: dict[str, Any]):
         super().__init__()
         features = region["feature_dim"]
-        self.register_buffer("position_features", torch.empty(features // 2, 2))
-        self.register_buffer("size_features", torch.empty(features // 2, 2))
+        self.position_features = nn.Parameter(torch.empty(features // 2, 2), requires_grad=False)
+        self.size_features = nn.Parameter(torch.empty(features // 2, 2), requires_grad=False)
         self.position_encoder = nn.Linear(features, hidden_size)
         self.size_encoder = nn.Linear(features, hidden_size)
         self.position_decoder = nn.Linear(hidden_size, 2)
