@@ -116,10 +116,10 @@ class Family:
     further training seams from the model's output, the native arguments and the configuration. `training_loss`
     computes the loss of a training run from these and the run's options, where it is not the model's own (then None).
     `exact_loss` stands in for the model's own loss in float64, where transformers rounds logits to float32 first.
-    `casts_to_float32`: the native model's own code casts values to float32, which a float64 run leaves out. `rounds_to_float32(config, seam)`:
-    before this seam both sides use numbers of float32 in a run of float64 too, which they compute in other ways.
-    `prefix` counts the columns that a model without an encoder reads at once before it decodes step by step.
-    `correction`: the model is held against the original with it.
+    `casts_to_float32`: the native model's own code casts values to float32, which a float64 run leaves out.
+    `rounds_to_float32(config, seam)`: before this seam both sides use numbers of float32 in a run of float64 too,
+    which they compute in other ways. `prefix` counts the columns that a model without an encoder reads at once before
+    it decodes step by step. `correction`: the model is held against the original with it.
     """
 
     name: str
