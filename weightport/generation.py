@@ -41,10 +41,12 @@ def generate(
     beams: int | None = None,
     max_new_tokens: int | None = None,
     device: str = "cpu",
+    tasks: Mapping[str, str] | None = None,
 ) -> Answer:
     """Run the model directory on `image` (a file that Pillow reads) and `prompt`, by default the task's own.
 
-    Decoding follows the directory's generation_config.json unless `beams` or `max_new_tokens` say otherwise. Raises
+    Decoding follows the directory's generation_config.json unless `beams` or `max_new_tokens` say otherwise. `tasks`:
+    the family's prompts by task, where the processor has none of its own. Raises
     UsageError when there is nothing to ask about, for an unknown task and for a device that cannot be used, DataError
     for what is no picture, CheckpointError for what is no converted directory with a processor.
     """
@@ -62,14 +64,14 @@ def generate(
     picture = read_image(Path(image)) if image is not None else None
     with _loading(directory):
         processor = AutoProcessor.from_pretrained(directory, **LOCAL)
-    asked = prompt if prompt is not None else task_prompt(processor, task)
+    asked = prompt if prompt is not None else task_prompt(processor, task, tasks or {})
     logging.disable_progress_bar()
     # Our reader says what is wrong with a damaged file, and what to do.
     open_checkpoint(directory)
     with _loading(directory):
         model: Any = AutoModelForImageTextToText.from_pretrained(directory, dtype="auto", **LOCAL)
     model = model.to(place).eval()
-    inputs = processor(text=asked, images=picture, return_tensors="pt").to(place)
+    inputs = processor(text=_placed(asked, picture, processor, model), images=picture, return_tensors="pt").to(place)
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     settings: dict[str, Any] = {}
@@ -100,9 +102,19 @@ def _loading(directory: Path) -> Iterator[None]:
         raise CheckpointError(f"{directory} cannot be loaded: {error}") from error
 
 
-def task_prompt(processor: Any, task: str) -> str:
-    """What a processor asks for a task, named as `od` or `<OD>`: its own prompt, or the task's token. Raises
-    UsageError for a task that it does not have, or that asks for more than a picture."""
+def _placed(asked: str, picture: Image.Image | None, processor: Any, model: Any) -> str:
+    """The prompt with the picture before it, where a decoder reads both in one sequence and its processor puts the
+    picture where a token says."""
+    token = getattr(processor, "image_token", None)
+    if picture is None or model.config.is_encoder_decoder or not isinstance(token, str) or token in asked:
+        return asked
+    return token + asked
+
+
+def task_prompt(processor: Any, task: str, tasks: Mapping[str, str]) -> str:
+    """What a processor asks for a task, named as `od` or `<OD>`: its own prompt, or the task's token; what the
+    family's `tasks` say where it has neither. Raises UsageError for a task that there is no prompt for, or that asks
+    for more than a picture."""
     name = task.strip("<>").lower()
     if hasattr(processor, "prompt"):
         try:
@@ -114,7 +126,9 @@ def task_prompt(processor: Any, task: str) -> str:
     if token in getattr(processor, "task_prompts_with_input", {}):
         raise UsageError(f"--task {task} asks about a text as well: give both as --prompt '{token}the text'.")
     if token not in known:
-        names = ", ".join(each.strip("<>").lower() for each in known) or "none"
+        if name in tasks:
+            return tasks[name]
+        names = ", ".join([each.strip("<>").lower() for each in known] + list(tasks)) or "none"
         raise UsageError(f"The model has no prompt for the task {task!r} (it has {names}). Give a --prompt.")
     return token
 

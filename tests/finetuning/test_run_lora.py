@@ -17,6 +17,7 @@ from tiny_runs import run, trained_model
 from weightport import modeling  # noqa: F401 - registers OFA
 from weightport.api import merge_lora
 from weightport.errors import OutputError, RecipeError, TrainingError
+from weightport.families.registry import registry
 from weightport.finetuning.recipes.recipe import shipped_recipes
 from weightport.finetuning.setup import preparing
 from weightport.finetuning.setup.freezing import Share
@@ -167,6 +168,19 @@ def test_qlora_without_bitsandbytes_says_what_to_install(
         run(tiny("florence2"), "docvqa", pairs, tmp_path / "run", more={**STEPS, "model.method": "qlora"})
     assert found.value.exit_status == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["ofa-cn", "ofa", "florence2", "paligemma2"])
+def test_qlora_leaves_towers_projectors_and_heads_as_they_are(name: str, tiny: Callable[[str], Path]) -> None:
+    """By transformers' own choice of layers, which matches names from their beginning."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    family = registry().of_directory(tiny(name)).training
+    linear = [key for key, module in load(tiny(name)).named_modules() if isinstance(module, torch.nn.Linear)]
+    for key in linear:
+        kept = family.parts.part_of(key) in ("vision", "projector", "head")
+        assert should_convert_module(key, list(family.full_precision)) != kept, key
+    assert any(should_convert_module(key, list(family.full_precision)) for key in linear)
 
 
 def test_every_recipe_says_how_lora_is_done() -> None:

@@ -22,6 +22,8 @@ STEPS = {
     "training.dataloader_num_workers": 0,
 }
 TOLERANCE = 1e-6
+SPACING = 5e-7
+"""Of losses of about 10, whose float32 neighbours are 1e-6 away: four of these."""
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +61,7 @@ def test_two_processes_have_the_losses_of_one_with_twice_the_batch(
     assert side_by_side(job, 2) == [0, 0]
 
     assert len(losses(one.history)) == 3
-    assert losses(tmp_path / "two") == pytest.approx(losses(one.history), abs=TOLERANCE)
+    assert losses(tmp_path / "two") == pytest.approx(losses(one.history), abs=TOLERANCE, rel=SPACING)
     metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert metrics == pytest.approx({name: one.metrics[name] for name in metrics}, abs=1e-5) and metrics
     answered = [sorted((tmp_path / each / "predictions").iterdir()) for each in ("one", "two")]

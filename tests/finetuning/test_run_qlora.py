@@ -12,7 +12,7 @@ from tiny_runs import run
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from weightport.adapters import MergeOptions
-from weightport.adapters.base_record import recorded_quantization
+from weightport.adapters.base.base_record import recorded_quantization
 from weightport.api import merge_lora
 from weightport.errors import UsageError
 from weightport.families.registry import registry
@@ -64,3 +64,45 @@ def test_merge_into_the_4_bit_base_is_the_model_that_was_measured(even: Path, mu
     ).metrics
     assert out.metrics["rouge-l"] > 0.2, "nothing was learned"
     assert measured["rouge-l"] == pytest.approx(out.metrics["rouge-l"], abs=0.05)
+
+
+@pytest.fixture
+def even_paligemma(tiny: Callable[[str], Path], tmp_path: Path) -> Path:
+    """PaliGemma whose language model has matrices of whole blocks of 64."""
+    folder = shutil.copytree(tiny("paligemma2"), tmp_path / "base")
+    config = AutoConfig.from_pretrained(folder)
+    config.text_config.hidden_size = config.projection_dim = config.vision_config.projection_dim = 64
+    config.text_config.intermediate_size, config.text_config.head_dim = 128, 32
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # As large as trained ones: freshly drawn, the pictures would hardly show in the logits.
+            if parameter.ndim > 1 and "embed_tokens" not in name:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_json_extract_learns_beside_a_language_model_in_4_bits(
+    even_paligemma: Path, receipts: str, tmp_path: Path
+) -> None:
+    more = {
+        **SETTINGS, "model.freeze": ["vision", "projector"], "evaluation.metrics": ["json-f1", "json-valid"],
+        "evaluation.generation.max_new_tokens": 128, "training.max_steps": 200, "training.learning_rate": 1e-2,
+        "training.lr_scheduler_type": "constant", "training.per_device_train_batch_size": 4,
+        "training.gradient_accumulation_steps": 1,
+    }  # fmt: skip
+    del more["batch.image_size"]
+    out = run(even_paligemma, "json-extract", receipts, tmp_path / "run", eval_data=receipts, more=more)
+    held = recorded_quantization(out.directory)
+    assert held is not None and held.kind == "nf4-double"
+    layers = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
+              "mlp.up_proj", "mlp.down_proj"}  # fmt: skip
+    wanted = {f"model.language_model.layers.{layer}.{name}" for layer in range(4) for name in layers}
+    assert held.layers == wanted, "the image tower, the projector and the head stay as they are"
+    assert out.metrics["json-f1"] > 0.9, "nothing was learned"
+    merge_lora(even_paligemma, [(out.directory, 1.0)], tmp_path / "merged", MergeOptions(quantized_base="nf4-double"))
+    recipe = with_settings(resolved(load_recipe("json-extract"), "paligemma2", as_published=False)[0], more, "here")
+    measured = evaluate(tmp_path / "merged", registry()["paligemma2"].training, receipts, recipe).metrics
+    assert measured["json-f1"] == pytest.approx(out.metrics["json-f1"], abs=0.1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from weightport.api import check_parity, convert
 from weightport.finetuning.data.collation import INDICES
-from weightport.finetuning.training.trainer import PortTrainer
+from weightport.finetuning.training.trainer import PortTrainer, loss_of_samples
 from weightport.parity import runner
 from weightport.parity.family import Family
 from weightport.parity.originals import Originals
@@ -27,18 +28,23 @@ from weightport.parity.training import AFTER, _exact_loss, _is_gradient, _record
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 sys.path.insert(0, str(GOLDEN))
 
-import florence2_cases  # noqa: E402 - found beside the cases
+import blip2_cases  # noqa: E402 - found beside the cases
+import florence2_cases  # noqa: E402
 import ofa_cases  # noqa: E402
-from golden_case import Case, find_cases  # noqa: E402
+import paligemma2_cases  # noqa: E402
+from golden_case import Case, find_cases, sources_of  # noqa: E402
 
-TABLES = {table.FAMILY: table for table in (ofa_cases, florence2_cases)}
+TABLES = {table.FAMILY: table for table in (ofa_cases, florence2_cases, paligemma2_cases, blip2_cases)}
 
 
 def with_training(case: Case) -> bool:
     """Whether the original has trained on the case."""
     if case.family not in TABLES or not case.checkpoints or case.adapter:
         return False
-    return bool(case.spec.get("training")) or any(name.startswith("train.") for name in case.tensors)
+    if case.family == blip2_cases.FAMILY:
+        return "loss" in case.tensors
+    trained = ("train.", "grad_norm.")
+    return bool(case.spec.get("training")) or any(name.startswith(trained) for name in case.tensors)
 
 
 CASES = [pytest.param(case, id=case.name) for case in find_cases(GOLDEN / "cases") if with_training(case)]
@@ -63,8 +69,11 @@ class Counting:
     ) -> Observations:
         """What `weightport.parity.training.run_training` does, by a step of the trainer."""
         self.steps += 1
+        # big_vision's trainer takes the mean over examples of each one's mean.
+        by_sample = run.options.get("mean") == "examples"
         trainer = PortTrainer(
-            model, _arguments(self.output), samples=None, data_collator=lambda rows: rows[0], train_dataset=[None]
+            model, _arguments(self.output), samples=None, data_collator=lambda rows: rows[0], train_dataset=[None],
+            by_sample=by_sample, compute_loss_func=partial(loss_of_samples, shift=True) if by_sample else None,
         )  # fmt: skip
         seen: dict[str, Any] = {}
         compute = trainer.compute_loss
@@ -80,7 +89,7 @@ class Counting:
             batch["labels"] = batch["labels"].flip(0)
             batch.pop("decoder_input_ids", None)
         with _unchanged(model), _exact_loss(model, family), _mode(model, run.options.get("mode") == "train"):
-            items = (arguments["labels"] != -100).sum()
+            items = torch.tensor(len(arguments["labels"])) if by_sample else (arguments["labels"] != -100).sum()
             loss = trainer.training_step(model, batch, items)
             for each in wanted:
                 if each.seam == "loss":
@@ -124,7 +133,9 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Any:
             vocabulary = None if (case.path / "companions").is_dir() else "none"
             (folder / "original").mkdir()
             original = case.materialize(folder / "original")
-            convert(original, folder / "model", case.family, vocabulary=vocabulary)
+            settings = {"vocabulary": vocabulary, **TABLES[case.family].settings(case)}
+            table = TABLES[case.family]
+            convert(sources_of(case, table, original), folder / "model", case.family, **settings)
             found[case.name] = folder / "model"
         return found[case.name]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import golden
@@ -39,8 +40,9 @@ class Case:
     @property
     def adapter(self) -> str | None:
         """The folder of the adapter that the reference was computed with, beside the base's files; None without
-        one."""
-        return self.spec.get("adapter")
+        one. A case that does not name it has its weights among its checkpoints."""
+        folders = (Path(each["file"]).parent for each in self.checkpoints if "adapter_model" in each["file"])
+        return self.spec.get("adapter") or next((folder.as_posix() for folder in folders), None)
 
     @property
     def nbytes(self) -> int:
@@ -88,6 +90,13 @@ class Case:
     def materialize(self, out: Path) -> Path:
         """Rebuild the original's files in `out`; the (first) checkpoint."""
         return golden.materialize(self.path, out)
+
+
+def sources_of(case: Case, table: ModuleType, checkpoint: Path) -> dict[str, Path]:
+    """The source files of a rebuilt case by the names that a conversion gives them; `checkpoint` is the first one
+    rebuilt, and the only one unless the family's table says otherwise."""
+    of_several = getattr(table, "sources", None)
+    return {"checkpoint": checkpoint} if of_several is None else of_several(case, checkpoint)
 
 
 def find_cases(folder: Path) -> list[Case]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from weightport import api
 from weightport.checkpoints import open_checkpoint
 from weightport.checkpoints.sources import MAIN, Sources
 from weightport.converters.conversion import convert
@@ -150,3 +151,19 @@ def test_planted_mistake_shows_where_it_is(prefix_model: Any, mistake: Callable[
     mistake(prefix_model)
     found = judged(prefix_model, arguments())
     assert {seam for seam, each in found.items() if not each.verdict.passes} == shows
+
+
+def test_converted_prefix_model_computes_the_same_alone_behind_padding_and_step_by_step(tmp_path: Path) -> None:
+    golden = Path(__file__).parents[1] / "golden"
+    sys.path.insert(0, str(golden))
+    import paligemma2_cases
+    from golden_case import Case
+
+    case = Case(golden / "cases" / "paligemma2" / "tiny-gemma2", "tiny-gemma2")
+    (tmp_path / "original").mkdir()
+    api.convert(case.materialize(tmp_path / "original"), tmp_path / "model")
+    reference = paligemma2_cases.write_case(case, tmp_path / "reference.safetensors")
+    report = api.check_parity(tmp_path / "model", reference, dtypes=[torch.float64], invariance=True)
+    judged = {each.seam: each for each in report.comparisons if each.seam in INVARIANCES}
+    assert set(judged) == set(INVARIANCES)
+    assert report.passed and all(each.largest < 1e-13 for each in judged.values())

@@ -16,21 +16,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 
+from weightport.adapters.base.base_model import open_base
 from weightport.adapters.family import AdapterFamily, FamilyLookup
-from weightport.adapters.lora_settings import LoraSettings, parse_lora_settings
+from weightport.adapters.merging.module_names import running_names
+from weightport.adapters.reading.lora_settings import LoraSettings, parse_lora_settings
 from weightport.checkpoints import TensorRef, open_checkpoint
 from weightport.checkpoints.formats.sharded import read_json
 from weightport.checkpoints.lazy_tensors import in_memory
 from weightport.checkpoints.sources import MAIN, Sources
 from weightport.converters.lora_patterns import of_saved
 from weightport.converters.low_rank_pair import LowRankPair
+from weightport.converters.name_spaces import NameSpace
 from weightport.converters.operations import applied
 from weightport.converters.record import read_record
 from weightport.converters.rules import Rule, RuleTable
 from weightport.errors import AdapterError, CheckpointError, UnknownFamilyError
 from weightport.writing import require_directory, whole_directory
+from weightport.writing.outgoing import Outgoing
+from weightport.writing.safetensors_shards import aligned, write_safetensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -76,6 +80,8 @@ def port_adapter(
 ) -> PortedAdapter:
     """Write the adapter in the folder `adapter` to the folder `out`, for the native model of `base`.
 
+    One that was trained on the native model itself, under today's names or those of an earlier transformers, gets
+    today's.
     `base` is the original checkpoint or the directory converted from it. Tensors keep their dtypes and values. Raises
     AdapterError naming every module that cannot be carried; nothing is written then.
     """
@@ -87,6 +93,7 @@ def port_adapter(
     tensors = dict(open_checkpoint(_weights(adapter)))
     settings.require_bounded(_module_names(tensors), str(adapter / CONFIG))
     pairs, biases, saved = _sorted_out(tensors, settings, str(adapter))
+    names = _running_names([*pairs, *(name.rpartition(".")[0] for name in {**biases, **saved})], target)
     ported: dict[str, torch.Tensor] = {}
     modules: dict[str, tuple[str, ...]] = {}
     ranks: dict[str, int] = {}
@@ -94,7 +101,11 @@ def port_adapter(
     refused: list[str] = []
     for module, sides in pairs.items():
         try:
-            natives = _port_pair(module, sides, target, settings)
+            natives = (
+                _port_pair(module, sides, target, settings)
+                if names is None
+                else [_rename_pair(module, sides, names, settings)]
+            )
         except AdapterError as error:
             refused.append(str(error))
             continue
@@ -109,7 +120,7 @@ def port_adapter(
             unused.append(name)
             continue
         try:
-            parts = _port_whole(name, ref, target)
+            parts = _port_whole(name, ref, target) if names is None else [_rename_whole(name, ref, names)]
         except AdapterError as error:
             refused.append(str(error))
             continue
@@ -129,7 +140,7 @@ def port_adapter(
     config = _native_settings(settings, ranks, alphas, wholes, target)
     with whole_directory(out, overwrite=overwrite, inputs=inputs) as folder:
         (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        save_file({name: t.contiguous().clone() for name, t in ported.items()}, folder / WEIGHTS, {"format": "pt"})
+        write_safetensors(aligned(Outgoing.of(name, ported[name]) for name in sorted(ported)), folder / WEIGHTS)
     return PortedAdapter(out, modules, kept, _notes(modules, unused, target))
 
 
@@ -231,6 +242,48 @@ def _is_saved(name: str, settings: LoraSettings) -> bool:
     return ".modules_to_save." in name or any(
         re.match(of_saved(module), name) for module in settings.data.get("modules_to_save") or ()
     )
+
+
+def _running_names(modules: Sequence[str], base: Base) -> NameSpace | None:
+    """The native model's names, where the adapter was trained on it under these or those of an earlier transformers:
+    it is carried by renaming. None for an adapter on the original's modules, and beside an original checkpoint."""
+    if base.directory is None or any(next(base.rules.of_source(f"{name}.weight"), None) for name in modules):
+        return None
+    space = running_names(open_base(base.directory))
+    known = space is not None and any(space.current(f"{name}.weight") for name in modules)
+    return space if known else None
+
+
+def _rename_pair(
+    module: str, parts: Mapping[str, TensorRef], names: NameSpace, settings: LoraSettings
+) -> tuple[str, LowRankPair]:
+    """(the module's name of today, its pair as it is)."""
+    current = names.current(f"{module}.weight")
+    if current is None:
+        raise AdapterError(f"{module}: is no module of the base")
+    a, b = parts["A"], parts["B"]
+    given, weight = (b.shape[0], *a.shape[1:]), names.shapes[current]
+    if a.shape[:1] != (settings.rank(module),) or b.shape[1:2] != a.shape[:1]:
+        raise AdapterError(
+            f"{module}: lora_A {list(a.shape)} and lora_B {list(b.shape)} are not of rank {settings.rank(module)}, as "
+            f"{CONFIG} says"
+        )
+    if given != weight:
+        raise AdapterError(
+            f"{module}: the pair gives {list(given)}, the base's weight is {list(weight)}: another base"
+        )
+    magnitude, bias = (parts[part].read() if part in parts else None for part in ("magnitude", "bias"))
+    return current.removesuffix(".weight"), LowRankPair(a.read(), b.read(), magnitude, bias)
+
+
+def _rename_whole(name: str, ref: TensorRef, names: NameSpace) -> tuple[str, torch.Tensor]:
+    """(a whole tensor's name of today, its values)."""
+    current = names.current(name)
+    if current is None:
+        raise AdapterError(f"{name}: is no tensor of the base")
+    if ref.shape != names.shapes[current]:
+        raise AdapterError(f"{name}: is {list(ref.shape)}, the base's is {list(names.shapes[current])}: another base")
+    return current, ref.read()
 
 
 def _port_pair(

@@ -26,8 +26,8 @@ from weightport.cli.running import command_body, json_option, quiet_option
 @json_option
 @command_body
 def port_adapter_command(adapter: Path, out: Path, base: Path, overwrite: bool, quiet: bool, as_json: bool) -> None:
-    """Bring the LoRA adapter in the folder ADAPTER, trained on the original's modules, to the native model's: OUT
-    loads in peft on the converted directory and gives the original's logits."""
+    """Bring the LoRA adapter in the folder ADAPTER, trained on the original's modules or under the names of an earlier
+    transformers, to the native model's: OUT loads in peft on the converted directory and gives the same logits."""
     from weightport.api import port_adapter
 
     result = port_adapter(adapter, out, base, overwrite=overwrite)

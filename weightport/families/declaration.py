@@ -56,7 +56,8 @@ class Family:
 
     What engines need of it as data: `bare` (options with which a checkpoint is only looked at), `portable` (auto_map
     entries of the modelling code in the package `portable_code`, which is written beside weights), `ties` (further
-    names of tied tensors, by the name that is written), `verification_prompt` (a prompt that runs every part).
+    names of tied tensors, by the name that is written), `verification_prompt` (a prompt that runs every part), `tasks`
+    (prompts by task for `weightport generate`, where the processor has none of its own).
 
     What judges it: `cases`, as `package:folder`, the cases that are installed with it (weightport.conformance).
     """
@@ -80,6 +81,7 @@ class Family:
     portable_code: str | None = None
     ties: Mapping[str, str] = field(default_factory=dict)
     verification_prompt: str | None = None
+    tasks: Mapping[str, str] = field(default_factory=dict)
     cases: str | None = None
     interface: int = INTERFACE
 
@@ -106,6 +108,12 @@ class Family:
     def training(self) -> TrainingStage:
         """Raises FamilyError where the family has none."""
         return cast("TrainingStage", self._stage("fine-tuning", self.training_stage))
+
+    def training_of(self, config: Mapping[str, Any]) -> TrainingStage:
+        """The training stage for a native model of this config.json: a stage that differs between models of its family
+        has a method `of` that gives the one. Raises FamilyError where the family has none."""
+        stage: Any = self.training
+        return cast("TrainingStage", stage.of(config) if hasattr(stage, "of") else stage)
 
     def looks_like(self, names: Iterable[str]) -> str | None:
         """The kind of checkpoint that tensors with these names are, by this family's signatures."""

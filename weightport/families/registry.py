@@ -21,6 +21,7 @@ from weightport.model_directory import check_model_directory
 
 if TYPE_CHECKING:
     from weightport.checkpoints import Checkpoint
+    from weightport.finetuning.family import Family as TrainingStage
 
 GROUP = "weightport.families"
 
@@ -28,6 +29,8 @@ BUILT_IN = {
     "ofa": "weightport.families.ofa:FAMILY",
     "florence2": "weightport.families.florence2:FAMILY",
     "paligemma2": "weightport.families.paligemma2:FAMILY",
+    "blip2": "weightport.families.blip2:FAMILY",
+    "moondream2": "weightport.families.moondream2:FAMILY",
 }
 """A new built-in family is a folder, and a line here."""
 
@@ -35,12 +38,6 @@ NATIVE = "a native "
 """How the kinds of signatures begin that are what a conversion gives."""
 
 STRANGERS = (
-    Signature(
-        "Moondream2",
-        r"(.+\.)?(text_model\.transformer\.h\.0\.mixer\.Wqkv\.weight|text\.blocks\.0\.attn\.qkv\.weight)",
-    ),
-    Signature("BLIP-2 (LAVIS)", r"(model\.)?Qformer\.bert\.encoder\.layer\.0\..+"),
-    Signature("a native BLIP-2 model", r"qformer\.encoder\.layer\.0\..+"),
     Signature("BART (fairseq)", r"(model\.)?encoder\.sentence_encoder\..+|(model\.)?encoder\.layers\.0\.fc1\.weight"),
     Signature("a LoRA adapter", r".+\.lora_A\.(.+\.)?weight"),
 )
@@ -97,8 +94,12 @@ class FamilyRegistry:
 
     def check_converted(self, directory: Path) -> None:
         """Raise CheckpointError, saying what to do, unless `directory` can be a native model: it is not there, an
-        adapter, an original checkpoint that is not converted yet, or has no config.json. No weights are read."""
-        family = self.original(directory) if directory.exists() else None
+        adapter, an original checkpoint that is not converted yet, or has no config.json. No weights are read, and of a
+        directory with a record of its conversion no family is asked whether it is an original."""
+        from weightport.converters.record import FILE
+
+        known = not directory.exists() or (directory / FILE).is_file()
+        family = None if known else self.original(directory)
         if family is not None:
             raise CheckpointError(
                 f"{directory} holds an original checkpoint of {family.title}, not a converted one. Convert it first: "
@@ -115,20 +116,27 @@ class FamilyRegistry:
         except CheckpointError:
             return None
 
+    def training_of(self, directory: Path) -> TrainingStage:
+        """The training stage for the model in `directory`. Raises as `of_directory`, and FamilyError without one."""
+        from weightport.checkpoints.formats.sharded import read_json
+
+        return self.of_directory(directory).training_of(read_json(directory / "config.json"))
+
     def of_directory(self, directory: Path) -> Family:
         """The family of a native model directory, by its config.json. Raises CheckpointError for what is none,
         UnknownFamilyError for a model of no family."""
-        from weightport.checkpoints.formats.sharded import read_json
-
-        self.check_converted(directory)
-        path = directory / "config.json"
-        config = read_json(path)
-        model_type = config.get("model_type") if isinstance(config, dict) else None
-        family = self.of_model_type(model_type)
+        family = self.of_converted(directory)
         if family is None:
             known = ", ".join(name for each in self for name in each.model_types)
-            raise UnknownFamilyError(f"{path} has the model_type {model_type!r}; known are {known}.")
+            path = directory / "config.json"
+            raise UnknownFamilyError(f"{path} has the model_type {_model_type(path)!r}; known are {known}.")
         return family
+
+    def of_converted(self, directory: Path) -> Family | None:
+        """The family of a native model directory; None for a model of no family. Raises CheckpointError for what is no
+        native directory."""
+        self.check_converted(directory)
+        return self.of_model_type(_model_type(directory / "config.json"))
 
     def looks_like(self, names: Iterable[str]) -> str | None:
         """The kind of checkpoint that tensors with these names are, or None."""
@@ -165,6 +173,13 @@ class FamilyRegistry:
             f"({len(checkpoint)} tensors: {shown}, …).\n"
             "  `weightport inspect` lists what is in it."
         )
+
+
+def _model_type(path: Path) -> object:
+    from weightport.checkpoints.formats.sharded import read_json
+
+    config = read_json(path)
+    return config.get("model_type") if isinstance(config, dict) else None
 
 
 def _pickled(checkpoint: Checkpoint) -> str:

@@ -39,6 +39,7 @@ def model_card(found: CheckedDirectory, options: CardOptions) -> str:
         _metrics(found),
         _files(found),
         _limits(found),
+        _licence(found, options),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -240,6 +241,14 @@ def _limits(found: CheckedDirectory) -> str:
         "## Limits\n\nThe model has the limits and biases of the model it was made from; see that model's card."
         f"{measured}"
     )
+
+
+def _licence(found: CheckedDirectory, options: CardOptions) -> str:
+    """What the family's own licence asks to be said of every model made from it."""
+    family = found.family
+    if family is None or not family.licence_note or options.licence != family.licence:
+        return ""
+    return f"## Licence\n\n{family.licence_note}"
 
 
 def _shown(value: Any) -> str:

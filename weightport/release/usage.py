@@ -40,12 +40,27 @@ def usage(found: CheckedDirectory, repo: str) -> str:
     if automodel == "AutoModel":
         lines += ["outputs = model(**inputs)", "print({name: value.shape for name, value in outputs.items()})"]
     else:
+        asked = [] if has_encoder(found) else ['ids = ids[:, inputs["input_ids"].shape[1] :]  # without the prompt']
         lines += [
             "ids = model.generate(**inputs, max_new_tokens=50)",
+            *asked,
             "print(processor.batch_decode(ids, skip_special_tokens=True)[0])",
         ]
     note = _CODE_NOTE if found.needs_code else ""
     return "## Use\n\n```python\n" + "\n".join(lines) + f"\n```{note}"
+
+
+def has_encoder(found: CheckedDirectory) -> bool:
+    """Whether an encoder reads the prompt: a decoder alone generates it again before the answer."""
+    from transformers import CONFIG_MAPPING
+
+    from weightport import modeling  # noqa: F401 - registers the families that transformers lacks
+
+    model_type = str(found.config.get("model_type"))
+    default = (
+        getattr(CONFIG_MAPPING[model_type], "is_encoder_decoder", False) if model_type in CONFIG_MAPPING else False
+    )
+    return bool(found.config.get("is_encoder_decoder", default))
 
 
 def auto_class(found: CheckedDirectory) -> str:

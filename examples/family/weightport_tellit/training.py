@@ -23,7 +23,7 @@ class TellitTraining:
     causal = True
     own_loss = False
     leaves_unused = False
-    full_precision = ("output", "image_encoder", "visual_projection")
+    full_precision = ("output", "git.image_encoder", "git.visual_projection")
     parts = Parts(
         prefixes={
             "vision": ("git.image_encoder",),

@@ -63,7 +63,7 @@ class Florence2Training:
 
     name = "florence2"
     causal = False
-    full_precision = ("lm_head", "vision_tower", "multi_modal_projector")
+    full_precision = ("lm_head", "model.vision_tower", "model.multi_modal_projector")
     own_loss = False
     leaves_unused = False
     parts = Parts(

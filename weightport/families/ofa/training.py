@@ -49,7 +49,7 @@ class OFATraining:
 
     name = "ofa"
     causal = False
-    full_precision = ("lm_head", "vision_tower", "image_proj")
+    full_precision = ("lm_head", "model.encoder.vision_tower", "model.encoder.image_proj")
     own_loss = True
     # Its tables of image codes serve other tasks.
     leaves_unused = True

@@ -22,6 +22,7 @@ FAMILY = Family(
     card_prompt='"<image>caption en"',
     bare={"vocabulary": "none"},
     verification_prompt="<image>caption en",
+    tasks={"caption": "caption en", "ocr": "ocr"},
     conversion_stage="weightport.families.paligemma2.conversion:CONVERSION",
     parity_stage="weightport.families.paligemma2.parity:PALIGEMMA2",
     training_stage="weightport.families.paligemma2.training:TRAINING",

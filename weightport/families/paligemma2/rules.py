@@ -28,6 +28,8 @@ MEMORY = {
     VISION: "model.vision_tower.",
     TEXT: "model.language_model.",
     PROJECTOR: f"model.{PROJECTOR}",
+    # Only of a head that is not tied, as adapters may leave it.
+    "language_model.lm_head.": "lm_head.",
 }
 """What stands before names on disk, and what transformers' running model has in its place."""
 

@@ -72,7 +72,7 @@ class PaliGemmaTraining:
     causal = True
     own_loss = False
     leaves_unused = False
-    full_precision = ("lm_head", "vision_tower", "multi_modal_projector")
+    full_precision = ("lm_head", "model.vision_tower", "model.multi_modal_projector")
     parts = Parts(
         prefixes={
             "vision": ("model.vision_tower",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,7 +87,8 @@ class StoredFeatures:
         return {FEATURES: states, FEATURE_LENGTHS: lengths}
 
 
-class _Row(NamedTuple):
+@dataclass(frozen=True)
+class _Row:
     """What becomes a row of a batch."""
 
     number: int

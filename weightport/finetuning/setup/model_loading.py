@@ -71,6 +71,7 @@ def load_model(
         **_LOCAL,
     }
     if settings.attention is not None:
+        _require_attention(config, settings.attention)
         options["attn_implementation"] = settings.attention
     if settings.method == "qlora":
         options |= {"quantization_config": four_bits(family), "device_map": {"": device}}
@@ -91,6 +92,17 @@ def load_model(
             "whole, or its config.json belongs to another model."
         )
     return model
+
+
+def _require_attention(config: Any, name: str) -> None:
+    """Raises RecipeError for an implementation of attention that the model or this machine does not have."""
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        with torch.device("meta"):
+            AutoModelForImageTextToText.from_config(config, attn_implementation=name)
+    except (ValueError, ImportError) as error:
+        raise RecipeError(f"model.attention cannot be {name!r}: {error}") from error
 
 
 def _set_config(config: Any, name: str, value: Any) -> None:
