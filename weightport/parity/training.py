@@ -97,7 +97,9 @@ def _record_originals(
     model: PreTrainedModel, wanted: Sequence[Expected], originals: Originals, observations: Observations
 ) -> None:
     """Gradients, their norms and buffers, under the original's names."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    # Zeros stand for gradients that no parameter got; where none is compared, nothing of the model's size is made.
+    compared = any(_is_gradient(each.seam) and not each.seam.startswith(AFTER) for each in wanted)
+    parameters = dict(model.named_parameters(remove_duplicate=False)) if compared else {}
     gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters.items()}
     buffers = dict(model.named_buffers())
     norms = [each.seam.removeprefix(GRADIENT_NORM) for each in wanted if each.seam.startswith(GRADIENT_NORM)]
