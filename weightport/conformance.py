@@ -11,6 +11,7 @@ Every check works on the family's own declaration and the engines' public functi
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from weightport.parity.report import ParityReport
 
 REFERENCE = "reference.safetensors"
+_WITHOUT_EFFECT = re.compile(r"[._]k(ey)?(_proj)?\.bias$")
+"""Tensors that change no output: a key's bias adds one number to all scores of a query, which softmax takes away.
+Counters (a norm's number of batches) are no floating-point tensors."""
 MISTAKES = 12
 """Mistakes that are planted, spread over the rows of the rule table."""
 
@@ -252,15 +256,14 @@ def _parity(case: Case, native: Path) -> tuple[bool, str]:
 
 
 def _planted_mistakes(case: Case, native: Path) -> tuple[bool, str]:
-    """Change the values of one tensor of a rule's row at a time: the reference must notice each. Counters, such as a
-    norm's number of batches, compute nothing."""
+    """Change the values of one tensor of a rule's row at a time: the reference must notice each."""
     from weightport.checkpoints import open_checkpoint
     from weightport.converters.record import read_record
 
     record = read_record(native) or {}
     stored = open_checkpoint(native)
     made = [step["to"][0] for step in record["steps"] if step["from"]]
-    rows = [name for name in made if stored[name].dtype.is_floating_point]
+    rows = [name for name in made if stored[name].dtype.is_floating_point and not _WITHOUT_EFFECT.search(name)]
     chosen = rows[:: max(1, len(rows) // MISTAKES)][:MISTAKES]
     unnoticed = []
     for name in chosen:

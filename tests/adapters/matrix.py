@@ -23,7 +23,7 @@ from peft import LoraConfig, PeftModel
 from tiny_families import FAMILIES, V, randomised, to_hub_names
 from tiny_models import MODELS, load, write_adapter
 
-from weightport.adapters.merging import MergeOptions
+from weightport.adapters.merging.merge import MergeOptions
 from weightport.api import merge_lora
 from weightport.errors import AdapterError, CoverageError, WeightportError
 

@@ -16,11 +16,11 @@ pytest.importorskip("peft")
 from peft import LoraConfig
 from tiny_models import write_adapter, write_base
 
-from weightport.adapters.lora_config import parse_merge_settings
-from weightport.adapters.lora_dumps import merge_dump
-from weightport.adapters.lora_settings import parse_lora_settings, parse_settings
-from weightport.adapters.lora_tensors import open_adapter
-from weightport.adapters.merging import MergeOptions
+from weightport.adapters.merging.merge import MergeOptions
+from weightport.adapters.reading.lora_config import parse_merge_settings
+from weightport.adapters.reading.lora_dumps import merge_dump
+from weightport.adapters.reading.lora_settings import parse_lora_settings, parse_settings
+from weightport.adapters.reading.lora_tensors import open_adapter
 from weightport.api import merge_lora, port_adapter
 from weightport.converters import lora_patterns
 from weightport.errors import AdapterError, WeightportError

@@ -14,8 +14,8 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from tiny_models import load, write_adapter, write_base
 
-from weightport.adapters.combination import COMBINATIONS, Combination
-from weightport.adapters.merging import MergeOptions
+from weightport.adapters.merging.combination import COMBINATIONS, Combination
+from weightport.adapters.merging.merge import MergeOptions
 from weightport.api import merge_lora
 from weightport.errors import AdapterError, UsageError
 

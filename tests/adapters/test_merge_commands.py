@@ -16,8 +16,8 @@ pytest.importorskip("peft")
 import peft
 
 from weightport import cli
-from weightport.adapters import verification
-from weightport.adapters.verification import verify_merge, why_not_verified
+from weightport.adapters.verification import verify
+from weightport.adapters.verification.verify import verify_merge, why_not_verified
 from weightport.api import load_native
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -109,7 +109,7 @@ def test_wrong_scaling_is_seen_without_peft(
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
-    from weightport.adapters.lora_settings import LoraSettings
+    from weightport.adapters.reading.lora_settings import LoraSettings
 
     right = LoraSettings.scaling
     monkeypatch.setattr(LoraSettings, "scaling", lambda self, module: factor * right(self, module))
@@ -129,19 +129,19 @@ def test_wrong_scaling_is_seen_by_peft(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In the outputs, and where these hardly show it, in the weights; the first check set aside."""
-    from weightport.adapters import merging
-    from weightport.adapters.weights_check import WeightsCheck
+    from weightport.adapters.merging import merge
+    from weightport.adapters.merging.weights_check import WeightsCheck
 
     plant(monkeypatch, factor)
-    monkeypatch.setattr(merging, "check_weights", lambda *of: WeightsCheck(1, 1, 0.0, {}))
-    monkeypatch.setattr(verification, "_ARITHMETIC_NOISE", noise)
+    monkeypatch.setattr(merge, "check_weights", lambda *of: WeightsCheck(1, 1, 0.0, {}))
+    monkeypatch.setattr(verify, "_ARITHMETIC_NOISE", noise)
     done = run(cli.port_merge_lora, ofa, adapter, tmp_path / "out", "--verify")
     assert done.exit_code == 1 and message in done.output
     assert not (tmp_path / "out").exists()
 
 
 def test_check_is_not_run_where_the_model_does_not_fit(ofa: Path, adapter: Path, tmp_path: Path) -> None:
-    from weightport.adapters.merging import Written
+    from weightport.adapters.merging.merge import Written
     from weightport.api import merge_lora
 
     seen: list[Written] = []

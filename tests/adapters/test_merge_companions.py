@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 from peft import LoraConfig
 from tiny_models import write_adapter, write_base
 
-from weightport.adapters.companions import require_tokenizer_fits
+from weightport.adapters.merging.companions import require_tokenizer_fits
 from weightport.api import merge_lora
 from weightport.errors import AdapterError
 

@@ -24,9 +24,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import applied, load, logits, write_adapter, write_base
 
-from weightport.adapters.base_record import record_base
-from weightport.adapters.merge_plan import MergePlan
-from weightport.adapters.merging import MergeOptions, Written
+from weightport.adapters.base.base_record import record_base
+from weightport.adapters.merging.merge import MergeOptions, Written
+from weightport.adapters.merging.merge_plan import MergePlan
 from weightport.api import merge_lora
 from weightport.errors import (
     AdapterError,

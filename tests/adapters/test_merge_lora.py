@@ -15,7 +15,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny_models import applied, load, logits, merged_by_peft, write_adapter, write_base
 
-from weightport.adapters.merging import MergeOptions
+from weightport.adapters.merging.merge import MergeOptions
 from weightport.api import merge_lora
 
 ATTENTION = {

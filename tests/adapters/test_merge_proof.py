@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from test_merge_names import EARLIER, renamed
 from tiny_models import write_adapter
 
-from weightport.adapters import sample_inputs, verification
-from weightport.adapters.merging import Written
-from weightport.adapters.verification import Verification, verify_merge
-from weightport.adapters.weights_check import WeightsCheck, check_weights
+from weightport.adapters.merging.merge import Written
+from weightport.adapters.merging.weights_check import WeightsCheck, check_weights
+from weightport.adapters.verification import sample_inputs, verify
+from weightport.adapters.verification.verify import Verification, verify_merge
 from weightport.api import merge_lora
 from weightport.errors import ParityError
 
@@ -67,7 +67,7 @@ def test_keys_that_peft_does_not_load_are_no_verdict(tmp_path: Path, monkeypatch
     base = write_model("qwen2_vl", tmp_path / "base")
     adapter = write_adapter(base, tmp_path / "adapter", LoraConfig(r=4, target_modules=["q_proj"]))
     earlier = renamed(adapter, tmp_path / "earlier", EARLIER["qwen2_vl"])
-    monkeypatch.setattr(verification, "_under_todays_names", lambda adapter, names, stack: adapter.folder)
+    monkeypatch.setattr(verify, "_under_todays_names", lambda adapter, names, stack: adapter.folder)
     weights, model = merged(base, earlier, tmp_path / "out")
     assert weights.compared == weights.changed
     assert not model.seams and model.weights == 0 and set(model.unchecked) and model.changed == len(model.unchecked)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from weightport.adapters.quantized import (
+from weightport.adapters.merging.quantized import (
     BLOCK,
     NF4_LEVELS,
     SCALES_BLOCK,
@@ -101,7 +101,7 @@ def test_merge_into_a_4_bit_base_adds_to_the_rounded_values(tmp_path: Path) -> N
     from peft import LoraConfig
     from tiny_models import write_adapter, write_base
 
-    from weightport.adapters.merging import MergeOptions
+    from weightport.adapters.merging.merge import MergeOptions
     from weightport.api import merge_lora
 
     base = write_base("llama", tmp_path / "base", torch.bfloat16)
@@ -123,9 +123,9 @@ def test_layers_that_the_training_recorded_are_rounded_and_no_others(tmp_path: P
     from peft import LoraConfig
     from tiny_models import write_adapter, write_base
 
-    from weightport.adapters.base_record import Quantization, record_base
-    from weightport.adapters.merging import MergeOptions, Written
-    from weightport.adapters.verification import verify_merge
+    from weightport.adapters.base.base_record import Quantization, record_base
+    from weightport.adapters.merging.merge import MergeOptions, Written
+    from weightport.adapters.verification.verify import verify_merge
     from weightport.api import merge_lora
 
     base = write_base("llama", tmp_path / "base", torch.float32)

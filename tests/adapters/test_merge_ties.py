@@ -15,7 +15,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny_models import V, applied, load, logits, write_adapter, write_base
 
-from weightport.adapters.merging import MergeOptions
+from weightport.adapters.merging.merge import MergeOptions
 from weightport.api import merge_lora
 from weightport.errors import AdapterError, CoverageError
 

@@ -16,7 +16,7 @@ from peft import LoraConfig
 from tiny_models import write_adapter, write_base
 
 from weightport import cli
-from weightport.adapters import verification
+from weightport.adapters.verification import verify
 from weightport.converters import lora_patterns
 
 
@@ -57,7 +57,7 @@ def test_model_that_takes_none_of_the_inputs_is_merged_and_named_as_not_checked(
     def refuse(*arguments: Any) -> Any:
         raise TypeError("forward() missing 1 required argument: 'audio'")
 
-    monkeypatch.setattr(verification, "_outputs", refuse)
+    monkeypatch.setattr(verify, "_outputs", refuse)
     done = merged(*llama, "--verify")
     assert done.exit_code == 1 and "does not run on sample inputs (TypeError: forward() missing" in done.output
     assert not (llama[0].parent / "out").exists()

@@ -12,7 +12,7 @@ from tiny_runs import run
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from weightport.adapters import MergeOptions
-from weightport.adapters.base_record import recorded_quantization
+from weightport.adapters.base.base_record import recorded_quantization
 from weightport.api import merge_lora
 from weightport.errors import UsageError
 from weightport.families.registry import registry

@@ -13,7 +13,7 @@ from golden_case import Case
 from needs import has_adapter_to_refuse, has_portable_adapter, judges
 from rich.console import Console
 
-from weightport.adapters.merging import MergeOptions
+from weightport.adapters.merging.merge import MergeOptions
 from weightport.api import check_parity, merge_lora
 from weightport.errors import AdapterError
 from weightport.parity import render

@@ -3,10 +3,10 @@ fine-tunings."""
 
 from __future__ import annotations
 
-from weightport.adapters.base_record import record_base
-from weightport.adapters.combination import Combination
+from weightport.adapters.base.base_record import record_base
 from weightport.adapters.heads import untie_head
-from weightport.adapters.merging import MergeOptions
+from weightport.adapters.merging.combination import Combination
+from weightport.adapters.merging.merge import MergeOptions
 from weightport.adapters.porting import PortedAdapter
 
 __all__ = [

@@ -13,29 +13,28 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from weightport.adapters.base_model import Base, open_base
-from weightport.adapters.base_record import record_base
-from weightport.adapters.lora_tensors import is_finite
+from weightport.adapters.base.base_model import Base, open_base
+from weightport.adapters.base.base_record import record_base
+from weightport.adapters.reading.lora_tensors import is_finite
 from weightport.checkpoints import TensorRef
 from weightport.checkpoints.lazy_tensors import chunks, same_bits
 from weightport.converters.name_spaces import NameSpace, name_space
 from weightport.converters.stored_pieces import Assembled
 from weightport.errors import ConfigurationError, CoverageError, NonFiniteError, UsageError
-from weightport.writing import HashedFile, require_directory, whole_directory
+from weightport.writing import require_directory, whole_directory
 from weightport.writing.outgoing import Outgoing
-from weightport.writing.safetensors_shards import as_bytes, safetensors_header
+from weightport.writing.safetensors_shards import aligned, write_safetensors
 
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "extraction.json"
 _PREFIX = "base_model.model."
-
-_none = lambda: iter(())  # noqa: E731
 _FULL_SVD = 1 << 22
 """Matrices with more elements than this get a randomised decomposition (arXiv:0909.4061) of the wanted rank."""
 
@@ -136,14 +135,31 @@ class _Changed:
     flipped: bool
     module: str
 
-    @property
-    def specs(self) -> tuple[Outgoing, Outgoing]:
-        """A [rank, in, …] and B [out, rank, …], as they will stand in the file."""
+    def outgoing(self, done: Callable[[float, float], None]) -> tuple[Outgoing, Outgoing]:
+        """A [rank, in, …] and B [out, rank, …], to be written in this order: the change is decomposed when A is
+        written, and B forgotten when it is. `done` gets the squared norm of the change, and of what the rank leaves
+        out."""
         outputs, *inputs = self.new.shape[::-1] if self.flipped else self.new.shape
         key = f"{_PREFIX}{self.module}"
+        second: list[torch.Tensor] = []
+
+        def blocks_of_a() -> Iterator[torch.Tensor]:
+            a, b, total, left = _factors(self)
+            second.append(b)
+            done(total, left)
+            yield from chunks(a, torch.float32)
+
+        def blocks_of_b() -> Iterator[torch.Tensor]:
+            yield from chunks(second.pop(), torch.float32)
+
         return (
-            Outgoing(f"{key}.lora_A.weight", (self.rank, *inputs), torch.float32, _none),
-            Outgoing(f"{key}.lora_B.weight", (outputs, self.rank, *(1 for _ in inputs[1:])), torch.float32, _none),
+            Outgoing(f"{key}.lora_A.weight", (self.rank, *inputs), torch.float32, blocks_of_a),
+            Outgoing(
+                f"{key}.lora_B.weight",
+                (outputs, self.rank, *(1 for _ in inputs[1:])),
+                torch.float32,
+                blocks_of_b,
+            ),
         )
 
 
@@ -181,33 +197,18 @@ def _write(
     path: Path, pairs: Sequence[_Changed], whole: Mapping[str, TensorRef], advance: Callable[[int], None]
 ) -> dict[str, tuple[float, float]]:
     """Write the adapter's file; by weight, the squared norm of its change, and of what its pair leaves out."""
-    # Wide elements first keeps every tensor aligned to its own element size.
-    ordered = sorted(whole.items(), key=lambda item: -item[1].dtype.itemsize)
-    wider = [item for item in ordered if item[1].dtype.itemsize > torch.float32.itemsize]
-    others = ordered[len(wider) :]
-    specs = [
-        *(Outgoing(key, ref.shape, ref.dtype, _none) for key, ref in wider),
-        *(spec for pair in pairs for spec in pair.specs),
-        *(Outgoing(key, ref.shape, ref.dtype, _none) for key, ref in others),
-    ]
     found: dict[str, tuple[float, float]] = {}
-    with HashedFile(path) as out:
-        out.write(safetensors_header(specs))
-        _copy([ref for _, ref in wider], out)
-        for pair in pairs:
-            a, b, total, left = _factors(pair)
-            out.write(as_bytes(a))
-            out.write(as_bytes(b))
-            found[pair.new.name] = (total, left)
-            advance(pair.old.nbytes)
-        _copy([ref for _, ref in others], out)
+
+    def done(pair: _Changed, total: float, left: float) -> None:
+        found[pair.new.name] = (total, left)
+        advance(pair.old.nbytes)
+
+    tensors = [
+        *(each for pair in pairs for each in pair.outgoing(partial(done, pair))),
+        *(Outgoing.of(key, ref) for key, ref in whole.items()),
+    ]
+    write_safetensors(aligned(tensors), path)
     return found
-
-
-def _copy(refs: Sequence[TensorRef], out: HashedFile) -> None:
-    for ref in refs:
-        for chunk in chunks(ref.read(), ref.dtype):
-            out.write(as_bytes(chunk))
 
 
 def _require_same_model(base: Base, tuned: Base) -> list[str]:

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 
-from weightport.adapters.base_model import open_base
+from weightport.adapters.base.base_model import open_base
 from weightport.adapters.family import AdapterFamily, FamilyLookup
-from weightport.adapters.lora_settings import LoraSettings, parse_lora_settings
-from weightport.adapters.module_names import running_names
+from weightport.adapters.merging.module_names import running_names
+from weightport.adapters.reading.lora_settings import LoraSettings, parse_lora_settings
 from weightport.checkpoints import TensorRef, open_checkpoint
 from weightport.checkpoints.formats.sharded import read_json
 from weightport.checkpoints.lazy_tensors import in_memory
@@ -34,6 +33,8 @@ from weightport.converters.record import read_record
 from weightport.converters.rules import Rule, RuleTable
 from weightport.errors import AdapterError, CheckpointError, UnknownFamilyError
 from weightport.writing import require_directory, whole_directory
+from weightport.writing.outgoing import Outgoing
+from weightport.writing.safetensors_shards import aligned, write_safetensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -139,7 +140,7 @@ def port_adapter(
     config = _native_settings(settings, ranks, alphas, wholes, target)
     with whole_directory(out, overwrite=overwrite, inputs=inputs) as folder:
         (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        save_file({name: t.contiguous().clone() for name, t in ported.items()}, folder / WEIGHTS, {"format": "pt"})
+        write_safetensors(aligned(Outgoing.of(name, ported[name]) for name in sorted(ported)), folder / WEIGHTS)
     return PortedAdapter(out, modules, kept, _notes(modules, unused, target))
 
 

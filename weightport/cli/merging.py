@@ -20,9 +20,9 @@ from weightport.formatting import count, size
 from weightport.hashing import BackgroundDigests, likely_weights
 
 if TYPE_CHECKING:
-    from weightport.adapters.merge_plan import MergePlan
-    from weightport.adapters.merging import Written
-    from weightport.adapters.weights_check import WeightsCheck
+    from weightport.adapters.merging.merge import Written
+    from weightport.adapters.merging.merge_plan import MergePlan
+    from weightport.adapters.merging.weights_check import WeightsCheck
 
 COMBINATIONS = ("cat", "linear", "svd", "ties", "ties_svd", "magnitude_prune", "magnitude_prune_svd")
 RANDOM = ("dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd")
@@ -116,8 +116,8 @@ def port_merge_lora(
     # A large file takes seconds to hash, and so do the imports: they may as well be done together.
     with BackgroundDigests(likely_weights(base)) as digests:
         with uncollected():
-            from weightport.adapters.combination import Combination
-            from weightport.adapters.merging import MergeOptions
+            from weightport.adapters.merging.combination import Combination
+            from weightport.adapters.merging.merge import MergeOptions
             from weightport.api import merge_lora
             from weightport.converters.conversion import parse_dtype
         options = MergeOptions(
@@ -177,7 +177,7 @@ def _show_plan(lines: Lines, base: Path, adapters: tuple[tuple[Path, float], ...
 
 def _verified(lines: Lines, written: Written, verify: bool | None) -> Mapping[str, Any] | None:
     """The record of the check; None when it was not asked for or cannot be had."""
-    from weightport.adapters.verification import UnverifiableError, verify_merge, why_not_verified, worst
+    from weightport.adapters.verification.verify import UnverifiableError, verify_merge, why_not_verified, worst
     from weightport.checkpoints.formats.sharded import read_json
     from weightport.errors import UsageError
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from weightport.checkpoints import Checkpoint, TensorRef, open_checkpoint
-from weightport.checkpoints.lazy_tensors import Lazy, blocks, chunks
 from weightport.checkpoints.sources import MAIN
 from weightport.converters.family import ConversionStage, OriginalForm
 from weightport.converters.patterns import Capture
 from weightport.converters.record import read_record
 from weightport.converters.rules import Claim, RuleTable
+from weightport.converters.side_file import read_side_file
 from weightport.errors import CheckpointError, CoverageError, UsageError
 from weightport.model_directory import check_model_directory
 from weightport.writing import require_directory, require_file, whole_directory, whole_file
@@ -63,7 +63,8 @@ def export(
     source = _source_of(record, part, directory)
     checkpoint = open_checkpoint(directory)
     rules = family.rules_of(config, record.get("layout", ""))
-    tensors, lost = original_tensors(checkpoint, rules, config, record, part)
+    beside = read_side_file(directory) if part == MAIN else {}
+    tensors, lost = original_tensors(checkpoint, rules, config, record, part, beside)
     total = sum({tensor.storage_key: tensor.nbytes for tensor in tensors}.values())
     announce(total)
     job = _Job(
@@ -88,7 +89,7 @@ class _Job:
     overwrite: bool
     advance: Callable[[int], None]
 
-    def document(self) -> Any:
+    def document(self) -> Mapping[str, Any]:
         """What torch.save would be given."""
         model = OrderedDict((tensor.name, tensor) for tensor in self.tensors)
         return self.family.original_document(self.config, self.options, model)
@@ -132,12 +133,18 @@ def _source_of(record: Mapping[str, Any], part: str, directory: Path) -> Mapping
 
 
 def original_tensors(
-    checkpoint: Checkpoint, rules: RuleTable, config: PreTrainedConfig, record: Mapping[str, Any], part: str = MAIN
+    checkpoint: Checkpoint,
+    rules: RuleTable,
+    config: PreTrainedConfig,
+    record: Mapping[str, Any],
+    part: str = MAIN,
+    beside: Mapping[str, TensorRef] | None = None,
 ) -> tuple[list[Outgoing], dict[str, str]]:
-    """(the original's tensors, in the original's order where a record tells it; what is lost by tensor). Raises
-    CoverageError."""
+    """(the original's tensors, in the original's order where a record tells it; what is lost by tensor). `beside` are
+    those that stand in the side file. Raises CoverageError."""
     filled = {name for step in record.get("steps", ()) if not step["from"] for name in step["to"]}
     found, lost = _reversed_rules(checkpoint, rules, filled)
+    found |= {name: Outgoing.of(name, ref, storage=name) for name, ref in (beside or {}).items()}
     recorded = {name: source["tensors"] for name, source in record.get("sources", {}).items()}
     dtypes: Mapping[str, str] = recorded.get(part, {})
     names = list(dtypes) or None
@@ -154,7 +161,7 @@ def original_tensors(
         if value is None:
             continue
         tensor = value.compute(config, name)
-        found[name] = _derived(name, tensor.to(getattr(torch, dtypes[name])) if name in dtypes else tensor)
+        found[name] = Outgoing.of(name, tensor, getattr(torch, dtypes[name]) if name in dtypes else None)
     order = [name for name in names or found if name in found]
     written = {found[name].storage_key for name in order}
     elsewhere = {name for source, tensors in recorded.items() if source != part for name in tensors}
@@ -203,20 +210,12 @@ def _reversed_rules(
             ) from error
         names = rule.source_names(captures, max(1, len(made) // len(rule.sources)))
         for name, tensor in zip(names, made, strict=True):
-            found[name] = _outgoing(name, tensor, names[0] if name == names[0] else name)
+            found[name] = Outgoing.of(name, tensor, storage=names[0] if name == names[0] else name)
             if rule.operation.lossy:
                 lost[name] = rule.operation.lossy
         for alias in rule.alias_names(captures):
-            found[alias] = _outgoing(alias, made[0], names[0])
+            found[alias] = Outgoing.of(alias, made[0], storage=names[0])
     return found, lost
-
-
-def _outgoing(name: str, tensor: Lazy, storage: str) -> Outgoing:
-    return Outgoing(name, tuple(tensor.shape), tensor.dtype, lambda: blocks(tensor), storage=storage)
-
-
-def _derived(name: str, tensor: torch.Tensor) -> Outgoing:
-    return Outgoing(name, tuple(tensor.shape), tensor.dtype, lambda: chunks(tensor, tensor.dtype))
 
 
 def _derived_names(rules: RuleTable, recorded: list[str] | None) -> list[str]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from weightport.converters.native import NativeTensors
     from weightport.converters.plan import Plan
     from weightport.converters.processor import ImageUse, Processor
+    from weightport.writing.outgoing import Outgoing
 
 OriginalForm = Literal["torch", "folder", "npz"]
 """What an export writes: one file of torch.save, a folder as the Hub has it, or an .npz."""
@@ -30,7 +31,8 @@ class SourceModel:
 
     `tensors` have the names that `rules` speak of. `origins` names the source of a tensor where it is not the main
     one. `sections` are what stands before the names in a source's file, "model" of `model.encoder.layer_norm.bias`.
-    `unused` are tensors of a source that another one gave (name → reason). `options` are the original's own settings,
+    `unused` are tensors that a source has beside them, which another one gives or the original does not use
+    (name → reason). `options` are the original's own settings,
     as far as the family understands them (plain data, kept in conversion.json for the way back). `unread` are the
     bytes of the file's other sections. `notes` are for the user.
     """
@@ -89,7 +91,9 @@ class ConversionStage(Protocol):
     def rules_of(self, config: PreTrainedConfig, layout: str) -> RuleTable:
         """The rule table of a converted model, for the way back."""
 
-    def original_document(self, config: PreTrainedConfig, options: Mapping[str, Any], model: Any) -> Any:
+    def original_document(
+        self, config: PreTrainedConfig, options: Mapping[str, Any], model: Mapping[str, Outgoing]
+    ) -> Mapping[str, Any]:
         """What the original's file holds, with `model` in the place of its state dict (form "torch")."""
 
     def write_original_companions(

@@ -21,7 +21,7 @@ from weightport.converters.stored_pieces import Assembled, Converting, Piece, fo
 from weightport.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def meta_model(directory: Path) -> PreTrainedModel:
     return model
 
 
-def _registered(name: str, config: Any) -> Any:
+def _registered(name: str, config: PreTrainedConfig) -> Any:
     """The class `name` that the Auto classes know for a configuration of ours; None when there is none."""
     from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 

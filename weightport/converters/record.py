@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weightport.checkpoints.sources import MAIN, Sources
 from weightport.converters.family import SourceModel
@@ -20,6 +20,9 @@ from weightport.tokenizers.provenance import Provenance
 from weightport.version import __version__
 from weightport.writing import own_file
 from weightport.writing.safetensors_shards import WrittenFile
+
+if TYPE_CHECKING:
+    import torch
 
 FILE = "conversion.json"
 FORMAT = 2
@@ -172,5 +175,5 @@ def _name_in(source: Path, file: Path) -> str:
     return file.relative_to(source).as_posix() if source in file.parents else file.name
 
 
-def _name(dtype: Any) -> str:
+def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 Bounds = tuple[int, int]
 
@@ -124,7 +127,7 @@ class Converting:
     targets: Sequence[str]
     name: str
     shapes: Mapping[str, tuple[int, ...]]
-    config: Any
+    config: PreTrainedConfig
 
 
 def follow(operation: Any, collected: Collected, use: Converting) -> Collected | None:

@@ -11,11 +11,10 @@ from weightport.parity.compare import Comparison, Verdict
 from weightport.parity.evidence import Evidence, Hypotheses
 from weightport.parity.plot import plot
 from weightport.parity.report import COLUMNS, ParityReport, grouped, left_out, why, worst_of
+from weightport.reports.page import bullets, document, section
 from weightport.reports.page_style import STYLE
 
 SAME = '<span class="soft">the same</span>'
-FOLDED = 12
-"""Longer lists are folded; a click opens them."""
 
 
 def page(report: ParityReport) -> str:
@@ -23,37 +22,27 @@ def page(report: ParityReport) -> str:
     title = f"{report.model.resolve().name} · parity with {report.source.get('project', report.family)}"
     sections = (
         _verdict(report),
-        _section("Error by depth", plot(report.comparisons, report.order), _PLOT_NOTE),
-        _section("Seams", _seams(report)),
-        _section("Departures", _departures(report)) if report.departures[1:] else "",
-        _section("Generated", _texts(report.evidence.texts)),
-        _section("Images", _images(report.evidence)),
-        _section("Provenance", _facts(_provenance(report))),
-        _section("Dropped tensors", _dropped(report.evidence)),
-        _section("Not compared", _list(map(escape, left_out(report.not_compared)))),
-        _section("Environment", _facts({**report.evidence.environment, "compared in": ", ".join(report.dtypes)})),
+        section("Error by depth", plot(report.comparisons, report.order), _PLOT_NOTE),
+        section("Seams", _seams(report)),
+        section("Departures", _departures(report)) if report.departures[1:] else "",
+        section("Generated", _texts(report.evidence.texts)),
+        section("Images", _images(report.evidence)),
+        section("Provenance", _facts(_provenance(report))),
+        section("Dropped tensors", _dropped(report.evidence)),
+        section("Not compared", bullets(map(escape, left_out(report.not_compared)))),
+        section("Environment", _facts({**report.evidence.environment, "compared in": ", ".join(report.dtypes)})),
     )
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"<h1>{escape(title)}</h1>\n{''.join(sections)}</main>\n"
-        f"<footer>Made by weightport {escape(report.versions.get('weightport', ''))}. Errors are the largest of a "
-        "seam, in units of the reference's root mean square there.</footer>\n</body>\n</html>\n"
+    footer = (
+        f"Made by weightport {escape(report.versions.get('weightport', ''))}. Errors are the largest of a seam, in "
+        "units of the reference's root mean square there."
     )
+    return document(escape(title), STYLE, "".join(sections), footer)
 
 
 _PLOT_NOTE = (
     "Each point is the largest error at a seam, the worst of all runs, in units of the seam's scale; forward order "
     "from the top. A point to the right of its dashed line departs."
 )
-
-
-def _section(title: str, body: str, note: str = "") -> str:
-    if not body:
-        return ""
-    said = f'<p class="soft">{escape(note)}</p>\n' if note else ""
-    return f"<section>\n<h2>{escape(title)}</h2>\n{said}{body}\n</section>\n"
 
 
 def _verdict(report: ParityReport) -> str:
@@ -113,7 +102,7 @@ def _fold(seam: str, lines: list[tuple[str, list[Comparison]]]) -> str:
 
 
 def _departures(report: ParityReport) -> str:
-    return _list(
+    return bullets(
         f"<code>{escape(each.seam)}</code> in run {escape(each.run)}, {each.dtype}{escape(why(each))}"
         for each in report.departures
     )
@@ -156,7 +145,7 @@ def _provenance(report: ParityReport) -> dict[str, Any]:
 
 
 def _dropped(evidence: Evidence) -> str:
-    return _list(
+    return bullets(
         f"<code>{escape(str(each.get('name')))}</code> {escape(str(each.get('dtype', '')))} "
         f"{escape(str(each.get('shape', '')))}: {escape(str(each.get('because', '')))}"
         for each in evidence.dropped
@@ -174,11 +163,3 @@ def _plain(value: Any) -> str:
     if isinstance(value, (dict, list, tuple)):
         return json.dumps(value, ensure_ascii=False)
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _list(items: Iterable[str]) -> str:
-    rows = [f"<li>{item}</li>" for item in items]
-    if not rows:
-        return ""
-    whole = f"<ul>{''.join(rows)}</ul>"
-    return whole if len(rows) <= FOLDED else f"<details><summary>{len(rows)} of them</summary>{whole}</details>"

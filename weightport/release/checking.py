@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from weightport.adapters.base_model import Base
+from weightport.adapters.base.base_model import Base
 from weightport.checkpoints import open_checkpoint
 from weightport.checkpoints.formats.sharded import read_json
 from weightport.converters.native import loadable_tensors

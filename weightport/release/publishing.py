@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from weightport.errors import CheckpointError, OutputError, UsageError
 from weightport.hub import HUB_ERRORS, endpoint, reason, refused, scrubbed_logs, shareable
@@ -15,6 +15,9 @@ from weightport.release.card import CardOptions, model_card
 from weightport.release.checking import CheckedDirectory, check_directory, require_unchanged
 from weightport.release.contents import PublishedFile, contents, require_own_card, sealed, write_into
 from weightport.release.family import PublishedFamily
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd, HfApi
 
 _REPO = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
@@ -50,7 +53,7 @@ def release(
     options: ReleaseOptions,
     family_of: Callable[[object], PublishedFamily | None],
     *,
-    api: Any = None,
+    api: HfApi | None = None,
     announce: Callable[[CheckedDirectory, Sequence[PublishedFile]], None] = lambda checked, files: None,
 ) -> Release:
     """Publish the model directory as `options.repo`; with `dry_run` change nothing and use no network.
@@ -109,7 +112,9 @@ def _licence(checked: CheckedDirectory, options: ReleaseOptions) -> str:
     return found
 
 
-def _upload(checked: CheckedDirectory, files: Sequence[PublishedFile], options: ReleaseOptions, api: Any) -> str:
+def _upload(
+    checked: CheckedDirectory, files: Sequence[PublishedFile], options: ReleaseOptions, api: HfApi | None
+) -> str:
     """Upload in one commit, so that the repository never holds half of a release; the address of what was made.
 
     Large files go first, and one that arrived is not sent again by a later run.
@@ -119,17 +124,17 @@ def _upload(checked: CheckedDirectory, files: Sequence[PublishedFile], options: 
 
         api = HfApi()
     additions = [_addition(file) for file in files]
-    where = {"repo_id": options.repo, "revision": options.revision}
+    repo, revision = options.repo, options.revision
     try:
         with scrubbed_logs():
-            api.create_repo(options.repo, private=options.private, exist_ok=True)
+            api.create_repo(repo, private=options.private, exist_ok=True)
             if options.private:
-                _require_private(api, options.repo)
-            if options.revision is not None:
-                api.create_branch(options.repo, branch=options.revision, exist_ok=True)
-            api.preupload_lfs_files(additions=additions, free_memory=False, **where)
+                _require_private(api, repo)
+            if revision is not None:
+                api.create_branch(repo, branch=revision, exist_ok=True)
+            api.preupload_lfs_files(repo, additions=additions, free_memory=False, revision=revision)
             require_unchanged(checked)
-            api.create_commit(operations=additions, commit_message="Publish with weightport", **where)
+            api.create_commit(repo, additions, commit_message="Publish with weightport", revision=revision)
     except HUB_ERRORS as error:
         todo = (
             "Log in with a token that may write there (hf auth login), then run again:"
@@ -144,7 +149,7 @@ def _upload(checked: CheckedDirectory, files: Sequence[PublishedFile], options: 
     return f"{endpoint()}/{options.repo}" + (f"/tree/{options.revision}" if options.revision else "")
 
 
-def _addition(file: PublishedFile) -> Any:
+def _addition(file: PublishedFile) -> CommitOperationAdd:
     """The file as huggingface_hub takes it; a known hash spares it a read of the whole file."""
     from huggingface_hub import CommitOperationAdd
 
@@ -154,7 +159,7 @@ def _addition(file: PublishedFile) -> Any:
     return addition
 
 
-def _require_private(api: Any, repo: str) -> None:
+def _require_private(api: HfApi, repo: str) -> None:
     if api.model_info(repo).private is False:
         raise OutputError(
             f"{repo} exists and is public, and --private does not change that. Make it private on the Hub first, or "

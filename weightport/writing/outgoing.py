@@ -8,6 +8,8 @@ from math import prod
 
 import torch
 
+from weightport.checkpoints.lazy_tensors import Lazy, blocks, in_memory
+
 
 @dataclass(frozen=True, eq=False)
 class Outgoing:
@@ -24,6 +26,13 @@ class Outgoing:
     blocks: Callable[[], Iterator[torch.Tensor]]
     origin: str = ""
     storage: str = ""
+
+    @staticmethod
+    def of(name: str, tensor: Lazy | torch.Tensor, dtype: torch.dtype | None = None, *, storage: str = "") -> Outgoing:
+        """`tensor` under the name `name`, in `dtype` (None: its own)."""
+        lazy = in_memory(tensor) if isinstance(tensor, torch.Tensor) else tensor
+        written = dtype or lazy.dtype
+        return Outgoing(name, tuple(lazy.shape), written, lambda: blocks(lazy, written), storage=storage)
 
     @property
     def nbytes(self) -> int:

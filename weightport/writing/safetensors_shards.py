@@ -75,10 +75,12 @@ def lay_out(tensors: Iterable[Outgoing], max_shard_bytes: int, stem: str = "mode
     names = [f"{stem}.safetensors"]
     if len(groups) > 1:
         names = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
-    # Wide elements first keeps every tensor aligned to its own element size.
-    return tuple(
-        Shard(name, tuple(sorted(group, key=lambda each: -each.dtype.itemsize))) for name, group in zip(names, groups)
-    )
+    return tuple(Shard(name, tuple(aligned(group))) for name, group in zip(names, groups))
+
+
+def aligned(tensors: Iterable[Outgoing]) -> list[Outgoing]:
+    """The tensors, wide elements first: every one begins at a multiple of its own element size."""
+    return sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
 
 
 def write_shards(
@@ -98,12 +100,20 @@ def write_shards(
         for shard in shards
     )
     if len(shards) > 1:
-        index = {
-            "metadata": {**(metadata or {}), "total_size": sum(shard.nbytes for shard in shards)},
-            "weight_map": {tensor.name: shard.file for shard in shards for tensor in shard.tensors},
-        }
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        names = {shard.file: [tensor.name for tensor in shard.tensors] for shard in shards}
+        write_index(folder, names, sum(shard.nbytes for shard in shards), metadata or {})
     return files
+
+
+def write_index(
+    folder: Path, names: Mapping[str, Sequence[str]], total_bytes: int, metadata: Mapping[str, Any]
+) -> None:
+    """Write the index of shards: which of the files holds which tensor (`names`, by file)."""
+    index = {
+        "metadata": {**metadata, "total_size": total_bytes},
+        "weight_map": {name: file for file, held in names.items() for name in held},
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def write_safetensors(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import GitConfig
 
     from weightport.converters.plan import Plan
+    from weightport.writing.outgoing import Outgoing
 
 _MARK = "model.text.attn_norms"
 # What the file says of sizes that show in no shape, beside those that do.
@@ -88,7 +89,9 @@ class TellitConversion:
     def rules_of(self, config: GitConfig, layout: str) -> RuleTable:
         return tellit_rules(config)
 
-    def original_document(self, config: GitConfig, options: Mapping[str, Any], model: Any) -> Any:
+    def original_document(
+        self, config: GitConfig, options: Mapping[str, Any], model: Mapping[str, Outgoing]
+    ) -> Mapping[str, Any]:
         return {"sizes": options.get("sizes"), "words": options.get("words"), "model": model}
 
     def write_original_companions(

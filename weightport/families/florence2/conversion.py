@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightport.adapters.lora_dumps import has_adapter, merge_dump
+from weightport.adapters.reading.lora_dumps import has_adapter, merge_dump
 from weightport.checkpoints import Checkpoint, TensorRef
 from weightport.checkpoints.sources import MAIN, Sources
 from weightport.checkpoints.types import NamedTensors
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from weightport.converters.native import NativeTensors
     from weightport.converters.plan import Plan
     from weightport.converters.processor import ImageUse, Processor
+    from weightport.writing.outgoing import Outgoing
 
 LAYOUT = "remote-code"
 
@@ -120,7 +121,9 @@ class Florence2Conversion:
 
         write_companions(directory, config, options, folder)
 
-    def original_document(self, config: PreTrainedConfig, options: Mapping[str, Any], model: Any) -> Any:
+    def original_document(
+        self, config: PreTrainedConfig, options: Mapping[str, Any], model: Mapping[str, Outgoing]
+    ) -> Mapping[str, Any]:
         """pytorch_model.bin is the state dict itself."""
         return model
 

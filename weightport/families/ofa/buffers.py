@@ -7,20 +7,23 @@ configuration was read right, and exporting restores them.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from weightport.modeling.ofa.configuration_ofa import OFAConfig
 
 MAX_DISTANCE = 1024  # fixed in the original, whatever max_source_positions is
 TRAILING_TEXT_POSITIONS = 769  # entries after the code window, all 1024
 
 
-def version(config: Any, name: str) -> torch.Tensor:
+def version(config: OFAConfig, name: str) -> torch.Tensor:
     """fairseq's transformer format version: float32 [1]."""
     return torch.tensor([3.0])
 
 
-def token_bucket(config: Any, name: str) -> torch.Tensor:
+def token_bucket(config: OFAConfig, name: str) -> torch.Tensor:
     """Bucket index of every (query, key) pair of text positions: int64 [1024, 1024].
 
     Exact up to token_bucket_size // 2 positions apart, logarithmic beyond (OFA's unify_transformer.py).
@@ -37,7 +40,7 @@ def token_bucket(config: Any, name: str) -> torch.Tensor:
     return torch.where(distance.le(middle), relative, logarithmic) + size - 1
 
 
-def image_bucket(config: Any, name: str) -> torch.Tensor:
+def image_bucket(config: OFAConfig, name: str) -> torch.Tensor:
     """Bucket index of every (query, key) pair of image positions: int64 [B² + 1, B² + 1], position 0 apart."""
     size = config.image_bucket_size
     count = (2 * size - 1) ** 2 + 3
@@ -53,7 +56,7 @@ def image_bucket(config: Any, name: str) -> torch.Tensor:
     return bucket
 
 
-def image_position_index(config: Any, name: str) -> torch.Tensor:
+def image_position_index(config: OFAConfig, name: str) -> torch.Tensor:
     """Image position of every decoder position of an image-code target: int64 [1 + (code_image_size / 8)² + 769]."""
     window = config.code_image_size // 8
     axis = torch.arange(window)

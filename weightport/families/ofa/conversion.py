@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from weightport.converters.native import NativeTensors
     from weightport.converters.plan import Plan
     from weightport.converters.processor import ImageUse, Processor
+    from weightport.writing.outgoing import Outgoing
 
 # Options that are kept in conversion.json: what the architecture and the task are. The rest is the trainer's own
 # business (paths, machines, schedules) and does not belong into a published directory.
@@ -134,7 +135,9 @@ class OFAConversion:
         """The rule table of a converted model; exports are always fairseq's layout."""
         return fairseq_rules(config)
 
-    def original_document(self, config: PreTrainedConfig, options: Mapping[str, Any], model: Any) -> Any:
+    def original_document(
+        self, config: PreTrainedConfig, options: Mapping[str, Any], model: Mapping[str, Outgoing]
+    ) -> Mapping[str, Any]:
         """A fairseq checkpoint in the flavour with `args`, which every fairseq revision loads."""
         from weightport.families.ofa.original import document
 

@@ -11,8 +11,10 @@ from weightport.writing.torch_archive import Instance
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from weightport.writing.outgoing import Outgoing
 
-def document(config: PreTrainedConfig, options: Mapping[str, Any], model: Any) -> dict[str, Any]:
+
+def document(config: PreTrainedConfig, options: Mapping[str, Any], model: Mapping[str, Outgoing]) -> dict[str, Any]:
     """What torch.save would be given. `options` are the record's (conversion.json, source.options), possibly empty."""
     return {
         "args": Instance("argparse", "Namespace", namespace(config, options)),

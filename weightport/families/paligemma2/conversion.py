@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from weightport.converters.native import NativeTensors
     from weightport.converters.plan import Plan
     from weightport.converters.processor import ImageUse, Processor
+    from weightport.writing.outgoing import Outgoing
 
 
 class PaliGemmaConversion:
@@ -93,7 +94,9 @@ class PaliGemmaConversion:
         otherwise."""
         return paligemma_rules(config, layouts.Towers.named(layout))
 
-    def original_document(self, config: PreTrainedConfig, options: Mapping[str, Any], model: Any) -> Any:
+    def original_document(
+        self, config: PreTrainedConfig, options: Mapping[str, Any], model: Mapping[str, Outgoing]
+    ) -> Mapping[str, Any]:
         """An .npz holds arrays and nothing else."""
         return model
 

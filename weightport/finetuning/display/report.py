@@ -17,10 +17,8 @@ from weightport.finetuning.display.report_style import STYLE
 from weightport.finetuning.evaluation.predictions import Prediction
 from weightport.formatting import count
 from weightport.reports.curves import Curve, chart, curve, figure, legend, text
+from weightport.reports.page import bullets, document, section
 from weightport.writing import own_file
-
-FOLDED = 12
-"""More notes than this are folded; a click opens them."""
 
 HEADLINE = 6
 """Metrics shown large at most; the curves show all of them."""
@@ -69,25 +67,16 @@ def report_page(summary: RunSummary) -> str:
     sections = (
         _headline(summary),
         _notes(summary.notes),
-        _section("Loss", _loss(losses)),
-        _section("Metrics", _charts(_metrics(summary.history))),
-        _section("Optimization", _charts(_optimization(summary.history))),
-        _section("Samples", gallery(summary.predictions, summary.pictures)),
-        _section("Trainable parameters", _trainable(summary.trainable)),
-        _section("Settings", _settings(summary.settings)),
+        section("Loss", _loss(losses)),
+        section("Metrics", _charts(_metrics(summary.history))),
+        section("Optimization", _charts(_optimization(summary.history))),
+        section("Samples", gallery(summary.predictions, summary.pictures)),
+        section("Trainable parameters", _trainable(summary.trainable)),
+        section("Settings", _settings(summary.settings)),
     )
     command = f'<p class="command"><code>{text(summary.command)}</code></p>\n' if summary.command else ""
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
-        f"<title>{title}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"<h1>{title}</h1>\n{command}{''.join(sections)}</main>\n"
-        "<footer>Made by weightport. Point at a curve to read its figures.</footer>\n</body>\n</html>\n"
-    )
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section>\n<h2>{text(title)}</h2>\n{body}\n</section>\n" if body else ""
+    footer = "Made by weightport. Point at a curve to read its figures."
+    return document(title, STYLE, command + "".join(sections), footer)
 
 
 def _headline(summary: RunSummary) -> str:
@@ -138,10 +127,7 @@ def _card(value: str, label: str, style: str = "plain") -> str:
 def _notes(notes: Sequence[str]) -> str:
     if not notes:
         return ""
-    rows = f"<ul>{''.join(f'<li>{text(note)}</li>' for note in notes)}</ul>"
-    if len(notes) > FOLDED:
-        rows = f"<details><summary>{len(notes):,} of them</summary>{rows}</details>"
-    return f'<section class="notes">\n<h2>Notes</h2>\n{rows}\n</section>\n'
+    return f'<section class="notes">\n<h2>Notes</h2>\n{bullets(map(text, notes))}\n</section>\n'
 
 
 def _loss(losses: Sequence[Curve]) -> str:

@@ -95,7 +95,7 @@ def evaluate(
 
 
 def _with_adapter(model: torch.nn.Module, adapter: Path) -> torch.nn.Module:
-    from weightport.adapters.peft_loading import load_adapter
+    from weightport.adapters.verification.peft_loading import load_adapter
 
     if not (adapter / "adapter_config.json").is_file():
         raise CheckpointError(f"{adapter} is not an adapter: it has no adapter_config.json.")

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from weightport.adapters.base_record import Quantization, record_base
-from weightport.adapters.companions import changed_dtype, companions
+from weightport.adapters.base.base_record import Quantization, record_base
+from weightport.adapters.merging.companions import changed_dtype, companions
 from weightport.checkpoints.formats.sharded import read_json
 from weightport.writing import whole_directory
 

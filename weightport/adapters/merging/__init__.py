@@ -1,0 +1,1 @@
+"""LoRA adapters merged into a model directory, tensor by tensor, on files."""

@@ -1,0 +1,209 @@
+"""The tensors of a LoRA adapter, sorted by the module that each belongs to."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from weightport.adapters.reading.lora_config import MergeSettings, read_merge_settings
+from weightport.checkpoints import TensorRef, open_checkpoint
+from weightport.errors import AdapterError, CheckpointError, NonFiniteError
+from weightport.file_state import FileState
+
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_PREFIXES = ("base_model.model.", "module.", "_orig_mod.")
+
+_PART = re.compile(
+    r"(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+    r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<leaf>weight|bias))?"
+)
+_TOKENS = re.compile(r"(?P<module>.+?)\.token_adapter\.trainable_tokens_delta(?:\.(?P<adapter>[^.]+))?")
+_TOKEN_BASE = re.compile(r"(?P<module>.+?)\.token_adapter\.base_layer\.(?P<leaf>weight|bias)")
+# Beside a resized vocabulary peft saves what its wrapper holds, without the adapter's name.
+_SAVED = re.compile(r"(?P<module>.+?)\.modules_to_save\.(?:(?P<adapter>[^.]+)\.(?P<rest>.+)|(?P<leaf>[^.]+))")
+_IGNORED = re.compile(r".+\.original_module\..+")
+_OTHER_METHOD = re.compile(
+    r".+\.(lora_(?!A|B|embedding)\w+|hada_\w+|lokr_\w+|ia3_l|oft_\w+|vera_\w+|prompt_\w+)(\..+)?"
+)
+
+
+@dataclass(frozen=True)
+class ModuleAdapter:
+    """What an adapter adds to one module. `depth` counts base layers between: parameters wrapped in one another.
+
+    Linear: a [r, in], b [out, r]. Convolution: a [r, in, …], b [out, r, 1, …]. Embedding: a [r, rows], b [dim, r].
+    magnitude: DoRA's, one value an output (an embedding dimension). bias: of lora_B (lora_bias), [out].
+    """
+
+    module: str
+    a: TensorRef
+    b: TensorRef
+    embedding: bool = False
+    magnitude: TensorRef | None = None
+    bias: TensorRef | None = None
+    depth: int = 0
+
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """An adapter, opened: nothing of its weights is read yet.
+
+    `modules` are low-rank pairs, `whole` tensors that take the place of the base's (biases, modules_to_save, resized
+    embeddings), `tokens` single rows of embeddings, `token_bases` the tensors of modules that these are rows of,
+    where the vocabulary was resized; names are the adapter's. `ported`: where a copy with the native
+    model's module names stands, for an adapter that came with the original's.
+    """
+
+    path: Path
+    settings: MergeSettings
+    modules: tuple[ModuleAdapter, ...]
+    whole: Mapping[str, TensorRef] = field(default_factory=dict)
+    tokens: Mapping[str, TensorRef] = field(default_factory=dict)
+    token_bases: Mapping[str, TensorRef] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
+    states: Mapping[Path, FileState] = field(default_factory=dict)
+    ported: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The folder that peft can load beside the base: the given one, or the one it was ported to."""
+        return self.ported or self.path
+
+
+def open_adapter(folder: Path) -> LoraAdapter:
+    """The LoRA adapter in `folder`. Raises AdapterError for one that is incomplete, not finite, or of another
+    method."""
+    settings = read_merge_settings(folder)
+    path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if path is None:
+        raise CheckpointError(f"{folder} holds {settings.where}, but neither {WEIGHTS[0]} nor {WEIGHTS[1]}.")
+    checkpoint = open_checkpoint(path)
+    tensors = dict(checkpoint.items())
+    parts: dict[tuple[str, int], dict[str, TensorRef]] = {}
+    whole: dict[str, TensorRef] = {}
+    tokens: dict[str, TensorRef] = {}
+    token_bases: dict[str, TensorRef] = {}
+    adapters: set[str] = set()
+    for key, ref in tensors.items():
+        name = _stripped(key)
+        if found := _PART.fullmatch(name):
+            module, depth = _unwrapped(found["module"])
+            part = found["part"] + (".bias" if found["leaf"] == "bias" else "")
+            if parts.setdefault((module, depth), {}).setdefault(part, ref) is not ref:
+                raise AdapterError(f"{path} holds {part} of {module} twice: save one adapter, not several.")
+        elif found := _TOKENS.fullmatch(name):
+            module, _ = _unwrapped(found["module"])
+            tokens[module] = ref
+        elif found := _TOKEN_BASE.fullmatch(name):
+            token_bases[f"{_unwrapped(found['module'])[0]}.{found['leaf']}"] = ref
+        elif found := _SAVED.fullmatch(name):
+            whole[f"{found['module']}.{found['rest'] or found['leaf']}"] = ref
+        elif _OTHER_METHOD.fullmatch(name):
+            raise AdapterError(f"{path}: {key} is of no LoRA that can be merged; merge the adapter with peft.")
+        elif not _IGNORED.fullmatch(name):
+            found = None
+            whole[name.replace(".base_layer.", ".")] = ref
+        if found and found.groupdict().get("adapter"):
+            adapters.add(found["adapter"])
+    if len(adapters) > 1:
+        raise AdapterError(
+            f"{path} holds {len(adapters)} adapters ({', '.join(sorted(adapters))}); save one a folder."
+        )
+    modules = tuple(_module(path, name, depth, found) for (name, depth), found in parts.items())
+    if not modules and not whole and not tokens:
+        raise AdapterError(f"{path} holds no tensors.")
+    files = (folder / "adapter_config.json", path)
+    adapter = LoraAdapter(folder, settings, modules, whole, tokens, token_bases, files, checkpoint.states)
+    settings.require_bounded([*(module.module for module in modules), *whole, *tokens], settings.where)
+    _check(adapter, tensors)
+    return adapter
+
+
+def _stripped(key: str) -> str:
+    name = key
+    while prefix := next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _unwrapped(module: str) -> tuple[str, int]:
+    """(the module's own name, base layers in it): peft wraps a module once for each of its target_parameters."""
+    parts = module.split(".")
+    return ".".join(part for part in parts if part != "base_layer"), parts.count("base_layer")
+
+
+def _module(path: Path, name: str, depth: int, parts: Mapping[str, TensorRef]) -> ModuleAdapter:
+    pair = (
+        ("lora_embedding_A", "lora_embedding_B") if "lora_embedding_A" in parts or "lora_embedding_B" in parts else ()
+    )
+    pair = pair or ("lora_A", "lora_B")
+    absent = [part for part in pair if part not in parts]
+    if absent:
+        have = ", ".join(sorted(parts))
+        raise AdapterError(
+            f"{path}: {name} has {have}, but no {absent[0]}. The adapter is incomplete: a half of a pair says "
+            "nothing. Save it again; under DeepSpeed or FSDP gather the parameters first."
+        )
+    return ModuleAdapter(
+        name,
+        parts[pair[0]],
+        parts[pair[1]],
+        embedding=pair[0] == "lora_embedding_A",
+        magnitude=parts.get("lora_magnitude_vector"),
+        bias=parts.get("lora_B.bias"),
+        depth=depth,
+    )
+
+
+def _check(adapter: LoraAdapter, tensors: Mapping[str, TensorRef]) -> None:
+    """Ranks, DoRA's magnitudes, and finite values."""
+    settings = adapter.settings
+    for module in adapter.modules:
+        a, b = module.a.shape, module.b.shape
+        if len(a) < 2 or len(b) != len(a) or 0 in a or 0 in b or a[0] != b[1]:
+            raise AdapterError(
+                f"{module.a.name} {list(a)} and {module.b.name} {list(b)} are no pair of low rank: the first size of "
+                "A and the second of B should be the rank. Parameters of DeepSpeed or FSDP must be gathered "
+                "before saving."
+            )
+        rank = settings.rank(module.module)
+        # Ranks of parameters depend on which parameter of the module it is, which the base says.
+        of_parameter = any(_of_parameter(name, module.module) for name in settings.target_parameters)
+        if a[0] != rank and not of_parameter:
+            raise AdapterError(
+                f"{module.a.name} has the rank {a[0]}, but {settings.where} says {rank} (r and rank_pattern). "
+                "The two files are of different trainings: the adapter's strength depends on the rank."
+            )
+        if settings.use_dora and module.magnitude is None:
+            raise AdapterError(
+                f"{adapter.path}: use_dora is set, but {module.module} has no lora_magnitude_vector. Save it again."
+            )
+        if module.magnitude is not None and not settings.use_dora:
+            raise AdapterError(
+                f"{adapter.path}: {module.module} has a lora_magnitude_vector, but use_dora is not set in "
+                f"{settings.where}."
+            )
+    for name, ref in tensors.items():
+        if ref.dtype.is_floating_point and not is_finite(ref.read()):
+            raise NonFiniteError(
+                f"{adapter.path}: {name} holds NaN or infinity. A training run that diverged leaves such an adapter; "
+                "take an earlier checkpoint of it."
+            )
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether every element is finite, as a rule in one pass over the values."""
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.to(torch.float32)
+    # One element that is not finite makes the sum so; a sum may also overflow on its own, hence the second look.
+    return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
+def _of_parameter(name: str, module: str) -> bool:
+    owner = name.rpartition(".")[0]
+    return not owner or module == owner or module.endswith(f".{owner}")

@@ -1,0 +1,1 @@
+"""A merged model against its base with the adapters active, in memory."""
