@@ -213,6 +213,17 @@ def test_guide_names_beside_a_frozen_tower_are_refused(
         run(tiny("paligemma2"), "json-extract", receipts, tmp_path / "run", more=more)
 
 
+def test_answers_that_are_cut_are_said(tiny: Callable[[str], Path], receipts: str, tmp_path: Path) -> None:
+    """JSON that is cut teaches JSON that does not end."""
+    more = {**SHORT, "training.per_device_train_batch_size": 4, "training.max_steps": 1}
+    whole = run(tiny("paligemma2"), "json-extract", receipts, tmp_path / "whole", more=more)
+    assert not any("is cut" in note for note in whole.notes)
+    short = {**more, "batch.max_target_length": 60, "training.dataloader_num_workers": 1}
+    cut = run(tiny("paligemma2"), "json-extract", receipts, tmp_path / "cut", more=short)
+    wanted = "2 samples have answers of batch.max_target_length (60 tokens): what is longer is cut"
+    assert any(note.startswith(wanted) for note in cut.notes), cut.notes
+
+
 def test_recipe_has_the_settings_of_the_guide() -> None:
     recipe = for_family(load_recipe("json-extract"), "paligemma2")
     wanted = {
