@@ -27,6 +27,7 @@ MODELS = {
     "paligemma2": "paligemma2/tiny-gemma2",
     "blip2": "blip2/opt-tiny",
     "blip2-t5": "blip2/t5-coco-tiny",
+    "moondream2": "moondream2/tiny-2024-04-02",
 }
 """Golden cases by what they are called here; all have a vocabulary of their own."""
 
@@ -53,6 +54,8 @@ RECIPES = {
     "caption-blip2": ("caption", "blip2", "pairs", {}),
     "caption-blip2-t5": ("caption", "blip2-t5", "pairs", {}),
     "default-blip2": ("default", "blip2", "pairs", {}),
+    "count-json-moondream2": ("count-json", "moondream2", "boxes", {}),
+    "default-moondream2": ("default", "moondream2", "pairs", {}),
 }
 """Every shipped recipe on every family that it is for: its name, the model, the fixture of its data, tiny settings."""
 
@@ -76,6 +79,7 @@ STILL = {
         "qformer_config.hidden_dropout_prob",
         "qformer_config.attention_probs_dropout_prob",
     ),
+    "moondream": ("text_config.attention_dropout", "vision_config.attention_dropout"),
 }
 """Fields of the config that make training random."""
 

@@ -40,8 +40,9 @@ class Case:
     @property
     def adapter(self) -> str | None:
         """The folder of the adapter that the reference was computed with, beside the base's files; None without
-        one."""
-        return self.spec.get("adapter")
+        one. A case that does not name it has its weights among its checkpoints."""
+        folders = (Path(each["file"]).parent for each in self.checkpoints if "adapter_model" in each["file"])
+        return self.spec.get("adapter") or next((folder.as_posix() for folder in folders), None)
 
     @property
     def nbytes(self) -> int:

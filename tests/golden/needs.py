@@ -9,13 +9,14 @@ from typing import Any
 
 import blip2_cases
 import florence2_cases
+import moondream2_cases
 import ofa_cases
 import paligemma2_cases
 import pytest
 from golden_case import Case
 
 FAMILIES: dict[str, ModuleType] = {
-    table.FAMILY: table for table in (ofa_cases, florence2_cases, paligemma2_cases, blip2_cases)
+    table.FAMILY: table for table in (ofa_cases, florence2_cases, paligemma2_cases, blip2_cases, moondream2_cases)
 }
 """Families whose cases can be judged, and the table that brings their references into the product's format."""
 
@@ -70,6 +71,11 @@ def generates(case: Case) -> bool:
 
 def has_portable_adapter(case: Case) -> bool:
     return has_checkpoint(case) and bool(case.adapter) and "expected" not in case.spec
+
+
+def has_adapter_training(case: Case) -> bool:
+    """Logits, loss and gradients of the whole batch with the adapter beside the base."""
+    return has_portable_adapter(case) and "training" in case.spec
 
 
 def has_adapter_to_refuse(case: Case) -> bool:

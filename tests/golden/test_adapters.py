@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from golden_case import Case
-from needs import has_adapter_to_refuse, has_portable_adapter, judges
+from needs import has_adapter_to_refuse, has_adapter_training, has_portable_adapter, judges
 from rich.console import Console
 
 from weightport.adapters import untie_head
@@ -49,7 +49,7 @@ def assert_close(case: Case, what: str, value: torch.Tensor, dtype: torch.dtype)
     assert error <= allowed, f"{case.name}: {what} is off by {error:.1e}, allowed {allowed:.1e}"
 
 
-@judges(has_portable_adapter)
+@judges(has_adapter_training)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ported_adapter_gives_the_originals_logits(
     case: Case, table, converted: Callable[..., Path], ported: Path, dtype: torch.dtype
@@ -60,7 +60,7 @@ def test_ported_adapter_gives_the_originals_logits(
         assert_close(case, "logits", model(**arguments, use_cache=False).logits, dtype)
 
 
-@judges(has_portable_adapter)
+@judges(has_adapter_training)
 def test_ported_adapter_has_the_originals_loss_and_gradients(
     case: Case, table, converted: Callable[..., Path], ported: Path
 ) -> None:

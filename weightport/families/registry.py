@@ -30,6 +30,7 @@ BUILT_IN = {
     "florence2": "weightport.families.florence2:FAMILY",
     "paligemma2": "weightport.families.paligemma2:FAMILY",
     "blip2": "weightport.families.blip2:FAMILY",
+    "moondream2": "weightport.families.moondream2:FAMILY",
 }
 """A new built-in family is a folder, and a line here."""
 
@@ -37,10 +38,6 @@ NATIVE = "a native "
 """How the kinds of signatures begin that are what a conversion gives."""
 
 STRANGERS = (
-    Signature(
-        "Moondream2",
-        r"(.+\.)?(text_model\.transformer\.h\.0\.mixer\.Wqkv\.weight|text\.blocks\.0\.attn\.qkv\.weight)",
-    ),
     Signature("BART (fairseq)", r"(model\.)?encoder\.sentence_encoder\..+|(model\.)?encoder\.layers\.0\.fc1\.weight"),
     Signature("a LoRA adapter", r".+\.lora_A\.(.+\.)?weight"),
 )

@@ -11,13 +11,17 @@ from transformers import (
 )
 
 from .florence2.chat_templates import accept_chat_templates
+from .moondream.configuration_moondream import MoondreamConfig
+from .moondream.image_processing_moondream import MoondreamImageProcessor
+from .moondream.modeling_moondream import MoondreamForConditionalGeneration, MoondreamModel
+from .moondream.processing_moondream import MoondreamProcessor
 from .ofa.configuration_ofa import OFAConfig, OFAVisionConfig
 from .ofa.image_processing_ofa import OFAImageProcessor
 from .ofa.modeling_ofa import OFAForConditionalGeneration, OFAModel
 from .ofa.processing_ofa import OFAProcessor
 from .ofa.vision_ofa import OFAVisionModel
 
-CONFIGS = (OFAConfig, OFAVisionConfig)
+CONFIGS = (OFAConfig, OFAVisionConfig, MoondreamConfig)
 
 MODELS = (
     (AutoModel, OFAConfig, OFAModel),
@@ -25,11 +29,14 @@ MODELS = (
     (AutoModelForImageTextToText, OFAConfig, OFAForConditionalGeneration),
     (AutoModelForMultimodalLM, OFAConfig, OFAForConditionalGeneration),
     (AutoModelForSeq2SeqLM, OFAConfig, OFAForConditionalGeneration),
+    (AutoModel, MoondreamConfig, MoondreamModel),
+    (AutoModelForImageTextToText, MoondreamConfig, MoondreamForConditionalGeneration),
+    (AutoModelForMultimodalLM, MoondreamConfig, MoondreamForConditionalGeneration),
 )
 
-IMAGE_PROCESSORS = ((OFAConfig, OFAImageProcessor),)
+IMAGE_PROCESSORS = ((OFAConfig, OFAImageProcessor), (MoondreamConfig, MoondreamImageProcessor))
 
-PROCESSORS = ((OFAConfig, OFAProcessor),)
+PROCESSORS = ((OFAConfig, OFAProcessor), (MoondreamConfig, MoondreamProcessor))
 
 
 def register() -> None:

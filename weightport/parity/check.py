@@ -198,7 +198,8 @@ def _judge(
             seam, _ = base_seam(expected.seam)
             depth, kinked = family.depth(model.config, seam), family.kinked(model.config, seam)
             floor = gradient_floor(expected, observed.value, total)
-            place = Place(run.name, dtype, depth, family.noise_at(seam), floor, kinked, own.get(expected.seam))
+            noise, rounds = family.noise_at(seam), family.rounds_to_float32(model.config, seam)
+            place = Place(run.name, dtype, depth, noise, floor, kinked, own.get(expected.seam), rounds)
             yield compare(observed, expected, place)
     if generated:
         # Searches are decided by log-probabilities, which are float32 whatever is wider.

@@ -8,7 +8,7 @@ from enum import StrEnum
 
 import torch
 
-from weightport.parity.noise import Allowed, Noise, OwnNoise, scale_of
+from weightport.parity.noise import SINGLE, Allowed, Noise, OwnNoise, scale_of
 from weightport.parity.reference import Expected
 from weightport.parity.seams import Observed
 
@@ -81,7 +81,8 @@ class Comparison:
 @dataclass(frozen=True)
 class Place:
     """Where a comparison belongs, and how far into the model it lies. `floor`: the smallest scale to measure
-    against. `own`: the original's own noise there, where it is known."""
+    against. `own`: the original's own noise there, where it is known. `rounds`: numbers of float32 are among what made
+    the value, whatever the run's type."""
 
     run: str
     dtype: torch.dtype
@@ -90,6 +91,7 @@ class Place:
     floor: float = 0.0
     kinked: bool = False
     own: OwnNoise | None = None
+    rounds: bool = False
 
 
 def compare(observed: Observed, expected: Expected, place: Place) -> Comparison:
@@ -160,6 +162,8 @@ def _numbers(
 ) -> Comparison:
     scale = max(scale_of(reference), place.floor)
     allowed = Allowed.of(place.noise, place.own, scale, place.depth, (place.dtype, expected.dtype), place.kinked)
+    if place.rounds:
+        allowed = allowed.at_least(SINGLE * scale)
     agreement = None
     if expected.seam == "logits" and value.ndim and value.shape[-1] > 1 and value.numel():
         agreement = float((value.argmax(-1) == reference.argmax(-1)).double().mean())

@@ -115,11 +115,11 @@ class Family:
     rectifiers. `plain` are configuration values that make a training step reproducible (no dropout). `losses` computes
     further training seams from the model's output, the native arguments and the configuration. `training_loss`
     computes the loss of a training run from these and the run's options, where it is not the model's own (then None).
-    `exact_loss` stands in
-    for the model's own loss in float64, where transformers rounds logits to float32 first. `casts_to_float32`: the
-    native model's own code casts values to float32, which a float64 run leaves out. `prefix` counts the columns that
-    a model without an encoder reads at once before it decodes step by step. `correction`: the model is held against
-    the original with it.
+    `exact_loss` stands in for the model's own loss in float64, where transformers rounds logits to float32 first.
+    `casts_to_float32`: the native model's own code casts values to float32, which a float64 run leaves out.
+    `rounds_to_float32(config, seam)`: before this seam both sides use numbers of float32 in a run of float64 too,
+    which they compute in other ways. `prefix` counts the columns that a model without an encoder reads at once before
+    it decodes step by step. `correction`: the model is held against the original with it.
     """
 
     name: str
@@ -144,6 +144,7 @@ class Family:
     ) = None
     exact_loss: Callable[..., torch.Tensor] | None = None
     casts_to_float32: bool = False
+    rounds_to_float32: Callable[[PreTrainedConfig, str], bool] = lambda config, seam: False
     prefix: Callable[[Mapping[str, Any], PreTrainedConfig], int] = leading_block
     correction: Correction | None = None
 

@@ -22,7 +22,7 @@ measured on. The limit binds float32; it is √2 times as wide between two float
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -126,6 +126,10 @@ class Allowed:
     formula: float
     own: float | None = None
     doubtful: bool = False
+
+    def at_least(self, error: float) -> Allowed:
+        """The same where it allows `error`, else that."""
+        return self if self.largest >= error else replace(self, largest=error, formula=error, own=None)
 
     @classmethod
     def of(

@@ -21,11 +21,13 @@ from weightport.converters.rules import RuleTable
 class Originals:
     """What the original calls the tensors of a converted model.
 
-    `in_memory`: what the running model calls a tensor, by its name on disk, where these differ.
+    `in_memory`: what the running model calls a tensor, by its name on disk, where these differ. `sections` are what
+    stood before the names that the rules speak of in the original's file, where a reference may name them too.
     """
 
     rules: RuleTable
     in_memory: Mapping[str, str] = field(default_factory=dict)
+    sections: tuple[str, ...] = ()
 
     def tensor(self, name: str, native: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """The tensor that the original calls `name`, made of native ones (weights, gradients or buffers alike), which
@@ -34,7 +36,8 @@ class Originals:
         A tied parameter is one tensor under several names. None when the original's name, or what it became, is
         unknown.
         """
-        claim = next(self.rules.of_source(name), None)
+        shorter = (name.removeprefix(f"{section}.") for section in self.sections)
+        claim = next((claim for each in (name, *shorter) for claim in self.rules.of_source(each)), None)
         if claim is None:
             return None
         rule, layers = claim.rule, 1
@@ -61,9 +64,10 @@ def originals_of(directory: Path, conversion: ConversionStage, model: PreTrained
     rules = conversion.rules_of(model.config, record.get("layout", ""))
     stored = {name: ref.shape for name, ref in open_checkpoint(directory).items()}
     known = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
+    sections = tuple(each["section"] for each in record.get("sources", {}).values() if each.get("section"))
     if known.issuperset(stored):
-        return Originals(rules)
+        return Originals(rules, sections=sections)
     whole = {
         pieces[0].stored: name for name, pieces in name_space(directory, stored).made_of.items() if len(pieces) == 1
     }
-    return Originals(rules, whole)
+    return Originals(rules, whole, sections)
