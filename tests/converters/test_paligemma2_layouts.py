@@ -92,6 +92,14 @@ def test_what_stands_beside_the_model_is_named_with_its_size(original) -> None:
     assert model.options["unread"] == model.unread and min(model.unread.values()) > 0
 
 
+def test_directory_without_a_record_is_exported_stacked_and_bare(original, tmp_path: Path) -> None:
+    out = convert(original("tiny-gemma2"), tmp_path / "out").directory
+    (out / "conversion.json").unlink()
+    back, given = arrays(export(out, tmp_path / "back.npz").path), arrays(original("tiny-gemma2"))
+    assert {f"params/{name}" for name in back} == set(given)
+    assert all(np.array_equal(array, given[f"params/{name}"]) for name, array in back.items())
+
+
 def test_float16_stays_float16_and_comes_back(original, tmp_path: Path) -> None:
     given = {name: array.astype(np.float16) for name, array in arrays(original("tiny-gemma2")).items()}
     out = convert(write(tmp_path / "half.npz", given), tmp_path / "out").directory

@@ -17,15 +17,15 @@ from golden_case import Case
 
 LIMIT = 4 << 30
 """Bytes of private memory. The embedding alone has 2.4 GB in float32; the model has 3.3 GB, which count as private
-where they are mapped to be run."""
+where they are mapped to be run (in float64 the embedding alone takes 4.7 GB when it gives the logits)."""
 
 PROGRAM = """
-import json, sys
+import json, sys, torch
 from weightport.api import check_parity, convert
 
 source, out, reference = sys.argv[1:]
 convert(source, out, vocabulary="none")
-report = check_parity(out, reference)
+report = check_parity(out, reference, dtypes=[torch.float32])
 worst = {}
 for each in report.comparisons:
     if each.seam == "logits":

@@ -29,7 +29,9 @@ def run_training(
 ) -> Observations:  # fmt: skip
     """One step without an update: forward in the run's mode, backward when the reference holds gradients."""
     special = [each for each in wanted if _is_gradient(each.seam) or each.seam in family.losses]
+    backward = any(_is_gradient(each.seam) and not each.seam.startswith(AFTER) for each in special)
     with (
+        torch.set_grad_enabled(backward),
         _unchanged(model),
         _exact_loss(model, family),
         recording(model, family.seams, [each for each in wanted if each not in special]) as observations,
@@ -49,7 +51,7 @@ def run_training(
             if each.seam in family.losses:
                 value = family.losses[each.seam](output, arguments, model.config)
                 observations[each.tensor.name] = observe(value.detach(), each)
-        if any(_is_gradient(each.seam) and not each.seam.startswith(AFTER) for each in special):
+        if backward:
             loss.backward()
         _record_originals(model, special, originals, observations)
     return observations
@@ -95,7 +97,9 @@ def _record_originals(
     model: PreTrainedModel, wanted: Sequence[Expected], originals: Originals, observations: Observations
 ) -> None:
     """Gradients, their norms and buffers, under the original's names."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    # Zeros stand for gradients that no parameter got; where none is compared, nothing of the model's size is made.
+    compared = any(_is_gradient(each.seam) and not each.seam.startswith(AFTER) for each in wanted)
+    parameters = dict(model.named_parameters(remove_duplicate=False)) if compared else {}
     gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters.items()}
     buffers = dict(model.named_buffers())
     norms = [each.seam.removeprefix(GRADIENT_NORM) for each in wanted if each.seam.startswith(GRADIENT_NORM)]
