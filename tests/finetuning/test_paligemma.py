@@ -14,12 +14,13 @@ import pytest
 import torch
 from drawn_data import draw_receipts
 from PIL import Image
+from tiny_processes import side_by_side
 from tiny_runs import FIXED_RATE, GOLDEN, MODELS, job_of, losses, run, still
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from weightport.api import merge_lora
 from weightport.checkpoints import open_checkpoint
-from weightport.errors import DataError, RecipeError
+from weightport.errors import DataError, RecipeError, TrainingError
 from weightport.families.paligemma2.training import TRAINING, read_objects, written_objects
 from weightport.finetuning.data import open_data
 from weightport.finetuning.data.samples import Objects, Sample
@@ -257,6 +258,25 @@ def test_best_model_of_a_full_run_is_the_one_that_was_best(
         assert torch.equal(a, b), name
 
 
+def test_checkpoint_without_some_tensors_is_refused(
+    tiny: Callable[[str], Path], receipts: str, tmp_path: Path
+) -> None:
+    """Trainer warns, and goes on from the base's values there."""
+    from safetensors.torch import load_file, save_file
+
+    more = {**SHORT, "model.method": "full", "training.save_strategy": "steps", "training.save_steps": 2}
+    run(tiny("paligemma2"), "json-extract", receipts, tmp_path / "run", more=more)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.rmtree(checkpoints / "checkpoint-3", ignore_errors=True)
+    weights = checkpoints / "checkpoint-2" / "model.safetensors"
+    tensors = load_file(weights)
+    assert "model.language_model.norm.weight" in tensors, "a checkpoint has the names in memory"
+    del tensors["model.language_model.norm.weight"]
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(TrainingError, match=r"lacks 1 of the model's tensors, such as model\.language_model\.norm"):
+        run(tiny("paligemma2"), "json-extract", receipts, tmp_path / "run", resume=True, more=more)
+
+
 def test_samples_mean_is_the_same_however_batches_are_cut(
     tiny: Callable[[str], Path], receipts: str, tmp_path: Path
 ) -> None:
@@ -272,6 +292,32 @@ def test_samples_mean_is_the_same_however_batches_are_cut(
             seen[mean, batch] = losses(out.history)
         assert seen[mean, 2] == pytest.approx(seen[mean, 4], rel=1e-6)
     assert seen["samples", 4][1] != pytest.approx(seen["tokens", 4][1], rel=1e-3)
+
+
+def test_samples_mean_of_two_processes_is_that_of_one(
+    tiny: Callable[[str], Path], receipts: str, tmp_path: Path
+) -> None:
+    more = {**SHORT, **still(tiny("paligemma2")), "batch.loss_mean": "samples", "training.learning_rate": 1e-3}
+    one = run(
+        tiny("paligemma2"), "json-extract", receipts, tmp_path / "one",
+        more={**more, "training.per_device_train_batch_size": 2},
+    )  # fmt: skip
+    job = job_of(
+        tiny("paligemma2"), "json-extract", receipts, tmp_path / "two",
+        more={**more, "training.per_device_train_batch_size": 1},
+    )  # fmt: skip
+    assert side_by_side(job, 2) == [0, 0]
+    assert len(losses(one.history)) == 3
+    assert losses(tmp_path / "two") == pytest.approx(losses(one.history), rel=5e-7)
+
+
+def test_gemma_2_attends_eagerly_beside_a_tower_that_does_not(
+    tiny: Callable[[str], Path], receipts: str, tmp_path: Path
+) -> None:
+    """transformers' fused attention knows no softcap of scores."""
+    loaded = prepare(job_of(tiny("paligemma2"), "json-extract", receipts, tmp_path / "run", more=SHORT)).loaded
+    config = loaded.model.config
+    assert (config.text_config._attn_implementation, config.vision_config._attn_implementation) == ("eager", "sdpa")
 
 
 def test_two_means_of_a_loss_are_refused(tiny: Callable[[str], Path], receipts: str, tmp_path: Path) -> None:

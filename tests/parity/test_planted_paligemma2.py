@@ -132,7 +132,22 @@ def test_the_same_runs_agree_without_a_mistake(judged) -> None:
     assert report.localisation is None
 
 
-def test_final_softcap_shows_in_the_loss_and_in_no_gradient_alone(judged, plant) -> None:
+def test_samples_compute_the_same_alone_behind_padding_and_step_by_step(native: Path, whole: Path) -> None:
+    report = check_parity(native, whole, invariance=True)
+    assert report.passed, report.departures
+    found = {each.seam for each in report.comparisons if each.seam.startswith("invariance.")}
+    assert found == {"invariance.batch", "invariance.padding", "invariance.cache"}
+
+
+def test_rows_that_padding_adds_are_not_compared(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "padded"
+    convert(CASE.materialize(tmp_path / "original"), out, "paligemma2", pad_vocab=True, final_softcap="30")
+    report = check_parity(out, whole)
+    assert report.passed, report.departures
+    assert not report.not_compared
+
+
+def test_final_softcap_shows_in_the_loss(judged, plant) -> None:
     plant(lambda model: setattr(model.config.text_config, "final_logit_softcapping", 30.0))
     report = judged(*TRAINING)
     assert report.first_departure.seam == "loss"

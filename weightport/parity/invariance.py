@@ -64,10 +64,10 @@ def _of_decoder(
     if ids is None:
         yield from (NotCompared(place.run, seam, "the run has no text") for seam in INVARIANCES)
         return
-    # A table may ask for the logits of the columns that the original has; here all are held.
-    arguments = {name: value for name, value in arguments.items() if name != "logits_to_keep"}
     mask = arguments.get("attention_mask")
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    # A family may keep the logits that its references hold; here those of every column are compared.
+    arguments = {name: value for name, value in arguments.items() if name != "logits_to_keep"}
     whole = _text_logits(model, arguments, ids.shape[1])
     yield _batch_check(model, arguments, whole, real, place)
 

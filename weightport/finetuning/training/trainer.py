@@ -104,12 +104,12 @@ class PortTrainer(Trainer):
         # A checkpoint holds a tied matrix once: the names that share it are not missing.
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
-        if load_result.missing_keys:
+        known = getattr(self.model, "_keys_to_ignore_on_save", None) or ()
+        if lost := [name for name in load_result.missing_keys if name not in known]:
             # Trainer would go on from the base's weights there.
             raise TrainingError(
-                f"The checkpoint lacks {len(load_result.missing_keys)} of the model's tensors, such as "
-                f"{load_result.missing_keys[0]}: it was written by another version, or for another model. Begin the "
-                "run again."
+                f"The checkpoint lacks {len(lost)} of the model's tensors, such as {lost[0]}: it was written by "
+                "another version, or for another model. Begin the run again."
             )
         super()._issue_warnings_after_load(load_result)
 
