@@ -16,7 +16,8 @@ import paligemma2_cases
 from golden_case import Case
 
 LIMIT = 4 << 30
-"""Bytes of private memory; the embedding alone has 2.4 GB in float32, and the whole model 3.3 GB."""
+"""Bytes of private memory. The embedding alone has 2.4 GB in float32; the model has 3.3 GB, which count as private
+where they are mapped to be run."""
 
 PROGRAM = """
 import json, sys

@@ -28,9 +28,12 @@ KNOWN = {
     "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5": "GPT-2",
     "847bbeab6174d66a88898f729d52fa8d355fafe1bea101cf960dd404581df70e": "microsoft/Florence-2",
     "394fdc63c71aabe0a9b97117f5d62fb5fcc4d59b2b3ea929a3929e6a53217b3c": "microsoft/Florence-2",
+    "8986bb4f423f07f8c7f70d0dbe3526fb2316056c17bae71b1ea975e77a168fc6": "google-research/big_vision PaliGemma",
+    "61a7b147390c64585d6c3543dd6fc636906c9af3865a5548f27f31aee1d4c8e2": "Gemma 1 and 2",
 }
-"""Origin of files by SHA-256: OFA-CN's vocab.txt and dict.txt, GPT-2's encoder.json and vocab.bpe, and tokenizer.json
-and vocab.json of the Florence-2 releases."""
+"""Origin of files by SHA-256: OFA-CN's vocab.txt and dict.txt, GPT-2's encoder.json and vocab.bpe, tokenizer.json and
+vocab.json of the Florence-2 releases, and the sentencepiece models of PaliGemma and of Gemma (as published lists of
+their digests have them; 4264023 and 4241003 bytes)."""
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ as the original's trainer has it."""
 
 
 def complete(kind: Kind, tensors: Tensors, options: Mapping[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
-    """Image placeholders before the text, which positions see each other, and labels."""
+    """Image placeholders before the text, which positions see each other, and labels of the text alone."""
     text, causal = tensors["input_ids"], tensors["mask_ar"]
     _check_masks(text, causal)
     count = _image_tokens(tensors["pixel_values"], config, len(text))
@@ -88,12 +88,11 @@ def complete(kind: Kind, tensors: Tensors, options: Mapping[str, Any], config: P
     }
     if kind == "generate":
         return arguments | _left_padded(arguments, pad(tensors["mask_input"], (count, 0), value=1), config)
-    arguments["attention_mask"] = torch.ones_like(arguments["input_ids"])
+    # The original's logits are those of the text: a released vocabulary makes 0.3 GB of those of an image.
+    arguments |= {"attention_mask": torch.ones_like(arguments["input_ids"]), "logits_to_keep": text.shape[1]}
     if kind == "train":
-        labels = text.masked_fill(tensors["mask_loss"] == 0, IGNORED)
-        return arguments | {"labels": pad(labels, (count, 0), value=IGNORED)}
-    # The original's logits are those of the text.
-    return arguments | {"logits_to_keep": text.shape[1]}
+        arguments["labels"] = text.masked_fill(tensors["mask_loss"] == 0, IGNORED)
+    return arguments
 
 
 def _check_masks(text: torch.Tensor, causal: torch.Tensor) -> None:
