@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightport.converters.options import ConversionOptions, options_of
 from weightport.errors import UsageError
-from weightport.families.declaration import Family
+from weightport.families.declaration import Family, Source
 from weightport.families.registry import registry
 
 if TYPE_CHECKING:
@@ -89,7 +89,28 @@ def open_sources(source: SourcePaths, family: str | None = None) -> tuple[Family
     if missing := [each for each in found.sources if each.required and each.name not in paths]:
         wanted = "; ".join(f"{each.flag} ({each.help})" for each in missing)
         raise UsageError(f"A checkpoint of {found.title} is not the whole model: give {wanted}.")
-    return found, Sources({MAIN: main, **{name: open_checkpoint(Path(path)) for name, path in paths.items()}})
+    beside = {name: open_checkpoint(_local(path, known[name])) for name, path in paths.items()}
+    return found, Sources({MAIN: main, **beside})
+
+
+_MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model")
+"""What a language model's repository holds that is read."""
+
+
+def _local(path: str | Path, source: Source) -> Path:
+    """The path of a source, downloaded where it is a Hub id. Raises CheckpointError."""
+    if not source.hub or Path(path).exists() or str(path).count("/") != 1:
+        return Path(path)
+    from weightport.errors import CheckpointError
+    from weightport.hub import HUB_ERRORS, download_folder, reason
+
+    try:
+        return download_folder(str(path), _MODEL_FILES)
+    except HUB_ERRORS as error:
+        raise CheckpointError(
+            f"{source.flag}: there is no folder {path} here, and the Hub gave no repository of that name: "
+            f"{reason(error)}"
+        ) from error
 
 
 def _chosen(family: Family, options: ConversionOptions | None, settings: Mapping[str, Any]) -> ConversionOptions:

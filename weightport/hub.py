@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, get_token, hf_hub_download
+from huggingface_hub import constants, get_token, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from huggingface_hub.utils import get_session
 
@@ -60,6 +60,13 @@ def download(repository: str, name: str) -> Path:
     """One file of a repository, in the Hub's cache. Raises HUB_ERRORS, at once where the Hub cannot be reached."""
     with at_once():
         return Path(hf_hub_download(repository, name))
+
+
+def download_folder(repository: str, names: Sequence[str]) -> Path:
+    """The files of a repository that match `names`, as a folder in the Hub's cache. Raises HUB_ERRORS, at once where
+    the Hub cannot be reached."""
+    with at_once():
+        return Path(snapshot_download(repository, allow_patterns=list(names)))
 
 
 def reason(error: BaseException) -> str:

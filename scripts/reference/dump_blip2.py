@@ -46,6 +46,8 @@ IMPORTED_ONLY = [
 COMPUTED = ("*.position_ids", "*num_batches_tracked")
 REPEATED = ("opt_model.*", "t5_model.*", "*.position_ids")
 KINDS = {"itm_head.weight": "blip2_image_text_matching", "opt_proj.weight": "blip2_opt", "t5_proj.weight": "blip2_t5"}
+# What Blip2ITM computes of pair i: two logits, or one similarity.
+HEAD_SEAMS = {"itm": "itm", "itc": "itc_pairs"}
 LANGUAGE = {"blip2_opt": "opt_model", "blip2_t5": "t5_model"}
 
 
@@ -408,7 +410,7 @@ def forward(model, samples, name="forward", float64=False, **settings):
     finally:
         recorder.close()
     seams = dict(recorder.values)
-    seams.update(kept or {settings["match_head"]: array_of(output)})
+    seams.update(kept or {HEAD_SEAMS[settings["match_head"]]: array_of(output)})
     return {"%s/out/%s%s" % (name, seam, suffix): value for seam, value in seams.items()}, recorder.given
 
 
@@ -582,7 +584,8 @@ def dump(arguments):
     if arch == "blip2_t5" and not arguments.target:
         raise DumpError("a T5 model takes a --target for each --text")
     heads = {"forward": {}} if arch in LANGUAGE else {head: {"match_head": head} for head in ("itm", "itc")}
-    runs, tensors = {name: {"kind": "forward"} for name in heads}, {}
+    runs = {name: {"kind": "forward", "options": {"head": name} if head else {}} for name, head in heads.items()}
+    tensors = {}
     for name, head in heads.items():
         found, inside = forward(model, samples, name, **head)
         inputs = {"image": samples["image"], **inside, **text_mask(inside, queries)}

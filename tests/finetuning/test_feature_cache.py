@@ -78,6 +78,9 @@ def part_in(outcome: Any) -> str:
         ("florence2", ["vision"], "vision tower"),
         ("paligemma2", ["vision", "projector"], "projector"),
         ("paligemma2", ["vision"], "vision tower"),
+        ("blip2", ["vision", "bridge"], "image vectors"),
+        ("blip2", ["vision", "norm"], "vision encoder"),
+        ("blip2-t5", ["vision", "bridge"], "image vectors"),
     ],
 )
 def test_losses_are_those_of_a_run_without_features(

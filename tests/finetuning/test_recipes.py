@@ -12,6 +12,16 @@ from tiny_runs import FIXED_RATE, run, still
 OFA = {"training.learning_rate": 1e-3, "batch.image_size": 64}
 FLORENCE2 = {"training.learning_rate": 5e-3}
 PALIGEMMA = {"training.learning_rate": 1e-2}
+BLIP2 = {"training.learning_rate": 1e-2}
+LORA = {"training.learning_rate": 3e-2, "training.bf16": False}
+# A language model of random weights says nothing that a picture could choose from: it is trained too.
+LAVIS = {
+    **BLIP2,
+    "training.bf16": False,
+    "model.freeze": [],
+    "evaluation.generation.repetition_penalty": 1.0,
+    "evaluation.generation.min_new_tokens": 0,
+}
 RECEIPTS = {**PALIGEMMA, "training.gradient_accumulation_steps": 1}
 CASES = [
     ("muge-caption", "ofa-cn", "muge", 60, OFA, {"cider-d": 10.0, "bleu-4": 100.0, "rouge-l": 1.0}),
@@ -26,6 +36,12 @@ CASES = [
     ("caption", "paligemma2", "pairs", 60, PALIGEMMA, {"cider-d": 10.0, "bleu-4": 100.0, "rouge-l": 1.0}),
     ("detection", "paligemma2", "boxes", 60, PALIGEMMA, {"ap": 1.0, "box-f1": 1.0}),
     ("default", "paligemma2", "pairs", 60, PALIGEMMA, {"exact-match": 1.0, "levenshtein": 1.0}),
+    ("lora-caption", "blip2", "pairs", 300, LORA, {"cider-d": 10.0, "bleu-4": 100.0, "rouge-l": 1.0}),
+    ("lavis-caption", "blip2", "pairs", 60, LAVIS, {"cider-d": 10.0, "bleu-4": 100.0, "rouge-l": 1.0}),
+    ("lavis-caption", "blip2-t5", "pairs", 60, LAVIS, {"cider-d": 10.0, "bleu-4": 100.0, "rouge-l": 1.0}),
+    ("caption", "blip2", "pairs", 60, BLIP2, {"cider-d": 10.0, "bleu-4": 100.0, "rouge-l": 1.0}),
+    ("caption", "blip2-t5", "pairs", 60, BLIP2, {"cider-d": 10.0, "bleu-4": 100.0, "rouge-l": 1.0}),
+    ("default", "blip2", "pairs", 60, BLIP2, {"exact-match": 1.0, "levenshtein": 1.0}),
 ]
 
 

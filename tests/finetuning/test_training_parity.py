@@ -28,18 +28,21 @@ from weightport.parity.training import AFTER, _exact_loss, _is_gradient, _record
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 sys.path.insert(0, str(GOLDEN))
 
-import florence2_cases  # noqa: E402 - found beside the cases
+import blip2_cases  # noqa: E402 - found beside the cases
+import florence2_cases  # noqa: E402
 import ofa_cases  # noqa: E402
 import paligemma2_cases  # noqa: E402
-from golden_case import Case, find_cases  # noqa: E402
+from golden_case import Case, find_cases, sources_of  # noqa: E402
 
-TABLES = {table.FAMILY: table for table in (ofa_cases, florence2_cases, paligemma2_cases)}
+TABLES = {table.FAMILY: table for table in (ofa_cases, florence2_cases, paligemma2_cases, blip2_cases)}
 
 
 def with_training(case: Case) -> bool:
     """Whether the original has trained on the case."""
     if case.family not in TABLES or not case.checkpoints or case.adapter:
         return False
+    if case.family == blip2_cases.FAMILY:
+        return "loss" in case.tensors
     trained = ("train.", "grad_norm.")
     return bool(case.spec.get("training")) or any(name.startswith(trained) for name in case.tensors)
 
@@ -131,7 +134,8 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Any:
             (folder / "original").mkdir()
             original = case.materialize(folder / "original")
             settings = {"vocabulary": vocabulary, **TABLES[case.family].settings(case)}
-            convert(original, folder / "model", case.family, **settings)
+            table = TABLES[case.family]
+            convert(sources_of(case, table, original), folder / "model", case.family, **settings)
             found[case.name] = folder / "model"
         return found[case.name]
 

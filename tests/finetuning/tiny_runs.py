@@ -25,6 +25,8 @@ MODELS = {
     "ofa": "ofa/en-tiny-args",
     "florence2": "florence2/tiny-vocab-4k",
     "paligemma2": "paligemma2/tiny-gemma2",
+    "blip2": "blip2/opt-tiny",
+    "blip2-t5": "blip2/t5-coco-tiny",
 }
 """Golden cases by what they are called here; all have a vocabulary of their own."""
 
@@ -45,6 +47,12 @@ RECIPES = {
     "caption-paligemma2": ("caption", "paligemma2", "pairs", {}),
     "detection-paligemma2": ("detection", "paligemma2", "boxes", {}),
     "default-paligemma2": ("default", "paligemma2", "pairs", {}),
+    "lora-caption-blip2": ("lora-caption", "blip2", "pairs", {"lora.lora_dropout": 0.0, "training.bf16": False}),
+    "lavis-caption-blip2": ("lavis-caption", "blip2", "pairs", {}),
+    "lavis-caption-blip2-t5": ("lavis-caption", "blip2-t5", "pairs", {}),
+    "caption-blip2": ("caption", "blip2", "pairs", {}),
+    "caption-blip2-t5": ("caption", "blip2-t5", "pairs", {}),
+    "default-blip2": ("default", "blip2", "pairs", {}),
 }
 """Every shipped recipe on every family that it is for: its name, the model, the fixture of its data, tiny settings."""
 
@@ -57,6 +65,17 @@ STILL = {
         "vision_config.drop_path_rate",
     ),
     "paligemma": ("text_config.attention_dropout", "vision_config.attention_dropout"),
+    "blip-2": (
+        "text_config.dropout",
+        "text_config.attention_dropout",
+        "qformer_config.hidden_dropout_prob",
+        "qformer_config.attention_probs_dropout_prob",
+    ),
+    "blip-2 t5": (
+        "text_config.dropout_rate",
+        "qformer_config.hidden_dropout_prob",
+        "qformer_config.attention_probs_dropout_prob",
+    ),
 }
 """Fields of the config that make training random."""
 
@@ -83,18 +102,23 @@ def boxes_document() -> dict[str, Any]:
 def convert_case(name: str, folder: Path) -> Path:
     """The model directory of a golden case, as `port-<family>` writes it."""
     sys.path.insert(0, str(GOLDEN))
-    from golden_case import Case
+    from golden_case import Case, sources_of
+    from needs import FAMILIES
 
     case = Case(GOLDEN / "cases" / MODELS.get(name, name), name)
     (folder / "original").mkdir()
-    convert(case.materialize(folder / "original"), folder / name, case.family)
+    checkpoint = case.materialize(folder / "original")
+    table = FAMILIES[case.family]
+    convert(sources_of(case, table, checkpoint), folder / name, case.family, **table.settings(case))
     return folder / name
 
 
 def still(model: Path) -> dict[str, Any]:
     """Settings without which no two runs of different shape give the same losses: no dropout anywhere."""
-    family = json.loads((model / "config.json").read_text())["model_type"]
-    return {f"model.config.{name}": 0.0 for name in STILL[family]}
+    config = json.loads((model / "config.json").read_text())
+    family = config["model_type"]
+    of_kind = f"{family} {config.get('text_config', {}).get('model_type')}"
+    return {f"model.config.{name}": 0.0 for name in STILL.get(of_kind, STILL[family])}
 
 
 def job_of(
@@ -112,7 +136,7 @@ def job_of(
 ) -> Job:
     """A job as the command line makes it; `settings` by name, `__` for the dot of a dotted one. `family`: of a model
     whose family is not installed."""
-    family = family or registry().of_directory(model).training
+    family = family or registry().training_of(model)
     found, mistakes = resolved(load_recipe(str(recipe)), family.name, as_published=as_published)
     assigned = {key.replace("__", "."): value for key, value in settings.items()}
     assigned |= assigned.pop("more", {})

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from golden_case import Case, find_cases
+from golden_case import Case, find_cases, sources_of
 from needs import FAMILIES, check_judged, chosen
 
 from weightport.api import convert
@@ -78,8 +78,9 @@ def converted(tmp_path_factory: pytest.TempPathFactory, rebuilt: Callable[[Case]
     def conversion(case: Case, ema: bool = False) -> Path:
         out = tmp_path_factory.mktemp("native") / "model"
         vocabulary = None if (case.path / "companions").is_dir() else "none"
-        settings = {**FAMILIES[case.family].settings(case), **({"ema": True} if ema else {})}
-        convert(rebuilt(case), out, case.family, vocabulary=vocabulary, **settings)
+        table = FAMILIES[case.family]
+        settings = {"vocabulary": vocabulary, **table.settings(case), **({"ema": True} if ema else {})}
+        convert(sources_of(case, table, rebuilt(case)), out, case.family, **settings)
         return out
 
     return conversion

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import golden
@@ -88,6 +89,13 @@ class Case:
     def materialize(self, out: Path) -> Path:
         """Rebuild the original's files in `out`; the (first) checkpoint."""
         return golden.materialize(self.path, out)
+
+
+def sources_of(case: Case, table: ModuleType, checkpoint: Path) -> dict[str, Path]:
+    """The source files of a rebuilt case by the names that a conversion gives them; `checkpoint` is the first one
+    rebuilt, and the only one unless the family's table says otherwise."""
+    of_several = getattr(table, "sources", None)
+    return {"checkpoint": checkpoint} if of_several is None else of_several(case, checkpoint)
 
 
 def find_cases(folder: Path) -> list[Case]:

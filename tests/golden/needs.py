@@ -7,13 +7,16 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
+import blip2_cases
 import florence2_cases
 import ofa_cases
 import paligemma2_cases
 import pytest
 from golden_case import Case
 
-FAMILIES: dict[str, ModuleType] = {table.FAMILY: table for table in (ofa_cases, florence2_cases, paligemma2_cases)}
+FAMILIES: dict[str, ModuleType] = {
+    table.FAMILY: table for table in (ofa_cases, florence2_cases, paligemma2_cases, blip2_cases)
+}
 """Families whose cases can be judged, and the table that brings their references into the product's format."""
 
 Need = Callable[[Case], Any]

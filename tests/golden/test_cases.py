@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_case import Case
+from golden_case import Case, sources_of
 from needs import FAMILIES, generates, has_averaged_weights, has_checkpoint, is_of_the_model_alone, judges
 from rich.console import Console
 
@@ -73,7 +73,7 @@ def test_export_returns_the_original_tensors_bit_for_bit(
     case: Case, table, tmp_path: Path, rebuilt: Callable[[Case], Path], converted: Callable[..., Path]
 ) -> None:
     exported = open_checkpoint(export(converted(case), tmp_path / "exported.pt").path)
-    original = open_checkpoint(rebuilt(case))
+    original = open_checkpoint(sources_of(case, table, rebuilt(case))["checkpoint"])
     for section, want in table.model_parts(original).items():
         got = table.model_parts(exported)[section]
         assert list(got) == list(want), f"{case.name}: other tensors, or another order, in {section}"

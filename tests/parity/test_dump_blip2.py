@@ -145,7 +145,7 @@ def test_position_table_of_another_size_is_resized_as_the_original_does(run, sou
 
 def test_stage_1_checkpoint_gives_both_heads(run, sources) -> None:
     found = tensors(run(sources(itm=True), texts=("cats", "dogs")))
-    assert found["itm/out/itm"].shape == (2, 2) and found["itc/out/itc@float64"].dtype == torch.float64
+    assert found["itm/out/itm"].shape == (2, 2) and found["itc/out/itc_pairs@float64"].dtype == torch.float64
     assert found["itm/in/input_ids"].shape == found["itm/in/attention_mask"].shape == (2, 4)
 
 

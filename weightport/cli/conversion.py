@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from weightport.converters.plan import Plan
     from weightport.families.declaration import Family
 
+MOST_PARTS = 12
+"""Parts of a model that a line names."""
 DTYPES = ("keep", "float32", "float16", "bfloat16")
 
 
@@ -118,7 +120,8 @@ def _family_option(name: str, found: Sequence[tuple[str, CommandOption, Any]], *
         kind: Any = click.Choice(choices)
     else:
         kind = {int: int, float: float}.get(type(default), str)
-    shown = f"{help_text} [default: {default}]" if default is not None and not named else help_text
+    # A number of 0 stands for one that is found out.
+    shown = f"{help_text} [default: {default}]" if default not in (None, 0) and not named else help_text
     return click.option(declared.flag, name, type=kind, default=None, metavar=declared.metavar, help=shown)
 
 
@@ -214,18 +217,26 @@ def _run(
 
 def _show_dry_run(lines: Lines, planned: Planned, *, as_json: bool) -> None:
     """What each source gives, without writing anything."""
-    given = {name: len(planned.model.tensors_of(name)) for name in planned.sources.checkpoints}
+    parts = {
+        name: Counter(tensor.partition(".")[0] for tensor in planned.model.tensors_of(name))
+        for name in planned.sources.checkpoints
+    }
+    given = {name: found.total() for name, found in parts.items()}
     if as_json:
         model = planned.model
         found = {
             "family": model.family, "title": model.title, "parameters": planned.plan.parameters,
-            "bytes": planned.plan.nbytes, "sources": given, "notes": list(model.notes),
+            "bytes": planned.plan.nbytes, "sources": given, "parts": parts, "notes": list(model.notes),
         }  # fmt: skip
         echo(json.dumps(found, ensure_ascii=False))
         return
     _show_plan(lines, planned)
     for name, number in given.items():
-        lines.line("source", f"{name}: {planned.sources[name].path} gives {number} tensors")
+        of_parts = ", ".join(f"{part} {count}" for part, count in parts[name].items())
+        shown = f" ({of_parts})" if 0 < len(parts[name]) <= MOST_PARTS else ""
+        lines.line("source", f"{name}: {planned.sources[name].path} gives {number} tensors{shown}")
+    for reason, number in Counter(planned.model.unused.values()).items():
+        lines.line("unused", f"{number} tensors: {reason}")
     lines.line("nothing", f"was written; OUT would hold {size(planned.plan.nbytes)} of weights")
 
 

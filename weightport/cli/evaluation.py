@@ -71,7 +71,7 @@ def evaluate_command(
         from weightport.finetuning.recipes.recipe import load_recipe, parse_assignments, with_settings
         from weightport.finetuning.setup.preparing import resolved
 
-    family = registry().of_directory(model).training
+    family = registry().training_of(model)
     recipe, _ = resolved(load_recipe(recipe_name), family.name, as_published=False)
     settings = parse_assignments(assignments)
     if metrics:

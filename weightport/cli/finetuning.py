@@ -107,7 +107,7 @@ def port_finetune(
 
     if resume and overwrite:
         raise UsageError("--resume goes on with a run and --overwrite replaces it: give one of them.")
-    family = registry().of_directory(model).training
+    family = registry().training_of(model)
     recipe, mistakes = resolved(load_recipe(recipe_name), family.name, as_published=as_published)
     assigned = parse_assignments(assignments)
     recipe = with_settings(recipe, _options(method, freeze, cache_features, skip_bad) | assigned, "--set")

@@ -18,6 +18,7 @@ from weightport.converters.options import ConversionOptions
 from weightport.converters.plan import Plan, plan
 from weightport.converters.processor import Processor, check_processor, image_sides
 from weightport.converters.record import conversion_record, write_record
+from weightport.converters.side_file import write_side_file
 from weightport.errors import ConfigurationError
 from weightport.hashing import BackgroundDigests
 from weightport.tokenizers.provenance import Provenance
@@ -100,7 +101,7 @@ def convert(
                 metadata={"total_parameters": made.parameters},
                 allow_nonfinite=options.allow_nonfinite,
                 advance=advance,
-            )
+            ) + write_side_file(made.kept, folder, allow_nonfinite=options.allow_nonfinite, advance=advance)
             digests_read = hashed.result(sources.states)
             record = conversion_record(sources, model, made, files, digests_read, planned.vocabulary)
             write_record(folder, record)
@@ -137,7 +138,7 @@ def checked_processor(
     built = family.build_processor(model, sources, options)
     if built is not None:
         use = family.image_use(model.config, *image_sides(built.processor))
-        check_processor(built.processor, model.config, use)
+        check_processor(built.processor, model.config, use, built.end)
     return built
 
 

@@ -17,6 +17,7 @@ from weightport.converters.family import ConversionStage, OriginalForm
 from weightport.converters.patterns import Capture
 from weightport.converters.record import read_record
 from weightport.converters.rules import Claim, RuleTable
+from weightport.converters.side_file import read_side_file
 from weightport.errors import CheckpointError, CoverageError, UsageError
 from weightport.model_directory import check_model_directory
 from weightport.writing import require_directory, require_file, whole_directory, whole_file
@@ -62,7 +63,8 @@ def export(
     source = _source_of(record, part, directory)
     checkpoint = open_checkpoint(directory)
     rules = family.rules_of(config, record.get("layout", ""))
-    tensors, lost = original_tensors(checkpoint, rules, config, record, part)
+    beside = read_side_file(directory) if part == MAIN else {}
+    tensors, lost = original_tensors(checkpoint, rules, config, record, part, beside)
     total = sum({tensor.storage_key: tensor.nbytes for tensor in tensors}.values())
     announce(total)
     job = _Job(
@@ -131,12 +133,18 @@ def _source_of(record: Mapping[str, Any], part: str, directory: Path) -> Mapping
 
 
 def original_tensors(
-    checkpoint: Checkpoint, rules: RuleTable, config: PreTrainedConfig, record: Mapping[str, Any], part: str = MAIN
+    checkpoint: Checkpoint,
+    rules: RuleTable,
+    config: PreTrainedConfig,
+    record: Mapping[str, Any],
+    part: str = MAIN,
+    beside: Mapping[str, TensorRef] | None = None,
 ) -> tuple[list[Outgoing], dict[str, str]]:
-    """(the original's tensors, in the original's order where a record tells it; what is lost by tensor). Raises
-    CoverageError."""
+    """(the original's tensors, in the original's order where a record tells it; what is lost by tensor). `beside` are
+    those that stand in the side file. Raises CoverageError."""
     filled = {name for step in record.get("steps", ()) if not step["from"] for name in step["to"]}
     found, lost = _reversed_rules(checkpoint, rules, filled)
+    found |= {name: Outgoing.of(name, ref, storage=name) for name, ref in (beside or {}).items()}
     recorded = {name: source["tensors"] for name, source in record.get("sources", {}).items()}
     dtypes: Mapping[str, str] = recorded.get(part, {})
     names = list(dtypes) or None

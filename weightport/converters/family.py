@@ -31,7 +31,8 @@ class SourceModel:
 
     `tensors` have the names that `rules` speak of. `origins` names the source of a tensor where it is not the main
     one. `sections` are what stands before the names in a source's file, "model" of `model.encoder.layer_norm.bias`.
-    `unused` are tensors of a source that another one gave (name → reason). `options` are the original's own settings,
+    `unused` are tensors that a source has beside them, which another one gives or the original does not use
+    (name → reason). `options` are the original's own settings,
     as far as the family understands them (plain data, kept in conversion.json for the way back). `unread` are the
     bytes of the file's other sections. `notes` are for the user.
     """

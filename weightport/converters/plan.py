@@ -43,11 +43,13 @@ class Step:
 
 @dataclass(frozen=True)
 class DroppedTensor:
-    """A source tensor that is not written. `derived` ones are compared with what the configuration gives first."""
+    """A source tensor that is not part of the model. `derived` ones are compared with what the configuration gives
+    first; `kept` ones are written beside the model."""
 
     ref: TensorRef
     because: str
     derived: Derived | None = None
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,13 @@ class Plan:
         return (target for step in self.steps for target in step.targets)
 
     @property
+    def kept(self) -> tuple[TensorRef, ...]:
+        """Source tensors that are written beside the model."""
+        return tuple(item.ref for item in self.dropped if item.kept)
+
+    @property
     def nbytes(self) -> int:
-        return sum(target.nbytes for target in self.targets)
+        return sum(target.nbytes for target in self.targets) + sum(ref.nbytes for ref in self.kept)
 
     @property
     def parameters(self) -> int:
@@ -177,7 +184,7 @@ def _claimed(
         elif (derived := rules.derivation_of(name)) is not None:
             dropped.append(DroppedTensor(ref, derived.because, derived))
         elif (row := rules.drop_of(name)) is not None:
-            dropped.append(DroppedTensor(ref, row.because))
+            dropped.append(DroppedTensor(ref, row.because, kept=row.kept))
         else:
             problems.surplus.append(f"{name} {list(ref.shape)}")
     return groups, dropped

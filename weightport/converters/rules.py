@@ -145,10 +145,11 @@ class Derived:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A source tensor with no place in the target, and none in an export."""
+    """A source tensor with no place in the target. An export leaves it out, unless it is `kept` beside the model."""
 
     source: Pattern
     because: str
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -296,6 +297,11 @@ def derive(source: str, compute: Derivation, because: str, optional: bool = Fals
 def drop(source: str, because: str) -> Dropped:
     """A tensor that is left out, and why."""
     return Dropped(Pattern(source), because)
+
+
+def keep(source: str, because: str) -> Dropped:
+    """A tensor with no place in the native model, which stands in a file of its own beside it for the way back."""
+    return Dropped(Pattern(source), because, kept=True)
 
 
 def fill(target: str, value: float, because: str, dtype: torch.dtype | None = None) -> Filled:

@@ -109,6 +109,12 @@ class Family:
         """Raises FamilyError where the family has none."""
         return cast("TrainingStage", self._stage("fine-tuning", self.training_stage))
 
+    def training_of(self, config: Mapping[str, Any]) -> TrainingStage:
+        """The training stage for a native model of this config.json: a stage that differs between models of its family
+        has a method `of` that gives the one. Raises FamilyError where the family has none."""
+        stage: Any = self.training
+        return cast("TrainingStage", stage.of(config) if hasattr(stage, "of") else stage)
+
     def looks_like(self, names: Iterable[str]) -> str | None:
         """The kind of checkpoint that tensors with these names are, by this family's signatures."""
         known = tuple(names)

@@ -21,6 +21,7 @@ from weightport.model_directory import check_model_directory
 
 if TYPE_CHECKING:
     from weightport.checkpoints import Checkpoint
+    from weightport.finetuning.family import Family as TrainingStage
 
 GROUP = "weightport.families"
 
@@ -28,6 +29,7 @@ BUILT_IN = {
     "ofa": "weightport.families.ofa:FAMILY",
     "florence2": "weightport.families.florence2:FAMILY",
     "paligemma2": "weightport.families.paligemma2:FAMILY",
+    "blip2": "weightport.families.blip2:FAMILY",
 }
 """A new built-in family is a folder, and a line here."""
 
@@ -39,8 +41,6 @@ STRANGERS = (
         "Moondream2",
         r"(.+\.)?(text_model\.transformer\.h\.0\.mixer\.Wqkv\.weight|text\.blocks\.0\.attn\.qkv\.weight)",
     ),
-    Signature("BLIP-2 (LAVIS)", r"(model\.)?Qformer\.bert\.encoder\.layer\.0\..+"),
-    Signature("a native BLIP-2 model", r"qformer\.encoder\.layer\.0\..+"),
     Signature("BART (fairseq)", r"(model\.)?encoder\.sentence_encoder\..+|(model\.)?encoder\.layers\.0\.fc1\.weight"),
     Signature("a LoRA adapter", r".+\.lora_A\.(.+\.)?weight"),
 )
@@ -118,6 +118,12 @@ class FamilyRegistry:
             return self.recognised(open_checkpoint(path))
         except CheckpointError:
             return None
+
+    def training_of(self, directory: Path) -> TrainingStage:
+        """The training stage for the model in `directory`. Raises as `of_directory`, and FamilyError without one."""
+        from weightport.checkpoints.formats.sharded import read_json
+
+        return self.of_directory(directory).training_of(read_json(directory / "config.json"))
 
     def of_directory(self, directory: Path) -> Family:
         """The family of a native model directory, by its config.json. Raises CheckpointError for what is none,

@@ -68,6 +68,11 @@ class Family(Protocol):
     model's loss never counts padding, so that a guide that counts it needs another. `leaves_unused`: a step leaves
     some of the trained parameters without a gradient. `cached` are the beginnings of the model whose output can be
     kept while they are frozen, the longest first.
+
+    A family may also have: `of`, which takes a config.json and gives the stage for its model, where models of the
+    family differ; `counts_padding`, that it makes labels of padding itself where `batch.count_padding` asks for it,
+    causal or not; `mean_of_batch`, that the model's own loss is the mean of one batch whatever makes a step, so that
+    Trainer has to compute it.
     """
 
     name: str

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from weightport.converters.family import ConversionStage
 from weightport.errors import ReferenceFileError
 from weightport.parity.compare import Comparison, Place, compare, compare_generation
+from weightport.parity.correction import effect_of
 from weightport.parity.evidence import Evidence, Hypotheses, evidence_of, hypotheses, tokenizer_of
 from weightport.parity.family import Family
 from weightport.parity.float64_arithmetic import Float64Throughout
@@ -83,7 +84,7 @@ def check_parity(
     missed: dict[NotCompared, None] = {}
     places: dict[tuple[str, str, str], Localisation] = {}
     order = forward_order(family, opened)
-    memory, left_out = TrainingMemory(), dict[str, str]()
+    memory, left_out, corrected = TrainingMemory(), dict[str, str](), ""
     evidence, tokenizer = Evidence(), tokenizer_of(directory)
     texts: dict[str, Hypotheses] = {}
     with _exact_arithmetic():
@@ -98,6 +99,7 @@ def check_parity(
                 stream=True,
             )
             originals = originals_of(directory, conversion, model)
+            undo = family.correction.apply(model) if family.correction else None
             for run in opened.runs:
                 found: list[Comparison] = []
                 if not dtypes and (short := memory.shortage(run, model)):
@@ -118,6 +120,8 @@ def check_parity(
                     places.setdefault((place.run, place.seam, place.dtype), place)
             if not evidence.environment:
                 evidence = evidence_of(directory, opened, family, model)
+            if undo is not None and not corrected:
+                corrected = effect_of(model, family, opened.runs, undo)
             del model
     if not comparisons:
         reasons = "; ".join(sorted({each.reason for each in missed}))
@@ -132,7 +136,10 @@ def check_parity(
         tuple(missed),
         {name: version(name) for name in ("weightport", "torch", "transformers")},
         order,
-        tuple(f"left out: run {name} in float64 ({why}; --dtype float64 insists)" for name, why in left_out.items()),
+        (
+            *(f"left out: run {name} in float64 ({why}; --dtype float64 insists)" for name, why in left_out.items()),
+            *([corrected] if corrected else []),
+        ),
         evidence=replace(evidence, texts=tuple(texts.values())),
     )
     first = report.first_departure

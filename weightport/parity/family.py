@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from transformers import LogitsProcessor, PreTrainedConfig
+from transformers import LogitsProcessor, PreTrainedConfig, PreTrainedModel
 
 from weightport.parity.noise import Noise
 from weightport.parity.reference import Kind
@@ -37,7 +37,8 @@ class Seam:
     `side="input"`, its first argument) to the tensor the original would have given: same axes, same order; None where
     the model has no such value. `parts` names the modules that make the value, where they are not those that run
     between the seam before and this one. `within` cuts the picked tensor to what the original has of it, by the
-    configuration (a native embedding may have more rows).
+    configuration (a native embedding may have more rows). `also` is the module in models of the family that have no
+    `module`.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Seam:
     side: Literal["input", "output"] = "output"
     parts: tuple[str, ...] = ()
     within: Callable[[torch.Tensor, PreTrainedConfig], torch.Tensor] | None = None
+    also: str = ""
 
     def layer_of(self, name: str) -> str | None:
         """What `*` stands for in `name`, "" where there is no `*`, None where this is another seam."""
@@ -90,6 +92,18 @@ def leading_block(sample: Mapping[str, Any], config: PreTrainedConfig) -> int:
 
 
 @dataclass(frozen=True)
+class Correction:
+    """What the original computes and the native class has no setting for, made up for while the model is measured.
+
+    `apply` makes a running model compute it and returns how to undo that, or None where there is nothing to correct.
+    `because` says what differs; the report states how much it changes.
+    """
+
+    because: str
+    apply: Callable[[PreTrainedModel], Callable[[], None] | None]
+
+
+@dataclass(frozen=True)
 class Family:
     """The table of one family.
 
@@ -104,7 +118,8 @@ class Family:
     `exact_loss` stands in
     for the model's own loss in float64, where transformers rounds logits to float32 first. `casts_to_float32`: the
     native model's own code casts values to float32, which a float64 run leaves out. `prefix` counts the columns that
-    a model without an encoder reads at once before it decodes step by step.
+    a model without an encoder reads at once before it decodes step by step. `correction`: the model is held against
+    the original with it.
     """
 
     name: str
@@ -130,6 +145,7 @@ class Family:
     exact_loss: Callable[..., torch.Tensor] | None = None
     casts_to_float32: bool = False
     prefix: Callable[[Mapping[str, Any], PreTrainedConfig], int] = leading_block
+    correction: Correction | None = None
 
     def noise_at(self, seam: str) -> Noise:
         """The noise of a seam."""

@@ -81,6 +81,9 @@ def _generated(model: Any, generation: Generation, config: GenerationConfig, out
     lengths = (~ended).sum(-1).clamp(min=1)
     penalty = 1.0 if config.length_penalty is None else config.length_penalty
     scores = output.sequences_scores if searched else tokens.sum(-1) / lengths**penalty
+    if config.pad_token_id is not None:
+        # transformers takes a pad of 0 for none, and fills up with the end instead.
+        sequences = sequences.masked_fill(ended, config.pad_token_id)
     beams = (-1, config.num_return_sequences)
     return {
         "sequences": sequences.unflatten(0, beams),

@@ -103,8 +103,13 @@ class Trace:
 
     def moment(self, seam: Seam, layer: str) -> int | None:
         """When the value of a seam was there; None when its module did not run."""
-        path = self._path(seam.module.replace("*", layer))
-        return (self.starts if seam.side == "input" else self.ends).get(path)
+        moments = self.starts if seam.side == "input" else self.ends
+        for module in (seam.module, *([seam.also] if seam.also else [])):
+            try:
+                return moments[self._path(module.replace("*", layer))]
+            except (AttributeError, IndexError, KeyError):
+                continue
+        return None
 
     def _path(self, path: str) -> str:
         """The module's name, a list's last element by number."""

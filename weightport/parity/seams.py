@@ -80,20 +80,25 @@ def recording(model: nn.Module, seams: Sequence[Seam], wanted: Iterable[Expected
     """While the block runs, the model's values at the wanted seams, each taken at the first call of its module."""
     observations: Observations = {}
     with ExitStack() as hooks:
-        for (seam, path), expected in _by_place(seams, wanted, observations).items():
-            try:
-                module = _submodule(model, path)
-            except (AttributeError, IndexError):
+        for (seam, layer), expected in _by_place(seams, wanted, observations).items():
+            path = seam.module.replace("*", layer)
+            module = _submodule(model, path)
+            if module is None and seam.also:
+                module = _submodule(model, seam.also.replace("*", layer))
+            if module is None:
                 observations.update({each.tensor.name: Missed(f"the model has no module {path}") for each in expected})
                 continue
             hooks.callback(_attach(module, seam, expected, observations, getattr(model, "config", None)).remove)
         yield observations
 
 
-def _submodule(model: nn.Module, path: str) -> nn.Module:
-    """As `get_submodule`; a negative number counts a list's modules from its end."""
-    for part in filter(None, path.split(".")):
-        model = list(model.children())[int(part)] if part.startswith("-") else model.get_submodule(part)
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    """As `get_submodule`, None where there is none; a negative number counts a list's modules from its end."""
+    try:
+        for part in filter(None, path.split(".")):
+            model = list(model.children())[int(part)] if part.startswith("-") else model.get_submodule(part)
+    except (AttributeError, IndexError):
+        return None
     return model
 
 
@@ -108,7 +113,7 @@ def _by_place(
             observations[expected.tensor.name] = Missed("the family has no such seam")
             continue
         seam, layer = found
-        places.setdefault((seam, seam.module.replace("*", layer)), []).append(expected)
+        places.setdefault((seam, layer), []).append(expected)
     return places
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from weightport.converters.side_file import SIDE_FILE
 from weightport.errors import CheckpointError, UsageError
 from weightport.local_paths import target_outside
 
@@ -36,7 +37,15 @@ def belonging(folder: Path, weights: Sequence[Path], include: Sequence[str] = ()
     `include` are names of further files, given by the user. Raises UsageError for one that is not there,
     CheckpointError for a link that leads out of the folder.
     """
-    named = {*CONFIGURATION, *TOKENIZER, *RECORDS, *REPORTS, *(path.name for path in weights), *_code(folder)}
+    named = {
+        *CONFIGURATION,
+        *TOKENIZER,
+        *RECORDS,
+        *REPORTS,
+        SIDE_FILE,
+        *(path.name for path in weights),
+        *_code(folder),
+    }
     found = {
         path.name: path
         for path in folder.iterdir()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
@@ -103,6 +103,11 @@ def florence2_provenance(source: Path | str) -> Provenance:
 def of_file(path: Path, source: str) -> Provenance:
     """A vocabulary of one file; `source` is its name, or the Hub id that it was downloaded of."""
     return Provenance(source, (_file(path),))
+
+
+def of_folder(folder: Path, names: Iterable[str], source: str) -> Provenance:
+    """A vocabulary of those of the named files that stand in `folder`; `source` as in `of_file`."""
+    return replace(_of_folder(folder, names), source=source)
 
 
 def _of_folder(folder: Path, names: Iterable[str]) -> Provenance:

@@ -6,9 +6,9 @@ Operations chain, and one that works on a layer works on a stack of layers throu
 from __future__ import annotations
 
 from weightport.converters.operations.composition import Chain, Stack, Unstack
-from weightport.converters.operations.layout import Concatenate, Permute, Reshape, Split
+from weightport.converters.operations.layout import Concatenate, JoinAroundZeros, Permute, Reshape, Split
 from weightport.converters.operations.operation import COPY, Copy, Operation, applied
-from weightport.converters.operations.values import Cast, Pad, Resize, Truncate
+from weightport.converters.operations.values import Cast, Pad, Resize, Rounded, Truncate
 
 __all__ = [
     "COPY",
@@ -16,11 +16,13 @@ __all__ = [
     "Chain",
     "Concatenate",
     "Copy",
+    "JoinAroundZeros",
     "Operation",
     "Pad",
     "Permute",
     "Reshape",
     "Resize",
+    "Rounded",
     "Split",
     "Stack",
     "Truncate",

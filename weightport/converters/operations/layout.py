@@ -104,6 +104,36 @@ class Concatenate(Operation):
 
 
 @dataclass(frozen=True)
+class JoinAroundZeros(Operation):
+    """Two equal tensors with as many zeros between them, along axis 0: the bias of a joined query, key and value
+    matrix of which only query and value have one. Backward leaves the middle out, whatever it holds: a constant added
+    to all keys changes no attention."""
+
+    @property
+    def name(self) -> str:
+        return "concatenate, zeros between"
+
+    @property
+    def sources(self) -> int:
+        return 2
+
+    def forward(self, sources: Sequence[Lazy]) -> list[Lazy]:
+        first, last = sources
+        if first.shape != last.shape:
+            raise ValueError(f"{first.shape} and {last.shape} differ")
+        zeros = LazyTensor(
+            first.shape,
+            first.dtype,
+            lambda start, stop: torch.zeros((stop - start, *first.shape[1:]), dtype=first.dtype),
+        )
+        return [_joined([first, zeros, last], 0)]
+
+    def backward(self, targets: Sequence[Lazy]) -> list[Lazy]:
+        first, _, last = Split(3).forward(targets)
+        return [first, last]
+
+
+@dataclass(frozen=True)
 class Reshape(Operation):
     """Another shape for the same row-major values; both shapes are stated, so that it can be undone.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.nn import functional
@@ -87,15 +88,19 @@ class Cast(Operation):
 
 @dataclass(frozen=True)
 class Resize(Operation):
-    """A table of positions [1 or none, extra + side², width] for another grid, by bicubic interpolation in float32.
+    """A table of positions [1 or none, extra + side², width] for another grid, by bicubic interpolation.
 
-    `extra` rows at the start (class tokens) stay as they are. Backward interpolates the other way, which does not give
-    the same values: an export says so.
+    `extra` rows at the start (class tokens) stay as they are. `align_corners` as torch's interpolation has it.
+    `precision`: computed in float32 and given in the table's dtype ("rounded"), in float32 ("float32"), or computed
+    in the table's dtype ("own"). Backward interpolates the other way, which does not give the same values: an export
+    says so.
     """
 
     source: int
     target: int
     extra: int = 0
+    align_corners: bool = False
+    precision: Literal["rounded", "float32", "own"] = "rounded"
 
     @property
     def name(self) -> str:
@@ -106,10 +111,31 @@ class Resize(Operation):
         return None if self.source == self.target else f"the table of {self.source}² positions (interpolated back)"
 
     def forward(self, sources: Sequence[Lazy]) -> list[Lazy]:
-        return [_interpolated(source, self.source, self.target, self.extra) for source in sources]
+        return [_interpolated(source, self, self.source, self.target) for source in sources]
 
     def backward(self, targets: Sequence[Lazy]) -> list[Lazy]:
-        return [_interpolated(target, self.target, self.source, self.extra) for target in targets]
+        return [_interpolated(target, self, self.target, self.source) for target in targets]
+
+
+@dataclass(frozen=True)
+class Rounded(Operation):
+    """The values that are left in a narrower floating-point dtype, written in it; backward gives these."""
+
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return f"round to {dtype_name(self.dtype)}"
+
+    @property
+    def lossy(self) -> str | None:
+        return f"digits beyond {dtype_name(self.dtype)}"
+
+    def forward(self, sources: Sequence[Lazy]) -> list[Lazy]:
+        return [_cast(source, source.dtype, self.dtype) for source in sources]
+
+    def backward(self, targets: Sequence[Lazy]) -> list[Lazy]:
+        return list(targets)
 
 
 def _padded(tensor: Lazy, count: int, value: float = 0.0) -> LazyTensor:
@@ -131,22 +157,24 @@ def _cast(tensor: Lazy, source: torch.dtype, target: torch.dtype) -> LazyTensor:
     )
 
 
-def _interpolated(tensor: Lazy, source: int, target: int, extra: int) -> LazyTensor:
+def _interpolated(tensor: Lazy, how: Resize, source: int, target: int) -> LazyTensor:
     if source == target:
         return LazyTensor(tensor.shape, tensor.dtype, tensor.rows)
-    lead, width = tensor.shape[:-2], tensor.shape[-1]
+    lead, width, extra = tensor.shape[:-2], tensor.shape[-1], how.extra
     if tensor.shape[-2] != extra + source**2:
         raise ValueError(f"{tensor.shape} is no table of {extra} + {source}² positions")
     shape = (*lead, extra + target**2, width)
+    dtype = torch.float32 if how.precision == "float32" else tensor.dtype
 
     def rows(start: int, stop: int) -> torch.Tensor:
         table = tensor.read().reshape(-1, width)
-        grid = table[extra:].float().reshape(1, source, source, width).permute(0, 3, 1, 2)
+        grid = table[extra:].reshape(1, source, source, width).permute(0, 3, 1, 2)
+        grid = grid if how.precision == "own" else grid.float()
         if grid.device.type != "meta":
-            grid = functional.interpolate(grid, size=(target, target), mode="bicubic", align_corners=False)
+            grid = functional.interpolate(grid, size=(target, target), mode="bicubic", align_corners=how.align_corners)
         else:
             grid = grid.new_empty(1, width, target, target)
-        grown = torch.cat([table[:extra], grid.permute(0, 2, 3, 1).reshape(-1, width).to(table.dtype)])
+        grown = torch.cat([table[:extra].to(dtype), grid.permute(0, 2, 3, 1).reshape(-1, width).to(dtype)])
         return grown.reshape(shape)[start:stop]
 
-    return LazyTensor(shape, tensor.dtype, rows, by_rows=False)
+    return LazyTensor(shape, dtype, rows, by_rows=False)

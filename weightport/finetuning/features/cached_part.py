@@ -74,9 +74,10 @@ def bypass(model: nn.Module, part: CachedPart, shape: tuple[int, ...]) -> None:
 def _handing_on(computed: Callable[..., Any], shape: tuple[int, ...], *, first: bool) -> Callable[..., Any]:
     """`first`: the module is a vision tower, which returns a ModelOutput; the others return the tensor itself."""
 
-    def forward(given: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given: torch.Tensor = args[0] if args else kwargs["pixel_values"]
         if tuple(given.shape[1:]) != shape:
-            return computed(given, *args, **kwargs)
+            return computed(*args, **kwargs)
         return BaseModelOutputWithPooling(last_hidden_state=given) if first else given
 
     return forward

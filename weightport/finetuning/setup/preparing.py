@@ -162,7 +162,7 @@ def _require_meaning(family: Family, recipe: Recipe) -> None:
     if recipe.batch.loss_mean == "samples" and (smoothed or recipe.batch.count_padding):
         other = "training.label_smoothing_factor" if smoothed else "batch.count_padding"
         raise RecipeError(f"batch.loss_mean=samples and {other} are two losses: set one of them.")
-    if not family.causal:
+    if not family.causal or getattr(family, "counts_padding", False):
         return
     for name in ("count_padding", "attend_padding"):
         if getattr(recipe.batch, name):

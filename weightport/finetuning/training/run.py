@@ -162,7 +162,9 @@ def _loss(recipe: Recipe, family: Family) -> Callable[..., torch.Tensor] | None:
     """What computes the loss in place of the model, None where the model does."""
     if recipe.batch.loss_mean == "samples":
         return partial(loss_of_samples, shift=family.causal)
-    return loss_with_padding if recipe.batch.count_padding and family.own_loss else None
+    # A decoder's labels count what they hold, padding too.
+    counted = recipe.batch.count_padding and family.own_loss and not family.causal
+    return loss_with_padding if counted or getattr(family, "mean_of_batch", False) else None
 
 
 def _trained(trainer: PortTrainer, checkpoint: Path | None) -> list[str]:

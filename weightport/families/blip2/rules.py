@@ -1,0 +1,197 @@
+"""BLIP-2's names: LAVIS left, transformers right.
+
+Checked against salesforce/LAVIS at 506965b9: models/blip2_models/{blip2,blip2_opt,blip2_t5,blip2_qformer,Qformer}.py
+and models/eva_vit.py. The left side is the whole model's; a checkpoint holds what was trained of it. The vision
+encoder's own file has its names without `visual_encoder.`, the language model's folder without `opt_model.` or
+`t5_model.`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from weightport.converters.operations import COPY, JoinAroundZeros, Operation, Resize, Rounded
+from weightport.converters.patterns import Pattern
+from weightport.converters.rules import Rule, RuleTable, derive, drop, keep, renames, table, tie
+from weightport.families.blip2.layouts import Kind
+
+EVA_ATTENTION = "visual_encoder.blocks.*.attn."
+NATIVE_LAYER = "vision_model.encoder.layers.*."
+
+VISION = table(
+    renames(
+        "",
+        "",
+        """
+        visual_encoder.cls_token                       vision_model.embeddings.class_embedding
+        visual_encoder.patch_embed.proj.{weight,bias}  vision_model.embeddings.patch_embedding.{weight,bias}
+        ln_vision.{weight,bias}                        vision_model.post_layernorm.{weight,bias}
+        """,
+    ),
+    renames(
+        "visual_encoder.blocks.*.",
+        NATIVE_LAYER,
+        """
+        norm{1,2}.{weight,bias}         layer_norm{1,2}.{weight,bias}
+        attn.qkv.weight                 self_attn.qkv.weight
+        attn.proj.{weight,bias}         self_attn.projection.{weight,bias}
+        mlp.fc{1,2}.{weight,bias}
+        """,
+    ),
+    Rule(
+        (Pattern(f"{EVA_ATTENTION}q_bias"), Pattern(f"{EVA_ATTENTION}v_bias")),
+        (Pattern(f"{NATIVE_LAYER}self_attn.qkv.bias"),),
+        JoinAroundZeros(),
+    ),
+    *(
+        drop(f"visual_encoder.{name}.{{weight,bias}}", "the encoder's own classifier, which LAVIS does not build")
+        for name in ("norm", "fc_norm", "head")
+    ),
+)
+
+QUERIES = table(
+    renames(
+        "",
+        "",
+        """
+        query_tokens
+        Qformer.bert.embeddings.LayerNorm.{weight,bias}  qformer.layernorm.{weight,bias}
+        """,
+    ),
+    renames(
+        "Qformer.bert.encoder.layer.*.",
+        "qformer.encoder.layer.*.",
+        """
+        {attention,crossattention}.self.{query,key,value}.{weight,bias}   {attention,crossattention}.attention.{query,key,value}.{weight,bias}
+        {attention,crossattention}.output.{dense,LayerNorm}.{weight,bias}
+        intermediate_query.dense.{weight,bias}
+        output_query.{dense,LayerNorm}.{weight,bias}
+        """,  # noqa: E501 - a row is a line
+    ),
+    derive(
+        "Qformer.bert.embeddings.position_ids",
+        lambda config, name: torch.arange(config.qformer_config.max_position_embeddings)[None],
+        "position numbers, counted anew",
+        optional=True,
+    ),
+)
+
+MATCHING = table(
+    tie(
+        "Qformer.bert.embeddings.word_embeddings.weight",
+        "Qformer.cls.predictions.decoder.weight",
+        to="embeddings.word_embeddings.weight",
+    ),
+    renames(
+        "",
+        "",
+        """
+        Qformer.bert.embeddings.position_embeddings.weight  embeddings.position_embeddings.weight
+        vision_proj.{weight,bias}                           vision_projection.{weight,bias}
+        text_proj.{weight,bias}                             text_projection.{weight,bias}
+        itm_head.{weight,bias}
+        """,
+    ),
+    renames(
+        "Qformer.bert.encoder.layer.*.",
+        "qformer.encoder.layer.*.",
+        """
+        intermediate.dense.{weight,bias}
+        output.{dense,LayerNorm}.{weight,bias}
+        """,
+    ),
+    keep("temp", "the contrastive loss's temperature, which the native model has no place for"),
+    keep(
+        "Qformer.cls.predictions.{decoder.bias,bias}", "the captioning head, which the native model has no place for"
+    ),
+    keep(
+        "Qformer.cls.predictions.transform.{dense,LayerNorm}.{weight,bias}",
+        "the captioning head, which the native model has no place for",
+    ),
+)
+
+
+OPT = table(
+    renames("opt_proj.", "language_projection.", "{weight,bias}"),
+    renames(
+        "opt_model.model.decoder.",
+        "language_model.model.decoder.",
+        """
+        embed_positions.weight
+        final_layer_norm.{weight,bias}
+        project_{in,out}.weight
+        layers.*.self_attn.{q,k,v,out}_proj.{weight,bias}
+        layers.*.{self_attn,final}_layer_norm.{weight,bias}
+        layers.*.fc{1,2}.{weight,bias}
+        """,
+    ),
+    tie(
+        "opt_model.model.decoder.embed_tokens.weight",
+        "opt_model.lm_head.weight",
+        to="language_model.model.decoder.embed_tokens.weight",
+    ),
+)
+
+T5 = table(
+    renames("t5_proj.", "language_projection.", "{weight,bias}"),
+    renames(
+        "t5_model.",
+        "language_model.",
+        """
+        lm_head.weight
+        {encoder,decoder}.final_layer_norm.weight
+        {encoder,decoder}.block.*.layer.*.SelfAttention.{q,k,v,o,relative_attention_bias}.weight
+        {encoder,decoder}.block.*.layer.*.layer_norm.weight
+        {encoder,decoder}.block.*.layer.*.DenseReluDense.{wi,wi_0,wi_1,wo}.weight
+        decoder.block.*.layer.1.EncDecAttention.{q,k,v,o}.weight
+        """,
+    ),
+    tie(
+        "t5_model.shared.weight",
+        "t5_model.encoder.embed_tokens.weight",
+        "t5_model.decoder.embed_tokens.weight",
+        to="language_model.shared.weight",
+    ),
+    drop(
+        "t5_model.decoder.block.*.layer.1.EncDecAttention.relative_attention_bias.weight",
+        "of early T5 files, and used by no T5",
+    ),
+)
+
+LANGUAGE = {"opt": OPT, "t5": T5}
+
+
+@dataclass(frozen=True)
+class PositionTable:
+    """The vision encoder's position table: the side of its grid in the source and in the model."""
+
+    source: int
+    target: int
+
+    @property
+    def operation(self) -> Operation:
+        """How LAVIS resizes it: in float32, and left in float32."""
+        return COPY if self.source == self.target else Resize(self.source, self.target, extra=1, precision="float32")
+
+
+def blip2_rules(kind: Kind, positions: PositionTable | None = None, *, rounded: bool = False) -> RuleTable:
+    """The table of a model of `kind`. `rounded`: the language model as LAVIS rounds it."""
+    operation = positions.operation if positions else COPY
+    table_of_positions = Rule(
+        (Pattern("visual_encoder.pos_embed"),), (Pattern("vision_model.embeddings.position_embedding"),), operation
+    )
+    rest = MATCHING if kind == "itm" else LANGUAGE[kind]
+    return table(table_of_positions, VISION, QUERIES, _rounded(rest) if rounded else rest)
+
+
+def _rounded(language: RuleTable) -> RuleTable:
+    """`language` with the language model's tensors rounded to bfloat16."""
+    return replace(
+        language,
+        rules=tuple(
+            replace(rule, operation=Rounded(torch.bfloat16)) if "_model." in rule.sources[0].text else rule
+            for rule in language.rules
+        ),
+    )
