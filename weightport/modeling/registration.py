@@ -8,8 +8,11 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoModelForSeq2SeqLM,
     AutoProcessor,
+    Blip2Processor,
 )
 
+from .blip2_lavis.configuration_blip2_lavis import Blip2LavisConfig
+from .blip2_lavis.modeling_blip2_lavis import Blip2LavisForConditionalGeneration
 from .florence2.chat_templates import accept_chat_templates
 from .ofa.configuration_ofa import OFAConfig, OFAVisionConfig
 from .ofa.image_processing_ofa import OFAImageProcessor
@@ -17,7 +20,7 @@ from .ofa.modeling_ofa import OFAForConditionalGeneration, OFAModel
 from .ofa.processing_ofa import OFAProcessor
 from .ofa.vision_ofa import OFAVisionModel
 
-CONFIGS = (OFAConfig, OFAVisionConfig)
+CONFIGS = (OFAConfig, OFAVisionConfig, Blip2LavisConfig)
 
 MODELS = (
     (AutoModel, OFAConfig, OFAModel),
@@ -25,11 +28,13 @@ MODELS = (
     (AutoModelForImageTextToText, OFAConfig, OFAForConditionalGeneration),
     (AutoModelForMultimodalLM, OFAConfig, OFAForConditionalGeneration),
     (AutoModelForSeq2SeqLM, OFAConfig, OFAForConditionalGeneration),
+    (AutoModelForImageTextToText, Blip2LavisConfig, Blip2LavisForConditionalGeneration),
+    (AutoModelForMultimodalLM, Blip2LavisConfig, Blip2LavisForConditionalGeneration),
 )
 
 IMAGE_PROCESSORS = ((OFAConfig, OFAImageProcessor),)
 
-PROCESSORS = ((OFAConfig, OFAProcessor),)
+PROCESSORS = ((OFAConfig, OFAProcessor), (Blip2LavisConfig, Blip2Processor))
 
 
 def register() -> None:
