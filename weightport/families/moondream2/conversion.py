@@ -102,7 +102,7 @@ class MoondreamConversion:
 
     def write_companions(self, model: SourceModel, plan: Plan, folder: Path, options: MoondreamOptions) -> None:
         """Write config.json and generation_config.json into `folder`."""
-        companions.write(model, plan, folder)
+        companions.write(model, plan, folder, portable=options.portable)
 
     def rules_of(self, config: PreTrainedConfig, layout: str) -> RuleTable:
         """The rule table of a converted model: that of its record, else of what its configuration is like."""
