@@ -108,7 +108,7 @@ class MoondreamConversion:
 
     def rules_of(self, config: PreTrainedConfig, layout: str) -> RuleTable:
         """The rule table of a converted model: that of its record, else of what its configuration is like."""
-        keys: Keys = "2025" if config.feature_merge == "tiles" else "2024"  # type: ignore[attr-defined]
+        keys: Keys = "2025" if config.feature_merge == "tiles" else "2024"
         return moondream_rules(config, layout if layout in layouts.MARKS else keys)  # type: ignore[arg-type]
 
     def original_document(self, config: PreTrainedConfig, options: Mapping[str, Any], model: Any) -> Any:
