@@ -233,6 +233,11 @@ class MoondreamModel(MoondreamPreTrainedModel):
         whole = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4
         if self.config.prefix_bidirectional and not whole and bool(is_image.any()):
             text: Any = self.config.text_config
+            if "flash" in (text._attn_implementation or ""):
+                raise ValueError(
+                    "Flash attention takes no mask in which an image is seen in both directions, and would leave it "
+                    'out without a word: load this revision with attn_implementation="sdpa".'
+                )
             mask = create_causal_mask(
                 config=text,
                 inputs_embeds=inputs_embeds,
