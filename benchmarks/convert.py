@@ -4,6 +4,7 @@
     python benchmarks/convert.py                 a 2 GB model inside a 6 GB training checkpoint
     python benchmarks/convert.py --layers 3      a small one, to try
     python benchmarks/convert.py --family paligemma2                 a PaliGemma 2 3B: an .npz of 6 GB
+    python benchmarks/convert.py --family moondream2                 a moondream2 of 2024: safetensors of 3.7 GB
     python benchmarks/convert.py --family paligemma2 --size 28b --layers 4 --limit-gb 2 --no-straightforward
 
 The last one plans the 28B model in full, on a sparse file of 55 GB, and converts one of its widths with four text
@@ -91,6 +92,61 @@ def write_checkpoint(path: Path, layers: int) -> int:
     return sum(tensor.nbytes for tensor in model.values())
 
 
+def write_moondream2(folder: Path) -> Path:
+    """A moondream2 of one view in float16, at the released sizes, with the config.json of its time; its weights."""
+    import torch
+
+    from weightport.checkpoints import Checkpoint, TensorRef
+    from weightport.checkpoints.types import NamedTensors
+    from weightport.converters.export import original_tensors
+    from weightport.families.registry import registry
+    from weightport.modeling.moondream.configuration_moondream import MoondreamConfig
+    from weightport.writing.safetensors_shards import lay_out, write_shards
+
+    family, config = registry()["moondream2"].conversion, MoondreamConfig()
+    noise = torch.rand(1 << 22).sub_(0.5).mul_(0.05).half()
+
+    def values(shape: tuple[int, ...]) -> torch.Tensor:
+        count = torch.Size(shape).numel()
+        return noise.repeat(-(-count // noise.numel()))[:count].reshape(shape)
+
+    refs = NamedTensors(
+        TensorRef(name, shape, torch.float16, lambda shape=shape: values(shape), (name,))
+        for name, shape in family.targets(config).shapes.items()
+    )
+    native = Checkpoint(folder, "generated", (), refs)
+    tensors, _ = original_tensors(native, family.rules_of(config, "2024"), config, {})
+    folder.mkdir()
+    write_shards(lay_out(tensors, 10**12), folder, metadata={"format": "pt"}, allow_nonfinite=False)
+    stated = {"architectures": ["Moondream"], "model_type": "moondream1", "text_config": {"model_type": "phi"}}
+    (folder / "config.json").write_text(json.dumps(stated))
+    return folder / "model.safetensors"
+
+
+def straightforward_safetensors(source: Path, out: Path) -> None:
+    """As a script would do it: the whole state in memory, cut and renamed, a model beside it."""
+    import torch
+    from safetensors.torch import load_file
+
+    from weightport.checkpoints.lazy_tensors import in_memory
+    from weightport.families.moondream2.rules import moondream_rules
+    from weightport.modeling.moondream.configuration_moondream import MoondreamConfig
+    from weightport.modeling.moondream.modeling_moondream import MoondreamForConditionalGeneration
+
+    config = MoondreamConfig.from_pretrained(out.with_name("port"))
+    rules, renamed = moondream_rules(config, "2024"), {}
+    for name, tensor in load_file(source).items():
+        claim = next(rules.of_source(name))
+        made = claim.rule.operation.forward([in_memory(tensor)])
+        renamed |= {
+            native: value.read().contiguous() for native, value in zip(claim.rule.target_names(claim.captures), made)
+        }
+    torch.set_default_dtype(torch.float16)
+    model = MoondreamForConditionalGeneration(config)
+    model.load_state_dict(renamed, strict=False)
+    model.save_pretrained(out)
+
+
 def straightforward(source: Path, out: Path) -> None:
     """The way of the scripts in issue threads: everything in memory, twice."""
     import torch
@@ -147,6 +203,8 @@ def write_source(arguments: argparse.Namespace, folder: Path) -> Path:
     if arguments.family == "ofa":
         write_checkpoint(folder / "ofa.pt", arguments.layers or 14)
         return folder / "ofa.pt"
+    if arguments.family == "moondream2":
+        return write_moondream2(folder / "moondream2")
     import paligemma_files
 
     whole = paligemma_files.shapes(arguments.size)
@@ -171,7 +229,7 @@ def port_command(family: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--family", choices=("ofa", "paligemma2"), default="ofa")
+    parser.add_argument("--family", choices=("ofa", "paligemma2", "moondream2"), default="ofa")
     parser.add_argument("--size", choices=("3b", "10b", "28b"), default="3b", help="of PaliGemma 2")
     parser.add_argument("--layers", type=int, help="OFA: layers a side, 14 make a 2 GB model in a 6 GB file; "
                         "PaliGemma: text layers, by default all")  # fmt: skip
@@ -183,7 +241,12 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.limit = int(arguments.limit_gb * 1e9) if arguments.limit_gb else None
     if arguments.straightforward:
-        {"ofa": straightforward, "paligemma2": straightforward_npz}[arguments.family](*arguments.straightforward)
+        ways = {
+            "ofa": straightforward,
+            "paligemma2": straightforward_npz,
+            "moondream2": straightforward_safetensors,
+        }
+        ways[arguments.family](*arguments.straightforward)
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from weightport.parity.report import ParityReport
 
 REFERENCE = "reference.safetensors"
-_WITHOUT_EFFECT = re.compile(r"[._]k(ey)?(_proj)?\.bias$")
+_WITHOUT_EFFECT = re.compile(r"(.+\.)?(k|key|k_proj|key_proj)\.bias")
 """Tensors that change no output: a key's bias adds one number to all scores of a query, which softmax takes away.
 Counters (a norm's number of batches) are no floating-point tensors."""
 MISTAKES = 12
@@ -263,7 +263,7 @@ def _planted_mistakes(case: Case, native: Path) -> tuple[bool, str]:
     record = read_record(native) or {}
     stored = open_checkpoint(native)
     made = [step["to"][0] for step in record["steps"] if step["from"]]
-    rows = [name for name in made if stored[name].dtype.is_floating_point and not _WITHOUT_EFFECT.search(name)]
+    rows = [name for name in made if stored[name].dtype.is_floating_point and not _WITHOUT_EFFECT.fullmatch(name)]
     chosen = rows[:: max(1, len(rows) // MISTAKES)][:MISTAKES]
     unnoticed = []
     for name in chosen:

@@ -12,9 +12,9 @@ The checkpoint is a folder of the Hub at one revision; `--repo` names another fo
 fine-tuned checkpoint has none. The code is executed: dump only what you trust. Runs on the CPU, in float32 and, where
 the memory is there, in float64 too, on the pixels that the original's own preprocessing gives.
 
-Every picture and prompt is a run of its own. Arguments: `pixel_values` [3, height, width] of 2024 or the normalised
-crops [crops, 3, size, size] of 2025, `input_ids` [1, length] with -1 where the image's vectors stand, `labels` with
--100 where nothing is predicted.
+Every picture and prompt is a run of its own. Arguments: `pixel_values` [1, 3, height, width] of 2024, or the
+normalised crops [1, crops, 3, size, size] of 2025 with their `tiling` [1, 2] (rows, columns); `input_ids` [1, length]
+with -1 where the image's vectors stand, `labels` with -100 where nothing is predicted.
 
 weightport is not needed here; of its format this file knows all there is (version 1): one safetensors file, tensors
 named <run>/in/<argument> and <run>/out/<seam>[@float64], and one metadata entry.
@@ -301,7 +301,7 @@ class Of2024:
 
     def pixels(self, image):
         """What the original's preprocessing makes of a picture: {argument: float32 tensor}."""
-        return {"pixel_values": self.model.vision_encoder.preprocess(image.convert("RGB")).float()}
+        return {"pixel_values": self.model.vision_encoder.preprocess(image.convert("RGB")).float()[None]}
 
     def prompt_ids(self, prompt):
         return self.tokenizer("\n\nQuestion: %s\n\nAnswer:" % prompt, add_special_tokens=False).input_ids
@@ -321,10 +321,10 @@ class Of2024:
             recorder.hook(layer, "decoder.layers.%d" % number)
 
     def image_vectors(self, image, given, recorder):
-        """Vectors [1, length, width] of a picture by the original's own path, on the given pixels in the run's
-        type."""
+        """Vectors [1, length, width] of a picture by the original's own path, on the given pixels: float32, which the
+        encoder itself takes to the run's type, after it has made the whole view of a picture of several crops."""
         encoder = self.model.vision_encoder
-        pixels = given["pixel_values"].to(next(self.model.parameters()).dtype)
+        pixels = given["pixel_values"][0]
         recorder.replace(encoder, "preprocess", lambda picture: pixels)
         return encoder(image)
 
@@ -365,8 +365,10 @@ class Of2025:
         self.start, self.end = settings.bos_id, settings.eos_id
 
     def pixels(self, image):
-        crops, _ = self.code.prepare_crops(image, self.model.config.vision, device="cpu")
-        return {"pixel_values": crops.float()}
+        import torch
+
+        crops, tiling = self.code.prepare_crops(image, self.model.config.vision, device="cpu")
+        return {"pixel_values": crops.float()[None], "tiling": torch.tensor([list(tiling)])}
 
     def prompt_ids(self, prompt):
         """What the revision's own query hands to the text model: revisions differ in spaces and repeated suffixes."""
@@ -401,7 +403,8 @@ class Of2025:
             seams[id(part["post_ln"])] = "%s.layers.%d" % (name, len(part["blocks"]) - 1)
             recorder.replace(module, "layer_norm", self.noting(module.layer_norm, seams, recorder))
         recorder.replace(self.code, "vision_encoder", self.keeping(self.code.vision_encoder, "vision", recorder))
-        projected = self.keeping(self.code.vision_projection, "projector", recorder)
+        # Of one picture's features, without an axis of pictures.
+        projected = self.keeping(self.code.vision_projection, "projector", recorder, batched=False)
         recorder.replace(self.code, "vision_projection", projected)
 
     @staticmethod
@@ -414,17 +417,17 @@ class Of2025:
         return noted
 
     @staticmethod
-    def keeping(call, seam, recorder):
+    def keeping(call, seam, recorder, batched=True):
         def kept(*args, **kwargs):
             output = call(*args, **kwargs)
-            recorder.keep(seam, output)
+            recorder.keep(seam, output if batched else output[None])
             return output
 
         return kept
 
     def image_vectors(self, image, given, recorder):
         _, tiling = self.code.prepare_crops(image, self.model.config.vision, device="cpu")
-        pixels = given["pixel_values"].to(self.model.vision.pos_emb.dtype)
+        pixels = given["pixel_values"][0].to(self.model.vision.pos_emb.dtype)
         recorder.replace(self.code, "prepare_crops", lambda *args, **kwargs: (pixels, tiling))
         return self.model._run_vision_encoder(image)[None]
 

@@ -43,7 +43,7 @@ def refused(given: Lavis, tmp_path: Path, error: type[WeightportError], text: st
 
 def test_missing_vision_encoder_is_named_with_its_option(opt, tmp_path):
     del opt.sources["vision"]
-    refused(opt, tmp_path, UsageError, r"--vision \(eva_vit_g\.pth\)")
+    refused(opt, tmp_path, UsageError, r"--vision \(eva_vit_g\.pth")
 
 
 def test_missing_language_model_is_named_with_its_option_and_the_stray_head_is_no_language_model(opt, tmp_path):
@@ -88,10 +88,12 @@ def test_stage_1_without_a_tokenizer_names_the_option(itm, tmp_path):
     refused(itm, tmp_path, VocabularyError, "--qformer-tokenizer", qformer_tokenizer=None)
 
 
-def test_vision_file_of_clip_is_refused_by_name(opt, tmp_path):
+def test_vision_file_of_the_other_kind_is_refused_by_name(opt, tmp_path):
     clip = {"class_embedding": torch.zeros(48), "transformer.resblocks.0.attn.in_proj_weight": torch.zeros(144, 48)}
     torch.save(clip, opt.sources["vision"])
-    refused(opt, tmp_path, CheckpointError, "is CLIP's ViT-L")
+    refused(opt, tmp_path, CheckpointError, r"names eva_clip_g, which is eva_vit_g\.pth")
+    opt.edit("checkpoint", lambda document: document["model"])
+    refused(opt, tmp_path, ConfigurationError, "positional_embedding|cannot be told", image_size=56)
 
 
 def test_a_file_that_is_no_vision_encoder_is_refused(opt, tmp_path):

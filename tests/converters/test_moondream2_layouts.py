@@ -12,7 +12,13 @@ from safetensors.torch import load_file
 
 from weightport.api import convert, export, plan_conversion
 from weightport.checkpoints import open_checkpoint
-from weightport.errors import CheckpointError, ConfigurationError, VocabularyError, WeightportError
+from weightport.errors import (
+    CheckpointError,
+    ConfigurationError,
+    UnknownFamilyError,
+    VocabularyError,
+    WeightportError,
+)
 from weightport.families.moondream2.companions import TEMPLATES
 from weightport.families.moondream2.revisions import REVISIONS, Evidence, decide, revision_named
 from weightport.families.registry import registry
@@ -321,3 +327,8 @@ def test_export_gives_back_the_originals_files(one_view, tmp_path: Path) -> None
 def test_templates_of_2025_are_ids_of_their_words() -> None:
     assert TEMPLATES["2025-06-21"]["query"] == {"prefix": [1, 15381, 2], "suffix": [3]}
     assert "long" not in TEMPLATES["2025-01-09"]["caption"] and "long" in TEMPLATES["2025-03-27"]["caption"]
+
+
+def test_variant_file_of_2025_is_refused_with_the_reason(tiles, tmp_path: Path) -> None:
+    variant = tiles.folder / "lora_final.pt"
+    refused(variant, tmp_path / "out", UnknownFamilyError, "out_proj matrices read what goes into attention")

@@ -82,6 +82,13 @@ def test_every_unaccounted_tensor_is_named_in_one_error():
     assert "the model has [5], the file gives [4]" in text
 
 
+def test_an_operation_that_does_not_apply_is_named_once():
+    rules = table(split("qkv", ("q", "k", "v")))
+    with pytest.raises(CoverageError, match=r"qkv \[4\]: split into 3 along 0 does not apply") as caught:
+        plan(sources(qkv=torch.zeros(4)), rules, native(q=(2,), k=(2,), v=(2,)))
+    assert "missing" not in str(caught.value), "the targets are explained by the shape already"
+
+
 def test_a_target_the_model_does_not_have_is_surplus():
     with pytest.raises(CoverageError, match=r"b \[1\] \(would become y, which the model does not have\)"):
         plan(sources(a=torch.zeros(1), b=torch.zeros(1)), table(move("{a,b}", "{x,y}")), native(x=(1,)))

@@ -213,6 +213,17 @@ def test_guide_names_beside_a_frozen_tower_are_refused(
         run(tiny("paligemma2"), "json-extract", receipts, tmp_path / "run", more=more)
 
 
+def test_answers_that_are_cut_are_said(tiny: Callable[[str], Path], receipts: str, tmp_path: Path) -> None:
+    """JSON that is cut teaches JSON that does not end."""
+    more = {**SHORT, "training.per_device_train_batch_size": 4, "training.max_steps": 1}
+    whole = run(tiny("paligemma2"), "json-extract", receipts, tmp_path / "whole", more=more)
+    assert not any("is cut" in note for note in whole.notes)
+    short = {**more, "batch.max_target_length": 60, "training.dataloader_num_workers": 1}
+    cut = run(tiny("paligemma2"), "json-extract", receipts, tmp_path / "cut", more=short)
+    wanted = "2 samples have answers of batch.max_target_length (60 tokens): what is longer is cut"
+    assert any(note.startswith(wanted) for note in cut.notes), cut.notes
+
+
 def test_recipe_has_the_settings_of_the_guide() -> None:
     recipe = for_family(load_recipe("json-extract"), "paligemma2")
     wanted = {
@@ -278,7 +289,7 @@ def test_checkpoint_without_some_tensors_is_refused(
 
 
 def test_samples_mean_is_the_same_however_batches_are_cut(
-    tiny: Callable[[str], Path], receipts: str, tmp_path: Path
+    tiny: Callable[[str], Path], model: Any, processor: Any, receipts: str, tmp_path: Path
 ) -> None:
     seen = {}
     for mean in ("samples", "tokens"):
@@ -292,6 +303,17 @@ def test_samples_mean_is_the_same_however_batches_are_cut(
             seen[mean, batch] = losses(out.history)
         assert seen[mean, 2] == pytest.approx(seen[mean, 4], rel=1e-6)
     assert seen["samples", 4][1] != pytest.approx(seen["tokens", 4][1], rel=1e-3)
+    samples = open_data(receipts, DataSettings())
+    rows = [samples[index] for index in range(4)]
+    batch = TRAINING.encode(
+        processor, None, BatchSettings(), [row.prefix for row in rows], [row.suffix for row in rows],
+        [row.picture.read() for row in rows if row.picture],
+    )  # fmt: skip
+    with torch.no_grad():
+        output = model(**batch)
+        by_sample = float(loss_of_samples(output, batch["labels"], shift=True))
+    assert seen["samples", 4][1] == pytest.approx(by_sample, rel=1e-6)
+    assert seen["tokens", 4][1] == pytest.approx(float(output.loss), rel=1e-6)
 
 
 def test_samples_mean_of_two_processes_is_that_of_one(

@@ -37,7 +37,7 @@ CASES = [
     ("detection", "paligemma2", "boxes", 60, PALIGEMMA, {"ap": 1.0, "box-f1": 1.0}),
     ("default", "paligemma2", "pairs", 60, PALIGEMMA, {"exact-match": 1.0, "levenshtein": 1.0}),
     ("lora-caption", "blip2", "pairs", 300, LORA, {"cider-d": 10.0, "bleu-4": 100.0, "rouge-l": 1.0}),
-    ("lavis-caption", "blip2", "pairs", 60, LAVIS, {"cider-d": 10.0, "bleu-4": 100.0, "rouge-l": 1.0}),
+    ("lavis-caption", "blip2", "pairs", 120, LAVIS, {"cider-d": 10.0, "bleu-4": 100.0, "rouge-l": 1.0}),
     ("lavis-caption", "blip2-t5", "pairs", 60, LAVIS, {"cider-d": 10.0, "bleu-4": 100.0, "rouge-l": 1.0}),
     ("caption", "blip2", "pairs", 60, BLIP2, {"cider-d": 10.0, "bleu-4": 100.0, "rouge-l": 1.0}),
     ("caption", "blip2-t5", "pairs", 60, BLIP2, {"cider-d": 10.0, "bleu-4": 100.0, "rouge-l": 1.0}),

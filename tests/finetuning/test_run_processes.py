@@ -110,7 +110,7 @@ def test_accumulated_batches_have_the_losses_of_one_that_holds_them_all(
 
 
 def test_gradient_checkpointing_changes_no_loss(tiny: Callable[[str], Path], uneven: Path, tmp_path: Path) -> None:
-    for name in ("florence2", "ofa"):
+    for name in ("florence2", "ofa", "paligemma2"):
         seen = []
         for checkpointing in (False, True):
             more = {**STEPS, "training.per_device_train_batch_size": 2, "gradient_checkpointing": checkpointing}

@@ -35,6 +35,14 @@ CAPTIONS = ("red cat on mat", "big dog in sun", "old hat by bed", "hot tea for t
 CHINESE_CAPTIONS = ("图片描述", "述了什么", "么内容这", "片述么这")
 """Characters that cn-tiny's vocabulary has."""
 
+PLAIN_SEARCH = {
+    "training.bf16": False,
+    "evaluation.generation.num_beams": 1,
+    "evaluation.generation.min_new_tokens": 0,
+    "evaluation.generation.repetition_penalty": 1.0,
+}
+"""Of a model that has learned nothing: no beams that the last bits decide between, and no least length."""
+
 RECIPES = {
     "muge-caption-ofa-cn": ("muge-caption", "ofa-cn", "muge", {"batch.image_size": 64}),
     "caption-ofa": ("caption", "ofa", "pairs", {"batch.image_size": 64}),
@@ -49,8 +57,8 @@ RECIPES = {
     "detection-paligemma2": ("detection", "paligemma2", "boxes", {}),
     "default-paligemma2": ("default", "paligemma2", "pairs", {}),
     "lora-caption-blip2": ("lora-caption", "blip2", "pairs", {"lora.lora_dropout": 0.0, "training.bf16": False}),
-    "lavis-caption-blip2": ("lavis-caption", "blip2", "pairs", {}),
-    "lavis-caption-blip2-t5": ("lavis-caption", "blip2-t5", "pairs", {}),
+    "lavis-caption-blip2": ("lavis-caption", "blip2", "pairs", PLAIN_SEARCH),
+    "lavis-caption-blip2-t5": ("lavis-caption", "blip2-t5", "pairs", PLAIN_SEARCH),
     "caption-blip2": ("caption", "blip2", "pairs", {}),
     "caption-blip2-t5": ("caption", "blip2-t5", "pairs", {}),
     "default-blip2": ("default", "blip2", "pairs", {}),

@@ -13,7 +13,7 @@ from weightport.conformance import check_family, family_of_case, read_case
 from weightport.families.registry import registry
 
 CHECKS = ("declaration", "recognition", "coverage", "round trip", "parity", "planted mistakes", "training step")
-SMALLEST = ("cn-tiny-dictconfig-fp16", "tiny-vocab-4k")
+SMALLEST = ("cn-tiny-dictconfig-fp16", "tiny-vocab-4k", "tiny-gemma1")
 """One case a family: the kit takes half a minute each."""
 
 
@@ -26,7 +26,7 @@ def test_built_in_family_keeps_its_word(case: Case, table: ModuleType, tmp_path:
     checkpoint = case.materialize(tmp_path / "original")
     table.write_case(case, tmp_path / "reference.safetensors")
     # A folder whose files belong together, or a checkpoint alone.
-    source = checkpoint if case.family == "ofa" else checkpoint.parent
+    source = checkpoint.parent if case.family == "florence2" else checkpoint
     stated = {"sources": {"checkpoint": str(source.relative_to(tmp_path))}}
     if not (case.path / "companions").is_dir():
         stated["options"] = {"vocabulary": "none"}

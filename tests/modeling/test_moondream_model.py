@@ -323,6 +323,15 @@ def test_boxes_are_read_where_there_is_a_head_for_them(model, period: str) -> No
         model.point(**inputs_of(period))
 
 
+def test_attention_that_cannot_see_an_image_in_both_directions_is_refused(period: str, model) -> None:
+    if period != "tiles":
+        assert not model.config.prefix_bidirectional
+        return
+    model.config.text_config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="Flash attention takes no mask"):
+        model(**inputs_of(period))
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

@@ -16,6 +16,7 @@ from original_stand_ins import imports_undone, script
 from PIL import Image
 from safetensors.torch import save_file
 
+from weightport.families.moondream2.parity import MOONDREAM2
 from weightport.parity import read_reference
 
 STAND_INS = Path(__file__).parent / "stand_ins"
@@ -147,9 +148,19 @@ def test_generated_ids_have_no_start_before_them(run, year: str) -> None:
 
 def test_pixels_are_the_originals_own_rounding_in_float32(run, year: str) -> None:
     pixels = tensors(run())["forward0/in/pixel_values"]
-    assert pixels.dtype == torch.float32 and pixels.shape == ((3, 4, 4) if year == "2024" else (2, 3, 4, 4))
+    assert pixels.dtype == torch.float32 and pixels.shape == ((1, 3, 4, 4) if year == "2024" else (1, 2, 3, 4, 4))
     half = torch.float16 if year == "2024" else torch.bfloat16
     assert torch.equal(pixels, pixels.to(half).float())
+
+
+def test_every_value_has_an_axis_of_samples_and_the_arguments_are_those_of_the_table(run, year: str) -> None:
+    written = run()
+    found = tensors(written)
+    assert found["forward0/out/projector"].ndim == found["forward0/out/logits"].ndim == 3
+    for each in read_reference(written).runs:
+        known = {argument.original for argument in MOONDREAM2.arguments}
+        assert set(each.inputs) <= known and {ref.shape[0] for ref in each.inputs.values()} == {1}
+        assert ("tiling" in each.inputs) == (year == "2025")
 
 
 def test_gradients_have_the_files_names(run, year: str) -> None:

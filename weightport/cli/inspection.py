@@ -35,6 +35,8 @@ def inspect_command(source: Path, tensors: bool, as_json: bool) -> None:
     checkpoint = open_checkpoint(source)
     family = registry().recognised(checkpoint)
     found = describe(checkpoint, family.name if family else None, registry().looks_like(checkpoint), tensors=tensors)
+    if family is not None and (about := family.about(checkpoint)):
+        found["about"] = list(about)
     if as_json:
         echo(json.dumps(found, ensure_ascii=False))
         return
@@ -75,6 +77,8 @@ def _show(found: Mapping[str, Any]) -> None:
     lines = Lines(quiet=False)
     lines.heading(f"{found['path']} · {found['format']} · {size(found['file_bytes'])}")
     lines.line("family", found["looks_like"] or "not one that weightport knows")
+    for text in found.get("about", ()):
+        lines.line("about", text)
     for name, section in found["sections"].items():
         dtypes = ", ".join(f"{dtype} × {number}" for dtype, number in section["dtypes"].items())
         lines.line(

@@ -86,12 +86,14 @@ class Plan:
 
 @dataclass
 class _Problems:
-    """What keeps a plan from being made, name by name."""
+    """What keeps a plan from being made, name by name. `explained`: targets that are missing for a reason that is
+    among these already."""
 
     missing: list[str] = field(default_factory=list)
     needed: list[str] = field(default_factory=list)
     surplus: list[str] = field(default_factory=list)
     reshaped: list[str] = field(default_factory=list)
+    explained: set[str] = field(default_factory=set)
 
     def raise_any(self) -> None:
         """Raise CoverageError when there is one."""
@@ -149,7 +151,7 @@ def plan(
         steps.append(step)
     float_dtype = dtype or _main_dtype(target for step in steps for target in step.targets)
     for name, shape in native.shapes.items():
-        if name in produced:
+        if name in produced or name in problems.explained:
             continue
         filling = rules.filling_of(name)
         if filling is not None:
@@ -224,11 +226,9 @@ def _apply(
         outputs = rule.operation.forward(sources)
     except (ValueError, RuntimeError, IndexError) as error:
         problems.reshaped.append(f"{found}: {rule.operation.name} does not apply ({error})")
-        # The names are taken all the same: they are not missing too.
-        outputs = []
+        problems.explained.update(rule.target_names(captures, 1))
+        return None
     names = rule.target_names(captures, max(1, len(outputs) // len(rule.targets)))
-    if not outputs:
-        return Step(rule, sources, aliases, tuple(_nothing(name, shapes.get(name, ())) for name in names))
     targets = []
     for name, made in zip(names, outputs, strict=True):
         want = shapes.get(name)
@@ -251,10 +251,6 @@ def _outgoing(
         return blocks(made, written)
 
     return Outgoing(name, tuple(made.shape), written, values, ", ".join(ref.name for ref in sources))
-
-
-def _nothing(name: str, shape: tuple[int, ...]) -> Outgoing:
-    return Outgoing(name, tuple(shape), torch.float32, lambda: iter(()))
 
 
 def _filled(filling: Filled, name: str, shape: tuple[int, ...], float_dtype: torch.dtype) -> Outgoing:

@@ -17,6 +17,7 @@ from weightport.errors import FamilyError
 from weightport.families.signature import Signature
 
 if TYPE_CHECKING:
+    from weightport.checkpoints import Checkpoint
     from weightport.converters.family import ConversionStage
     from weightport.finetuning.family import Family as TrainingStage
     from weightport.parity.family import Family as ParityTable
@@ -52,7 +53,8 @@ class Family:
 
     What it takes: `options` (its own type), `sources` beside the main checkpoint.
 
-    Its stages, as `module:attribute`: `conversion`, `parity`, `training`; None where it has none.
+    Its stages, as `module:attribute`: `conversion`, `parity`, `training`; None where it has none. `about_stage` is a
+    function (checkpoint) → sentences on which of the family's releases it is, for `weightport inspect`.
 
     What engines need of it as data: `bare` (options with which a checkpoint is only looked at), `portable` (auto_map
     entries of the modelling code in the package `portable_code`, which is written beside weights), `ties` (further
@@ -69,6 +71,7 @@ class Family:
     conversion_stage: str
     parity_stage: str | None = None
     training_stage: str | None = None
+    about_stage: str | None = None
     signatures: tuple[Signature, ...] = ()
     options: type[ConversionOptions] = ConversionOptions
     sources: tuple[Source, ...] = ()
@@ -114,6 +117,12 @@ class Family:
         has a method `of` that gives the one. Raises FamilyError where the family has none."""
         stage: Any = self.training
         return cast("TrainingStage", stage.of(config) if hasattr(stage, "of") else stage)
+
+    def about(self, checkpoint: Checkpoint) -> tuple[str, ...]:
+        """What the family says of a checkpoint that it recognises."""
+        if self.about_stage is None:
+            return ()
+        return tuple(self._stage("description", self.about_stage)(checkpoint))
 
     def looks_like(self, names: Iterable[str]) -> str | None:
         """The kind of checkpoint that tensors with these names are, by this family's signatures."""

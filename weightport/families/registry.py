@@ -40,6 +40,11 @@ NATIVE = "a native "
 STRANGERS = (
     Signature("BART (fairseq)", r"(model\.)?encoder\.sentence_encoder\..+|(model\.)?encoder\.layers\.0\.fc1\.weight"),
     Signature("a LoRA adapter", r".+\.lora_A\.(.+\.)?weight"),
+    Signature(
+        "a variant of moondream2 (2025), whose out_proj matrices read what goes into attention instead of what comes "
+        "out of it, so that no merged weight computes the same",
+        r".+\.mixer\.out_proj\.parametrizations\.weight\.0\.A",
+    ),
 )
 """Checkpoints that people hand over and no family converts: for error messages."""
 

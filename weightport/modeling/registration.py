@@ -8,8 +8,11 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoModelForSeq2SeqLM,
     AutoProcessor,
+    Blip2Processor,
 )
 
+from .blip2_lavis.configuration_blip2_lavis import Blip2LavisConfig
+from .blip2_lavis.modeling_blip2_lavis import Blip2LavisForConditionalGeneration
 from .florence2.chat_templates import accept_chat_templates
 from .moondream.configuration_moondream import MoondreamConfig
 from .moondream.image_processing_moondream import MoondreamImageProcessor
@@ -21,7 +24,7 @@ from .ofa.modeling_ofa import OFAForConditionalGeneration, OFAModel
 from .ofa.processing_ofa import OFAProcessor
 from .ofa.vision_ofa import OFAVisionModel
 
-CONFIGS = (OFAConfig, OFAVisionConfig, MoondreamConfig)
+CONFIGS = (OFAConfig, OFAVisionConfig, Blip2LavisConfig, MoondreamConfig)
 
 MODELS = (
     (AutoModel, OFAConfig, OFAModel),
@@ -32,11 +35,13 @@ MODELS = (
     (AutoModel, MoondreamConfig, MoondreamModel),
     (AutoModelForImageTextToText, MoondreamConfig, MoondreamForConditionalGeneration),
     (AutoModelForMultimodalLM, MoondreamConfig, MoondreamForConditionalGeneration),
+    (AutoModelForImageTextToText, Blip2LavisConfig, Blip2LavisForConditionalGeneration),
+    (AutoModelForMultimodalLM, Blip2LavisConfig, Blip2LavisForConditionalGeneration),
 )
 
 IMAGE_PROCESSORS = ((OFAConfig, OFAImageProcessor), (MoondreamConfig, MoondreamImageProcessor))
 
-PROCESSORS = ((OFAConfig, OFAProcessor), (MoondreamConfig, MoondreamProcessor))
+PROCESSORS = ((OFAConfig, OFAProcessor), (Blip2LavisConfig, Blip2Processor), (MoondreamConfig, MoondreamProcessor))
 
 
 def register() -> None:

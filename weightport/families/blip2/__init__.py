@@ -10,7 +10,7 @@ FAMILY = Family(
     name="blip2",
     title="BLIP-2",
     original="a BLIP-2 checkpoint of LAVIS (a released .pth, or one that its trainer wrote)",
-    model_types=("blip-2",),
+    model_types=("blip-2", "blip-2-lavis"),
     signatures=(
         Signature("a native BLIP-2 model", r"qformer\.encoder\.layer\.0\..+"),
         Signature("InstructBLIP (LAVIS)", r"(model\.)?llm_proj\.weight"),
@@ -29,7 +29,8 @@ FAMILY = Family(
         Source(
             "vision",
             "--vision",
-            "The vision encoder's file (eva_vit_g.pth), where it was not fine-tuned and so is not in SOURCE.",
+            "The vision encoder's file (eva_vit_g.pth, or clip_vit_L.pth of a model with ViT-L), where it was not "
+            "fine-tuned and so is not in SOURCE.",
             metavar="FILE",
         ),
     ),

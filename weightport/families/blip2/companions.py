@@ -25,11 +25,16 @@ CHAT_TEMPLATE = (
 """A chat's prompt is its text; the processor itself writes the image's places before it."""
 
 
-def architecture(kind: Kind) -> Any:
-    """The native class."""
+def architecture(config: Any) -> Any:
+    """The class of a configuration: transformers' own, or ours of our configuration."""
     from transformers import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval
 
-    return Blip2ForImageTextRetrieval if kind == "itm" else Blip2ForConditionalGeneration
+    from weightport.modeling.blip2_lavis import modeling_blip2_lavis as own
+
+    retrieves = config.qformer_config.use_qformer_text_input
+    if config.model_type == own.Blip2LavisConfig.model_type:
+        return own.Blip2LavisForImageTextRetrieval if retrieves else own.Blip2LavisForConditionalGeneration
+    return Blip2ForImageTextRetrieval if retrieves else Blip2ForConditionalGeneration
 
 
 def vocabulary_folder(kind: Kind, sources: Sources, options: Blip2Options) -> tuple[Path, str] | None:
@@ -76,7 +81,7 @@ def write(kind: Kind, model: SourceModel, plan: Plan, folder: Path) -> None:
     """Write the companions of `model` into `folder`, where the processor, if any, is saved already."""
     config: Any = model.config
     config.dtype = plan.dtype
-    config.architectures = [architecture(kind).__name__]
+    config.architectures = [architecture(config).__name__]
     config.save_pretrained(folder)
     if kind == "itm":
         return

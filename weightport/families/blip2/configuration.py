@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from weightport.checkpoints import TensorRef
 from weightport.errors import ConfigurationError, UsageError
-from weightport.families.blip2.layouts import PROJECTION, Found, Kind
+from weightport.families.blip2.layouts import PROJECTION, VISION, Found, Kind, Tower
 from weightport.families.blip2.options import Blip2Options
 from weightport.families.blip2.tokenizers import SpecialIds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-VISION_EPS, LN_VISION_EPS = 1e-6, 1e-5
-"""Of the norms in the vision encoder's blocks, and of the trained norm behind it."""
+VISION_EPS, CLIP_EPS, LN_VISION_EPS = 1e-6, 1e-5, 1e-5
+"""Of the norms in the blocks of EVA's ViT-g and CLIP's ViT-L, and of the trained norm behind either."""
 RELEASED_HEADS = 16
 """Of both released vision encoders; no shape tells."""
-RELEASED_LAYERS = {1408: 39}
+RELEASED_LAYERS = {1408: 39, 1024: 23}
 """Blocks in use, by width: the released file has one more."""
 QFORMER_HEAD = 64
 IMAGE_SIZE = 224
@@ -37,11 +37,13 @@ LANGUAGE_WIDTHS: Mapping[Kind, Mapping[int, str]] = {
 
 @dataclass(frozen=True)
 class VisionSizes:
-    """The vision encoder's: `grid` patches a side in the source's position table, `image_size` pixels a side."""
+    """The vision encoder's: `grid` patches a side in the source's position table, `image_size` pixels a side,
+    `surplus` beginnings of the names of blocks that LAVIS does not build."""
 
+    tower: Tower
     width: int
     layers: int
-    surplus: tuple[int, ...]
+    surplus: tuple[str, ...]
     heads: int
     mlp: int
     patch: int
@@ -68,24 +70,45 @@ class QFormerSizes:
     projection: int | None
 
 
+@dataclass(frozen=True)
+class _TowerNames:
+    """What tells a vision encoder's sizes: tensors below `visual_encoder.`."""
+
+    start: str
+    patches: str
+    positions: str
+    block: str
+    mlp: str
+
+
+NAMES: Mapping[Tower, _TowerNames] = {
+    "eva": _TowerNames("cls_token", "patch_embed.proj.weight", "pos_embed", "blocks.{}.norm1.weight",
+                       "blocks.0.mlp.fc1.weight"),
+    "clip": _TowerNames("class_embedding", "conv1.weight", "positional_embedding",
+                        "transformer.resblocks.{}.ln_1.weight", "transformer.resblocks.0.mlp.c_fc.weight"),
+}  # fmt: skip
+
+
 def read_vision(tensors: Mapping[str, TensorRef], found: Found, options: Blip2Options) -> VisionSizes:
     """The vision encoder's sizes. Raises ConfigurationError for what does not fit, UsageError for options that
     contradict it."""
-    width = _shape(tensors, "visual_encoder.cls_token", 3)[2]
+    tower: Tower = "clip" if "visual_encoder.class_embedding" in tensors else "eva"
+    names = NAMES[tower]
+    width = _shape(tensors, VISION + names.start, 1 if tower == "clip" else 3)[-1]
     norm = _shape(tensors, "ln_vision.weight", 1)[0]
     if width != norm:
         raise ConfigurationError(
             f"The vision encoder is {width} wide, but the checkpoint's ln_vision.weight {norm}: it was trained with "
             "another one. --vision takes the file that belongs to it."
         )
-    _, colours, patch, _ = _shape(tensors, "visual_encoder.patch_embed.proj.weight", 4)
-    positions = _shape(tensors, "visual_encoder.pos_embed", 3)[1]
+    _, colours, patch, _ = _shape(tensors, VISION + names.patches, 4)
+    positions = _shape(tensors, VISION + names.positions, 2 if tower == "clip" else 3)[-2]
     grid = math.isqrt(positions - 1)
     if grid**2 != positions - 1 or colours != 3:
         raise ConfigurationError(
-            f"visual_encoder.pos_embed has {positions} positions: no class and square of patches."
+            f"{VISION}{names.positions} has {positions} positions: no class and square of patches."
         )
-    blocks = _numbered(tensors, r"visual_encoder\.blocks\.(\d+)\.norm1\.weight")
+    blocks = _numbered(tensors, re.escape(VISION + names.block).replace(r"\{\}", r"(\d+)"))
     layers = options.vision_layers or (blocks if found.has_vision else RELEASED_LAYERS.get(width, blocks - 1))
     if not 0 < layers <= blocks:
         raise UsageError(f"--vision-layers {layers}: the vision encoder has {blocks} blocks.")
@@ -93,11 +116,12 @@ def read_vision(tensors: Mapping[str, TensorRef], found: Found, options: Blip2Op
     if width % heads:
         raise UsageError(f"The vision encoder's width {width} is no multiple of {heads} heads: say --vision-heads.")
     return VisionSizes(
+        tower=tower,
         width=width,
         layers=layers,
-        surplus=tuple(range(layers, blocks)),
+        surplus=tuple(f"{VISION}{names.block.partition('{')[0]}{number}." for number in range(layers, blocks)),
         heads=heads,
-        mlp=_shape(tensors, "visual_encoder.blocks.0.mlp.fc1.weight", 2)[0],
+        mlp=_shape(tensors, VISION + names.mlp, 2)[0],
         patch=patch,
         grid=grid,
         image_size=_image_size(found, options, grid, patch),
@@ -168,23 +192,32 @@ def native_config(
     qformer: QFormerSizes,
     language: Mapping[str, Any] | None,
     special: SpecialIds,
+    *,
+    exact: bool,
 ) -> PreTrainedConfig:
-    """The Blip2Config of the model. Raises ConfigurationError for sizes that transformers does not take."""
+    """The Blip2Config of the model, or of `exact` our own, which has an epsilon for the norm behind the encoder.
+    Raises ConfigurationError for sizes that transformers does not take."""
     from transformers import Blip2Config
 
+    from weightport.modeling.blip2_lavis.configuration_blip2_lavis import Blip2LavisConfig
+
     own: dict[str, Any] = {"image_text_hidden_size": qformer.projection} if qformer.projection else {}
+    if exact:
+        own["ln_vision_eps"] = LN_VISION_EPS
+    config_class = Blip2LavisConfig if exact else Blip2Config
+    tower = {"model_type": "blip_2_vision_model", "layer_norm_eps": VISION_EPS, "hidden_act": "gelu"}
+    if vision.tower == "clip":
+        tower = {"model_type": "clip_vision_model", "layer_norm_eps": CLIP_EPS, "hidden_act": "quick_gelu"}
     try:
-        return Blip2Config(
+        return config_class(
             vision_config={
-                "model_type": "blip_2_vision_model",
+                **tower,
                 "hidden_size": vision.width,
                 "intermediate_size": vision.mlp,
                 "num_hidden_layers": vision.layers,
                 "num_attention_heads": vision.heads,
                 "image_size": vision.target_grid * vision.patch,
                 "patch_size": vision.patch,
-                "layer_norm_eps": VISION_EPS,
-                "hidden_act": "gelu",
             },
             qformer_config={
                 "model_type": "blip_2_qformer",

@@ -12,7 +12,7 @@ from weightport.converters.family import OriginalForm, SourceModel
 from weightport.converters.rules import RuleTable
 from weightport.errors import ConfigurationError
 from weightport.families.blip2 import configuration, layouts, sources
-from weightport.families.blip2.layouts import Kind
+from weightport.families.blip2.layouts import Kind, Tower
 from weightport.families.blip2.options import Blip2Options
 from weightport.families.blip2.rules import PositionTable, blip2_rules
 
@@ -33,6 +33,11 @@ def kind_of(config: Any) -> Kind:
     if config.qformer_config.use_qformer_text_input:
         return "itm"
     return cast("Kind", config.text_config.model_type)
+
+
+def tower_of(config: Any) -> Tower:
+    """The vision encoder that a native configuration is of."""
+    return "clip" if config.vision_config.model_type == "clip_vision_model" else "eva"
 
 
 class Blip2Conversion:
@@ -57,11 +62,12 @@ class Blip2Conversion:
             configuration.check_projection(tensors, found.kind, whole.language_config, folder)
         rows = int(whole.language_config["vocab_size"]) if whole.language_config else qformer.vocabulary
         special = _special_ids(found.kind, rows, given, options)
-        config = configuration.native_config(found.kind, vision, qformer, whole.language_config, special)
+        exact = options.exact or vision.tower == "clip"
+        config = configuration.native_config(found.kind, vision, qformer, whole.language_config, special, exact=exact)
         surplus = {
             name: "a block of the file that LAVIS does not build"
             for name in tensors
-            if any(name.startswith(f"visual_encoder.blocks.{number}.") for number in vision.surplus)
+            if name.startswith(vision.surplus)
         }
         rounded = options.llm_dtype == "bf16-as-lavis"
         return SourceModel(
@@ -69,14 +75,16 @@ class Blip2Conversion:
             layout=LAYOUTS[found.kind],
             title=_title(self.title, found, vision.image_size),
             tensors=tensors.without(surplus),
-            rules=blip2_rules(found.kind, PositionTable(vision.grid, vision.target_grid), rounded=rounded),
+            rules=blip2_rules(
+                found.kind, vision.tower, PositionTable(vision.grid, vision.target_grid), rounded=rounded
+            ),
             config=config,
             origins=whole.combined.origins,
             sections={MAIN: found.section},
             unused={**whole.unused, **surplus},
             options={**found.settings, "llm_dtype": options.llm_dtype},
             unread=found.unread,
-            notes=_notes(found, vision),
+            notes=_notes(vision, exact=exact),
         )
 
     def targets(self, config: PreTrainedConfig) -> NativeTensors:
@@ -85,8 +93,8 @@ class Blip2Conversion:
         from weightport.families.blip2.companions import architecture
 
         kind = kind_of(config)
-        native = loadable_tensors(architecture(kind), config)
-        if kind != "t5":
+        native = loadable_tensors(architecture(config), config)
+        if kind != "t5" or HEAD in native.shapes:
             return native
         return NativeTensors({**native.shapes, HEAD: native.shapes[EMBEDDING]}, native.buffers)
 
@@ -114,7 +122,7 @@ class Blip2Conversion:
     def rules_of(self, config: PreTrainedConfig, layout: str) -> RuleTable:
         """The rule table of a converted model. LAVIS reads a vision encoder of the model's own image size, so that
         none is resized on the way back."""
-        return blip2_rules(kind_of(config))
+        return blip2_rules(kind_of(config), tower_of(config))
 
     def original_document(self, config: PreTrainedConfig, options: Mapping[str, Any], model: Any) -> Any:
         """What LAVIS loads, with its configuration's section of the model as far as it was kept."""
@@ -156,7 +164,7 @@ def _title(family: str, found: layouts.Found, image_size: int) -> str:
     return f"{family} {with_what} at {image_size} px"
 
 
-def _notes(found: layouts.Found, vision: configuration.VisionSizes) -> tuple[str, ...]:
+def _notes(vision: configuration.VisionSizes, *, exact: bool) -> tuple[str, ...]:
     notes = []
     if vision.image_size % vision.patch:
         notes.append(
@@ -167,10 +175,12 @@ def _notes(found: layouts.Found, vision: configuration.VisionSizes) -> tuple[str
         notes.append(
             f"The vision encoder's positions are resized from {vision.grid}² to {vision.target_grid}², as LAVIS does."
         )
-    notes.append(
-        "transformers has one epsilon for all norms of the vision encoder: that of the last one is "
-        f"{configuration.VISION_EPS:g} instead of {configuration.LN_VISION_EPS:g}, which changes logits by about 1e-5."
-    )
+    if not exact:
+        notes.append(
+            "transformers has one epsilon for all norms of the vision encoder: that of the last one is "
+            f"{configuration.VISION_EPS:g} instead of {configuration.LN_VISION_EPS:g}, which changes logits by about "
+            "1e-5. --exact writes weightport's own class, which has both."
+        )
     return tuple(notes)
 
 

@@ -18,6 +18,9 @@ from weightport.errors import CheckpointError
 Kind = Literal["opt", "t5", "itm"]
 """Captioning and questions with OPT or T5, or stage 1: image-text matching, contrast and retrieval."""
 
+Tower = Literal["eva", "clip"]
+"""The vision encoder: EVA's ViT-g or CLIP's ViT-L."""
+
 SECTION = "model"
 VISION = "visual_encoder."
 LANGUAGE: Mapping[Kind, str] = {"opt": "opt_model.", "t5": "t5_model."}

@@ -51,6 +51,12 @@ class Blip2Options(ConversionOptions):
         "Attention heads of the Q-Former. Default: as --qformer-tokenizer says, else one for 64 of its width.",
         metavar="N",
     )
+    exact: bool = option(
+        "--exact",
+        False,
+        "Write weightport's own class, which has LAVIS's epsilon behind the vision encoder, where transformers' has "
+        "none of its own. A model with ViT-L has this class in any case.",
+    )
     llm_dtype: str = option(
         "--llm-dtype",
         "keep",

@@ -1,21 +1,22 @@
 """BLIP-2's names: LAVIS left, transformers right.
 
-Checked against salesforce/LAVIS at 506965b9: models/blip2_models/{blip2,blip2_opt,blip2_t5,blip2_qformer,Qformer}.py
-and models/eva_vit.py. The left side is the whole model's; a checkpoint holds what was trained of it. The vision
-encoder's own file has its names without `visual_encoder.`, the language model's folder without `opt_model.` or
-`t5_model.`.
+Checked against salesforce/LAVIS at 506965b9: models/blip2_models/{blip2,blip2_opt,blip2_t5,blip2_qformer,Qformer}.py,
+models/eva_vit.py and models/clip_vit.py. The left side is the whole model's; a checkpoint holds what was trained of
+it. The vision encoder's own file has its names without `visual_encoder.`, the language model's folder without
+`opt_model.` or `t5_model.`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
-from weightport.converters.operations import COPY, JoinAroundZeros, Operation, Resize, Rounded
+from weightport.converters.operations import COPY, JoinAroundZeros, Resize, Rounded
 from weightport.converters.patterns import Pattern
-from weightport.converters.rules import Rule, RuleTable, derive, drop, keep, renames, table, tie
-from weightport.families.blip2.layouts import Kind
+from weightport.converters.rules import Rule, RuleTable, derive, drop, fused_qkv, keep, renames, table, tie
+from weightport.families.blip2.layouts import Kind, Tower
 
 EVA_ATTENTION = "visual_encoder.blocks.*.attn."
 NATIVE_LAYER = "vision_model.encoder.layers.*."
@@ -49,6 +50,34 @@ VISION = table(
         drop(f"visual_encoder.{name}.{{weight,bias}}", "the encoder's own classifier, which LAVIS does not build")
         for name in ("norm", "fc_norm", "head")
     ),
+)
+
+CLIP_VISION = table(
+    renames(
+        "",
+        "",
+        """
+        visual_encoder.class_embedding        vision_model.embeddings.class_embedding
+        visual_encoder.conv1.weight           vision_model.embeddings.patch_embedding.weight
+        visual_encoder.ln_pre.{weight,bias}   vision_model.pre_layrnorm.{weight,bias}
+        ln_vision.{weight,bias}               vision_model.post_layernorm.{weight,bias}
+        """,
+    ),
+    renames(
+        "visual_encoder.transformer.resblocks.*.",
+        NATIVE_LAYER,
+        """
+        ln_{1,2}.{weight,bias}                layer_norm{1,2}.{weight,bias}
+        attn.out_proj.{weight,bias}           self_attn.out_proj.{weight,bias}
+        mlp.{c_fc,c_proj}.{weight,bias}       mlp.{fc1,fc2}.{weight,bias}
+        """,
+    ),
+    fused_qkv(
+        "visual_encoder.transformer.resblocks.*.attn.in_proj_{weight,bias}",
+        into=NATIVE_LAYER + "self_attn.{part}_proj.{weight,bias}",
+    ),
+    drop("visual_encoder.ln_post.{weight,bias}", "CLIP's own last norm, which LAVIS does not build"),
+    drop("visual_encoder.proj", "CLIP's projection to texts, which LAVIS does not build"),
 )
 
 QUERIES = table(
@@ -170,20 +199,32 @@ class PositionTable:
     source: int
     target: int
 
-    @property
-    def operation(self) -> Operation:
-        """How LAVIS resizes it: in float32, and left in float32."""
-        return COPY if self.source == self.target else Resize(self.source, self.target, extra=1, precision="float32")
+    def rule(self, tower: Tower) -> Rule:
+        """How LAVIS resizes it: EVA's in float32, and left in float32; CLIP's in its own dtype, corner on corner."""
+        source, target = POSITIONS[tower]
+        same = self.source == self.target
+        if tower == "eva":
+            resize = Resize(self.source, self.target, extra=1, precision="float32")
+        else:
+            resize = Resize(self.source, self.target, extra=1, align_corners=True, precision="own")
+        return Rule((Pattern(source),), (Pattern(target),), COPY if same else resize)
 
 
-def blip2_rules(kind: Kind, positions: PositionTable | None = None, *, rounded: bool = False) -> RuleTable:
-    """The table of a model of `kind`. `rounded`: the language model as LAVIS rounds it."""
-    operation = positions.operation if positions else COPY
-    table_of_positions = Rule(
-        (Pattern("visual_encoder.pos_embed"),), (Pattern("vision_model.embeddings.position_embedding"),), operation
-    )
+POSITIONS: Mapping[Tower, tuple[str, str]] = {
+    "eva": ("visual_encoder.pos_embed", "vision_model.embeddings.position_embedding"),
+    "clip": ("visual_encoder.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+}
+
+
+def blip2_rules(
+    kind: Kind, tower: Tower, positions: PositionTable | None = None, *, rounded: bool = False
+) -> RuleTable:
+    """The table of a model of `kind` with the vision encoder `tower`. `rounded`: the language model as LAVIS rounds
+    it."""
+    vision = VISION if tower == "eva" else CLIP_VISION
     rest = MATCHING if kind == "itm" else LANGUAGE[kind]
-    return table(table_of_positions, VISION, QUERIES, _rounded(rest) if rounded else rest)
+    table_of_positions = (positions or PositionTable(0, 0)).rule(tower)
+    return table(table_of_positions, vision, QUERIES, _rounded(rest) if rounded else rest)
 
 
 def _rounded(language: RuleTable) -> RuleTable:

@@ -17,6 +17,7 @@ from weightport.families.blip2.layouts import LANGUAGE, VISION, Found, Kind
 LLM, VISION_FILE = "llm", "vision"
 TITLES: Mapping[Kind, str] = {"opt": "OPT", "t5": "Flan-T5", "itm": "none"}
 _EVA, _CLIP = "blocks.0.attn.q_bias", "transformer.resblocks.0.attn.in_proj_weight"
+TOWERS = {"eva_clip_g": ("eva_vit_g.pth", _EVA), "clip_L": ("clip_vit_L.pth", _CLIP)}
 _EMBEDDING: Mapping[Kind, str] = {
     "opt": "opt_model.model.decoder.embed_tokens.weight",
     "t5": "t5_model.shared.weight",
@@ -37,6 +38,7 @@ def gather(sources: Sources, found: Found) -> Whole:
     """The trained parts with what the other sources give. Raises UsageError for a source that is missing or is not
     asked for, CheckpointError for one that is of another kind, ConfigurationError where two contradict each other."""
     parts, unused = {MAIN: found.tensors}, dict[str, str]()
+    _refuse_other_tower(sources, found)
     if VISION_FILE in sources:
         parts[VISION_FILE] = _vision(sources[VISION_FILE])
         if found.has_vision:
@@ -44,7 +46,7 @@ def gather(sources: Sources, found: Found) -> Whole:
     elif not found.has_vision:
         raise UsageError(
             f"{sources.main.path} does not hold the vision encoder, which was frozen in training: give its file with "
-            "--vision (eva_vit_g.pth)."
+            "--vision (eva_vit_g.pth, or clip_vit_L.pth of a model with ViT-L)."
         )
     config = None
     if found.kind == "itm":
@@ -62,16 +64,24 @@ def gather(sources: Sources, found: Found) -> Whole:
     return Whole(combined, unused, config)
 
 
-def _vision(checkpoint: Checkpoint) -> NamedTensors:
-    if _CLIP in checkpoint:
+def _refuse_other_tower(sources: Sources, found: Found) -> None:
+    """Raise CheckpointError for a vision file of the kind that the checkpoint's configuration does not name."""
+    stated = TOWERS.get(str(found.settings.get("vit_model")))
+    if VISION_FILE not in sources or stated is None:
+        return
+    file, mark = stated
+    if mark not in sources[VISION_FILE] and any(other in sources[VISION_FILE] for other in (_EVA, _CLIP)):
         raise CheckpointError(
-            f"{checkpoint.path} is CLIP's ViT-L, whose layers transformers' Blip2VisionModel does not have. BLIP-2 "
-            "with ViT-L cannot be converted yet; a model with EVA's ViT-g takes eva_vit_g.pth."
+            f"{sources[VISION_FILE].path} is not the vision encoder that {sources.main.path} was trained with: its "
+            f"configuration names {found.settings['vit_model']}, which is {file}."
         )
-    if _EVA not in checkpoint:
+
+
+def _vision(checkpoint: Checkpoint) -> NamedTensors:
+    if _EVA not in checkpoint and _CLIP not in checkpoint:
         raise CheckpointError(
-            f"{checkpoint.path} is no vision encoder of LAVIS: expected {_EVA}, as eva_vit_g.pth has it. `weightport "
-            "inspect` lists what is in it."
+            f"{checkpoint.path} is no vision encoder of LAVIS: expected {_EVA}, as eva_vit_g.pth has it, or {_CLIP}, "
+            "as clip_vit_L.pth. `weightport inspect` lists what is in it."
         )
     return checkpoint.section("").renamed(lambda name: VISION + name)
 

@@ -13,10 +13,12 @@ from weightport.checkpoints import Checkpoint
 from weightport.checkpoints.json_text import parse_json
 from weightport.converters.family import SourceModel
 from weightport.converters.plan import Plan
+from weightport.converters.portable import write_portable_code
 from weightport.converters.processor import Processor
 from weightport.errors import CheckpointError, VocabularyError
 from weightport.families.moondream2.configuration import DEFAULTS_2025, stated_2025
 from weightport.families.moondream2.options import MoondreamOptions
+from weightport.families.moondream2.portable import AUTO_MAPS
 from weightport.families.moondream2.revisions import NEW_TOKENIZER, Revision, revision_named
 
 NO_VOCABULARY = "none"
@@ -163,8 +165,9 @@ def templates_of(revision: Revision, stated: Mapping[str, Any]) -> dict[str, Any
     return templates
 
 
-def write(model: SourceModel, plan: Plan, folder: Path) -> None:
-    """Write the companions of `model` into `folder`, where the processor, if any, is saved already."""
+def write(model: SourceModel, plan: Plan, folder: Path, *, portable: bool = False) -> None:
+    """Write the companions of `model` into `folder`, where the processor, if any, is saved already. `portable`: the
+    model's code too."""
     from weightport.modeling.moondream.modeling_moondream import MoondreamForConditionalGeneration
 
     config: Any = model.config
@@ -174,6 +177,8 @@ def write(model: SourceModel, plan: Plan, folder: Path) -> None:
     revision = revision_named(model.options["revision"])
     settings = generation_settings(config, revision, model.options["end_ids"])
     (folder / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    if portable:
+        write_portable_code(folder, "weightport.modeling.moondream", AUTO_MAPS)
 
 
 def generation_settings(config: Any, revision: Revision, end_ids: list[int]) -> dict[str, Any]:

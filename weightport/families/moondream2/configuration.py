@@ -189,7 +189,7 @@ def native_config(
 
     text, vision, margin = _of_2025(sizes, stated) if revision.keys == "2025" else _of_2024(sizes, stated)
     rotary = {name: text.pop(name) for name in ("rope_theta", "partial_rotary_factor")}
-    ids = {"bos_token_id": special["bos"], "eos_token_id": special["eos"], "pad_token_id": None}
+    ids: dict[str, Any] = {"bos_token_id": special["bos"], "eos_token_id": special["eos"], "pad_token_id": None}
     try:
         return MoondreamConfig(
             text_config=PhiConfig(
@@ -214,9 +214,7 @@ def native_config(
             prefix_bidirectional=revision.merge == "tiles",
             region_config=_region(tensors, revision),
             answer_token_id=special.get("answer"),
-            bos_token_id=special["bos"],
-            eos_token_id=special["eos"],
-            pad_token_id=None,
+            **ids,
         )
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise ConfigurationError(f"No native model has these sizes: {error}") from error

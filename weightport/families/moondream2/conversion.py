@@ -10,14 +10,16 @@ from weightport.checkpoints import TensorRef
 from weightport.checkpoints.sources import MAIN, Sources
 from weightport.converters.family import OriginalForm, SourceModel
 from weightport.converters.rules import RuleTable
+from weightport.errors import WeightportError
 from weightport.families.moondream2 import companions, configuration, layouts
 from weightport.families.moondream2.options import MoondreamOptions
-from weightport.families.moondream2.revisions import Decision, Evidence, Keys, decide
+from weightport.families.moondream2.revisions import UNDECIDED, Decision, Evidence, Keys, decide
 from weightport.families.moondream2.rules import moondream_rules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from weightport.checkpoints import Checkpoint
     from weightport.converters.native import NativeTensors
     from weightport.converters.plan import Plan
     from weightport.converters.processor import ImageUse, Processor
@@ -102,11 +104,11 @@ class MoondreamConversion:
 
     def write_companions(self, model: SourceModel, plan: Plan, folder: Path, options: MoondreamOptions) -> None:
         """Write config.json and generation_config.json into `folder`."""
-        companions.write(model, plan, folder)
+        companions.write(model, plan, folder, portable=options.portable)
 
     def rules_of(self, config: PreTrainedConfig, layout: str) -> RuleTable:
         """The rule table of a converted model: that of its record, else of what its configuration is like."""
-        keys: Keys = "2025" if config.feature_merge == "tiles" else "2024"  # type: ignore[attr-defined]
+        keys: Keys = "2025" if config.feature_merge == "tiles" else "2024"
         return moondream_rules(config, layout if layout in layouts.MARKS else keys)  # type: ignore[arg-type]
 
     def original_document(self, config: PreTrainedConfig, options: Mapping[str, Any], model: Any) -> Any:
@@ -123,6 +125,15 @@ class MoondreamConversion:
 
 
 CONVERSION = MoondreamConversion()
+
+
+def about(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Which revision a checkpoint is of, and why; or what keeps it from being converted."""
+    options = MoondreamOptions(vocabulary=companions.NO_VOCABULARY, revision=UNDECIDED)
+    try:
+        return CONVERSION.read(Sources({MAIN: checkpoint}), options).notes
+    except WeightportError as error:
+        return (str(error),)
 
 
 def _tokens(source: str | Path | None, rows: int, end_text: str | None) -> tuple[int, int | None, list[int], bool]:

@@ -25,3 +25,6 @@ class MoondreamOptions(ConversionOptions):
         "The dated revision that SOURCE is of, where neither its tensors nor the files beside it tell.",
         choices=NAMES,
     )
+    portable: bool = option(
+        "--portable", False, "Write the model's code beside the weights, for trust_remote_code without weightport."
+    )

@@ -126,8 +126,10 @@ def decide(evidence: Evidence, asked: str | None) -> Decision:
         if narrowed is not None:
             possible, also = narrowed
             why = f"{why}; {also}"
-    if asked == UNDECIDED or _same(possible):
+    if _same(possible):
         return Decision(possible[-1], why)
+    if asked == UNDECIDED:
+        return Decision(possible[-1], f"or another of {_listed(possible)}, which only --revision tells; {why}")
     raise ConfigurationError(
         f"This checkpoint is of {_listed(possible)}: {why}. They compute different answers, and nothing beside the "
         "weights tells which it is.\n"

@@ -69,6 +69,25 @@ class BadSamples:
         return self.count <= self.allowed
 
 
+class FullAnswers:
+    """How many samples have answers as long as answers may be, counted across the data loader's workers: what was
+    longer has been cut."""
+
+    def __init__(self, samples: Samples) -> None:
+        self._seen = torch.zeros(len(samples), dtype=torch.uint8).share_memory_()
+
+    @property
+    def count(self) -> int:
+        """Samples seen so far, each once."""
+        return int(self._seen.sum())
+
+    def see(self, indices: Sequence[int], labels: torch.Tensor, longest: int) -> None:
+        """Count those of the samples at `indices` that have `longest` labels [batch, length] but -100."""
+        for index, labelled in zip(indices, (labels != -100).sum(dim=1).tolist()):
+            if labelled >= longest:
+                self._seen[index] = 1
+
+
 @dataclass(frozen=True)
 class StoredFeatures:
     """Features of a data set's samples; `record_of` int32 [samples] says where each sample's are."""
@@ -102,7 +121,7 @@ class _Row:
 class Collator:
     """What the data loader calls: samples with their indices → the model's inputs, labels, and the indices. With
     `features` no picture is read. Where all samples of a batch are bad, the next good one takes their place: every
-    process needs a batch."""
+    process needs a batch. `full` counts answers as long as answers may be."""
 
     family: Family
     processor: Any
@@ -110,6 +129,7 @@ class Collator:
     batch: BatchSettings
     bad: BadSamples
     features: StoredFeatures | None = None
+    full: FullAnswers | None = None
 
     def __call__(self, items: Sequence[tuple[int, Sample | str]]) -> dict[str, Any]:
         try:
@@ -123,6 +143,8 @@ class Collator:
         except DataError as error:
             return {INDICES: torch.zeros(0, dtype=torch.long), FAILURE: str(error)}
         indices = [each.number for each in good]
+        if self.full is not None and not self.batch.count_padding:
+            self.full.see(indices, tensors["labels"], self.batch.max_target_length)
         if self.features is not None:
             tensors |= self.features.batch(indices)
         return {**tensors, INDICES: torch.tensor(indices)} | ({STAND_IN: True} if stands_in else {})

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import PrinterCallback
 
 from weightport.errors import OutputError
-from weightport.finetuning.data.collation import BadSamples, Collator, Indexed, StoredFeatures
+from weightport.finetuning.data.collation import BadSamples, Collator, FullAnswers, Indexed, StoredFeatures
 from weightport.finetuning.data.samples import Samples
 from weightport.finetuning.display.progress import ProgressLine
 from weightport.finetuning.evaluation.answering import chosen
@@ -121,12 +121,14 @@ def _train(
 ) -> Outcome:
     recipe, loaded, arguments = job.recipe, prepared.loaded, prepared.arguments
     family, eval_samples = loaded.family, prepared.eval_samples
-    bad = BadSamples(prepared.samples, recipe.data.skip_bad)
+    bad, full = BadSamples(prepared.samples, recipe.data.skip_bad), FullAnswers(prepared.samples)
 
     features = _features(job, prepared, say)
 
-    def collator(counted: BadSamples, stored: StoredFeatures | None = None) -> Collator:
-        return Collator(family, loaded.processor, loaded.model.config, recipe.batch, counted, stored)
+    def collator(
+        counted: BadSamples, stored: StoredFeatures | None = None, answers: FullAnswers | None = None
+    ) -> Collator:
+        return Collator(family, loaded.processor, loaded.model.config, recipe.batch, counted, stored, answers)
 
     samples_per_step = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
     with ProgressLine(samples_per_step, quiet=quiet) as progress:
@@ -136,7 +138,7 @@ def _train(
         trainer = PortTrainer(
             loaded.model,
             arguments,
-            data_collator=collator(bad, features),
+            data_collator=collator(bad, features, full),
             train_dataset=Indexed(prepared.samples),
             eval_dataset=_subset(eval_samples, recipe) if eval_samples is not None else None,
             compute_loss_func=_loss(recipe, family),
@@ -155,6 +157,12 @@ def _train(
     if bad.count:
         were, they = ("was", "it") if bad.count == 1 else ("were", "they")
         notes.append(f"{in_words(bad.count)} {were} left out while training, because {they} could not be read")
+    if full.count:
+        have, longest = "has an answer" if full.count == 1 else "have answers", recipe.batch.max_target_length
+        notes.append(
+            f"{in_words(full.count)} {have} of batch.max_target_length ({longest} tokens): what is longer is cut, and "
+            "learned without its end"
+        )
     return finish(job, prepared, trainer, measuring, notes)
 
 

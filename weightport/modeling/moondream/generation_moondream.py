@@ -120,7 +120,7 @@ class MoondreamGenerationMixin(GenerationMixin):
     ) -> list[tuple[float, ...]]:
         """(x, y) of every object, with `sizes` (x, y, width, height): each number is read from the state that follows
         the one before, and the head decides after each object whether there is another."""
-        head = getattr(self, "region_head", None)
+        head: Any = getattr(self, "region_head", None)
         if (self.config.region_config or {}).get("kind") != "bins":
             raise ValueError("This revision has no head that reads boxes and points: those of 2025 have.")
         if input_ids.shape[0] != 1:

@@ -87,7 +87,7 @@ class MoondreamPreTrainedModel(PreTrainedModel):
     config_class = MoondreamConfig
     config: MoondreamConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["PhiDecoderLayer", "SiglipEncoderLayer", "SiglipVisionEmbeddings"]
     _skip_keys_device_placement = ["past_key_values"]
@@ -120,7 +120,7 @@ class MoondreamModel(MoondreamPreTrainedModel):
         self.language_model = PhiModel._from_config(config.text_config)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> Any:
         return self.language_model.embed_tokens
 
     def set_input_embeddings(self, value):
@@ -202,7 +202,7 @@ class MoondreamModel(MoondreamPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> MoondreamModelOutputWithPast:
         r"""
         Args:
@@ -222,6 +222,7 @@ class MoondreamModel(MoondreamPreTrainedModel):
         if pixel_values is not None:
             image_features = self.get_image_features(pixel_values, image_grids).pooler_output
         if inputs_embeds is None:
+            assert input_ids is not None
             inputs_embeds, is_image = self._embed(input_ids, image_features)
         else:
             is_image = self._image_places(input_ids, inputs_embeds)
@@ -231,8 +232,14 @@ class MoondreamModel(MoondreamPreTrainedModel):
         # A mask of four axes is whole already.
         whole = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4
         if self.config.prefix_bidirectional and not whole and bool(is_image.any()):
+            text: Any = self.config.text_config
+            if "flash" in (text._attn_implementation or ""):
+                raise ValueError(
+                    "Flash attention takes no mask in which an image is seen in both directions, and would leave it "
+                    'out without a word: load this revision with attn_implementation="sdpa".'
+                )
             mask = create_causal_mask(
-                config=self.config.text_config,
+                config=text,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
@@ -309,7 +316,7 @@ class MoondreamForConditionalGeneration(MoondreamPreTrainedModel, MoondreamGener
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> MoondreamCausalLMOutputWithPast:
         r"""
         Args:

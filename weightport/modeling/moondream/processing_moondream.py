@@ -45,8 +45,6 @@ CHAT_OF_MARKS = (
 class MoondreamProcessorKwargs(ProcessingKwargs, total=False):
     r"""Those of tokenizer and image processor."""
 
-    _defaults = {"text_kwargs": {"padding": True}}
-
 
 class MoondreamProcessor(ProcessorMixin):
     r"""One object for all that goes into moondream2 and comes out of it.
@@ -158,7 +156,7 @@ class MoondreamProcessor(ProcessorMixin):
         if single:
             return {"input_ids": rows[0], "attention_mask": [1] * len(rows[0])}
         known = ("padding", "max_length", "pad_to_multiple_of", "padding_side")
-        padding = {name: text_kwargs[name] for name in known if name in text_kwargs}
+        padding = {"padding": True, **{name: text_kwargs[name] for name in known if name in text_kwargs}}
         if padding.get("padding") is False or (len({len(row) for row in rows}) == 1 and "max_length" not in padding):
             return {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
         return dict(self.tokenizer.pad({"input_ids": rows}, return_attention_mask=True, **padding))

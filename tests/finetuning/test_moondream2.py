@@ -1,0 +1,214 @@
+"""moondream2's sequences and the recipe count-json: what the project's notebook trains on, and what the guide says."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from drawn_data import draw_coco
+from PIL import Image
+from tiny_runs import FIXED_RATE, GOLDEN, MODELS, losses, run
+from transformers import AutoModelForImageTextToText, AutoProcessor, get_scheduler
+
+from weightport.checkpoints import open_checkpoint
+from weightport.errors import DataError, RecipeError
+from weightport.families.moondream2.training import TRAINING
+from weightport.finetuning.data.samples import Objects, Sample
+from weightport.finetuning.recipes.recipe import for_family, load_recipe
+from weightport.finetuning.recipes.settings import BatchSettings
+from weightport.finetuning.setup.freezing import frozen_parts, shares
+
+SHORT = {
+    "training.learning_rate": 1e-2,
+    "training.per_device_train_batch_size": 4,
+    "training.max_steps": 3,
+    "training.save_strategy": "no",
+    "training.eval_strategy": "no",
+    "training.dataloader_num_workers": 0,
+    **FIXED_RATE,
+    "training.lr_scheduler_kwargs": {},
+}
+PICTURE = Image.new("RGB", (60, 40), "red")
+
+
+@pytest.fixture
+def case() -> Any:
+    sys.path.insert(0, str(GOLDEN))
+    from golden_case import Case
+
+    return Case(GOLDEN / "cases" / MODELS["moondream2"], "tiny-2024-04-02")
+
+
+@pytest.fixture
+def model(tiny: Callable[[str], Path]) -> Any:
+    return AutoModelForImageTextToText.from_pretrained(tiny("moondream2"), dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def processor(tiny: Callable[[str], Path]) -> Any:
+    return AutoProcessor.from_pretrained(tiny("moondream2"))
+
+
+def encoded(processor: Any, case: Any) -> dict[str, torch.Tensor]:
+    """The golden case's pictures, questions and answers."""
+    stated = case.spec["reference"]
+    pictures = [Image.fromarray(case.tensors[f"image.{row}"].numpy()) for row in range(len(stated["prompts"]))]
+    prompts = [processor.prompt("query", question) for question in stated["prompts"]]
+    return TRAINING.encode(processor, None, BatchSettings(), prompts, stated["answers"], pictures)
+
+
+def test_texts_become_the_sequences_that_the_original_trains_on(processor: Any, case: Any) -> None:
+    made = encoded(processor, case)
+    places = made["input_ids"] == processor.image_token_id
+    assert bool((places.sum(1) == processor.image_processor.image_seq_length).all())
+    tokens = torch.stack([ids[~image] for ids, image in zip(made["input_ids"], places)])
+    assert torch.equal(tokens, case.tensors["train.tokens"])
+    assert torch.equal(made["labels"], case.tensors["train.labels"])
+    assert torch.equal(made["attention_mask"].bool(), case.tensors["train.attention_mask"])
+
+
+def test_pictures_and_texts_give_the_loss_of_the_original(model: Any, processor: Any, case: Any) -> None:
+    with torch.no_grad():
+        loss = model(**encoded(processor, case)).loss
+    assert float(loss) == pytest.approx(float(case.tensors["train.loss"]), abs=5e-6)
+
+
+def test_questions_are_what_the_original_generates_from(model: Any, processor: Any, case: Any) -> None:
+    stated = case.spec["reference"]
+    pictures = [Image.fromarray(case.tensors[f"image.{row}"].numpy()) for row in range(len(stated["prompts"]))]
+    prompts = [TRAINING.prompt(processor, BatchSettings(task="vqa"), sample_of(text)) for text in stated["prompts"]]
+    asked = TRAINING.questions(processor, BatchSettings(), prompts, pictures)
+    ids = model.generate(**asked, max_new_tokens=stated["generation"]["max_new_tokens"])
+    answers = [TRAINING.read(processor, BatchSettings(), row[asked["input_ids"].shape[1] :], None).text for row in ids]
+    assert answers == [text.strip() for text in stated["strings"]["greedy"]]
+
+
+def sample_of(question: str) -> Sample:
+    return Sample("here", None, question, "", ())
+
+
+def test_question_that_spells_out_the_image_token_is_text(model: Any, processor: Any) -> None:
+    prompt = TRAINING.prompt(processor, BatchSettings(prompt="{prefix}"), sample_of("what is <image>?"))
+    made = TRAINING.encode(processor, None, BatchSettings(), [prompt], ["it is <image>"], [PICTURE])
+    assert int((made["input_ids"] == processor.image_token_id).sum()) == processor.image_processor.image_seq_length
+    kept = made["input_ids"][0][made["input_ids"][0] != processor.image_token_id]
+    assert processor.tokenizer.decode(kept) == (
+        "<|endoftext|>\n\nQuestion: what is <image>?\n\nAnswer: it is <image><|endoftext|>"
+    )
+    assert torch.isfinite(model(**made).loss)
+
+
+def test_room_is_what_the_positions_leave(processor: Any, model: Any) -> None:
+    room = TRAINING.room(processor, model.config)
+    empty = TRAINING.encode(processor, None, BatchSettings(), [processor.prompt("query", "")], [""], [PICTURE])
+    assert room.total == 2048 and empty["input_ids"].shape[1] <= room.total - room.answer + 2
+    assert room.prompt < room.answer < room.total
+
+
+def test_sample_without_a_picture_and_boxes_are_refused(processor: Any) -> None:
+    with pytest.raises(DataError, match="a sample has none"):
+        TRAINING.questions(processor, BatchSettings(), ["a", "b"], [PICTURE, None])
+    boxes = Sample("photo 3", None, "", "", (), Objects(("cat",), ((0.0, 0.0, 4.0, 4.0),), (8, 8)))
+    with pytest.raises(DataError, match="photo 3: boxes are no text that moondream2 writes"):
+        TRAINING.answer(processor, BatchSettings(), boxes)
+    with pytest.raises(RecipeError, match="no task 'dance'"):
+        TRAINING.prompt(processor, BatchSettings(task="dance"), sample_of(""))
+
+
+def test_every_parameter_belongs_to_a_part(model: Any) -> None:
+    assert {TRAINING.parts.part_of(name) for name, _ in model.named_parameters()} == {
+        "vision", "projector", "embeddings", "decoder", "head",
+    }  # fmt: skip
+
+
+def test_recipe_trains_what_the_notebook_trains(model: Any) -> None:
+    recipe = for_family(load_recipe("count-json"), "moondream2")
+    wanted = {
+        "num_train_epochs": 1, "per_device_train_batch_size": 24, "gradient_accumulation_steps": 1,
+        "learning_rate": 3e-5, "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_epsilon": 1e-6, "weight_decay": 0.0,
+        "max_grad_norm": 0.0, "bf16": True,
+    }  # fmt: skip
+    assert {name: recipe.training[name] for name in wanted} == wanted
+    frozen = frozen_parts(TRAINING.parts, recipe.model.freeze)
+    assert {share.part for share in shares(model, TRAINING.parts)} - frozen == {"embeddings", "decoder", "head"}
+
+
+def rates(steps: int, **settings: Any) -> list[float]:
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([weight], lr=3e-5)
+    schedule = get_scheduler(
+        "cosine_warmup_with_min_lr", optimizer, math.ceil(0.1 * steps), steps, scheduler_specific_kwargs=settings
+    )
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_rate_ends_at_a_tenth_and_as_published_where_the_guides_code_ends() -> None:
+    recipe = load_recipe("count-json")
+    for published, last in ((False, 0.1), (True, 0.122)):
+        chosen = for_family(recipe, "moondream2", as_published=published)
+        found = rates(1000, **chosen.training["lr_scheduler_kwargs"])
+        assert found[0] == pytest.approx(0.1 * 3e-5) and max(found) == pytest.approx(3e-5)
+        assert found[-1] == pytest.approx(last * 3e-5, rel=2e-3)
+    # The notebook's rates, up to the step by which the two count apart.
+    for step, rate in enumerate(found):
+        x = step / 1000
+        notebook = x / 0.1 if x < 0.1 else (1 + math.cos(math.pi * (x - 0.1))) / 2
+        assert rate == pytest.approx(3e-5 * (0.1 + 0.9 * notebook), rel=0.02)
+
+
+def coins(folder: Path) -> Path:
+    """COCO annotations of four pictures with other counts each."""
+    counts = [{"dime": 1, "penny": 2}, {"penny": 1}, {"dime": 2}, {"dime": 1, "penny": 1}]
+    names = {"dime": 1, "penny": 2}
+    annotations = [
+        {"image_id": image, "category_id": names[name], "bbox": [4.0 * n, 4.0, 4.0, 4.0], "iscrowd": 0}
+        for image, found in enumerate(counts)
+        for name, count in found.items()
+        for n in range(count)
+    ]
+    return draw_coco(folder, {
+        "categories": [{"id": place, "name": name} for name, place in names.items()],
+        "images": [{"id": n, "file_name": f"{n}.png", "width": 48, "height": 32} for n in range(len(counts))],
+        "annotations": [{"id": number, **each} for number, each in enumerate(annotations)],
+    })  # fmt: skip
+
+
+def test_drawn_coins_are_counted_and_the_frozen_tower_stays(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    data = coins(tmp_path / "coins")
+    more = {**SHORT, "training.max_steps": 150, "training.learning_rate": 5e-3, "training.logging_steps": 50}
+    base = tiny("moondream2")
+    out = run(base, "count-json", data, tmp_path / "run", eval_data=data, more=more)
+    assert out.metrics["exact-match-json"] == 1.0 and out.metrics["count-error"] == 0.0
+    before, after = open_checkpoint(base), open_checkpoint(out.directory)
+    for name in before:
+        frozen = name.startswith(("model.vision_tower.", "model.multi_modal_projector."))
+        assert torch.equal(before[name].read(), after[name].read()) == frozen, name
+
+
+def test_cached_image_vectors_give_the_losses_of_a_run_without(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    data = coins(tmp_path / "coins")
+    seen = [
+        losses(run(tiny("moondream2"), "count-json", data, tmp_path / str(cached), more={
+            **SHORT, "training.logging_steps": 1, "model.cache_features": cached}).history)
+        for cached in (False, True)
+    ]  # fmt: skip
+    assert len(seen[0]) == 3 and seen[1] == pytest.approx(seen[0], rel=1e-6)
+
+
+def test_run_as_published_says_what_the_guide_does_wrong(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    data = coins(tmp_path / "coins")
+    more = {name: value for name, value in SHORT.items() if "lr_scheduler" not in name and "warmup" not in name}
+    out = run(tiny("moondream2"), "count-json", data, tmp_path / "run", as_published=True, more=more)
+    assert json.loads((out.directory / "training.json").read_text())["as_published"]
+    assert "0.122" in (tmp_path / "run" / "report.html").read_text()

@@ -1,0 +1,184 @@
+"""Our BLIP-2 of transformers' parts: with CLIP's ViT-L, and with an epsilon of its own behind EVA's ViT-g."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Blip2ForConditionalGeneration,
+    pipeline,
+)
+from transformers.utils import logging
+
+from weightport.api import check_parity, convert
+from weightport.modeling.blip2_lavis.configuration_blip2_lavis import Blip2LavisConfig
+from weightport.modeling.blip2_lavis.modeling_blip2_lavis import (
+    Blip2LavisForConditionalGeneration,
+    Blip2LavisForImageTextRetrieval,
+)
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+sys.path.append(str(GOLDEN))
+
+import blip2_cases  # noqa: E402 - found beside the cases
+from golden_case import Case  # noqa: E402
+
+
+def converted(name: str, folder: Path, **settings) -> tuple[Case, Path]:
+    case = Case(GOLDEN / "cases/blip2" / name, name)
+    sources = blip2_cases.sources(case, case.materialize(folder / f"{name} original"))
+    convert(sources, folder / name, "blip2", **blip2_cases.settings(case), **settings)
+    return case, folder / name
+
+
+@pytest.fixture(scope="module")
+def vit_l(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return converted("t5-vitL-tiny", tmp_path_factory.mktemp("clip"))[1]
+
+
+def tiny(language: str = "opt", tower: str = "clip_vision_model", **changes) -> Blip2LavisConfig:
+    text = {
+        "opt": {"model_type": "opt", "hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 20, "vocab_size": 40,
+                "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 40, "dropout": 0.0},
+        "t5": {"model_type": "t5", "d_model": 16, "d_kv": 8, "d_ff": 20, "vocab_size": 40, "num_layers": 2,
+               "num_decoder_layers": 3, "num_heads": 2, "tie_word_embeddings": False, "decoder_start_token_id": 0,
+               "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu", "dropout_rate": 0.0},
+    }[language]  # fmt: skip
+    torch.manual_seed(0)
+    return Blip2LavisConfig(
+        vision_config={"model_type": tower, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+                       "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+        qformer_config={"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16,
+                        "vocab_size": 40, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        text_config=text, num_query_tokens=3, image_token_index=39, **changes,
+    )  # fmt: skip
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    ids = torch.tensor([[39, 39, 39, 2, 5, 6, 7], [39, 39, 39, 2, 8, 9, 4]])
+    return {"pixel_values": torch.rand(2, 3, 28, 28), "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@pytest.mark.parametrize("name", ["opt-tiny", "t5-coco-tiny", "itm-tiny"])
+def test_exact_directories_are_lavis_without_a_correction(name: str, tmp_path: Path) -> None:
+    case, directory = converted(name, tmp_path, exact=True)
+    reference = blip2_cases.write_case(case, tmp_path / "reference.safetensors", kinds=("forward",))
+    report = check_parity(directory, reference)
+    assert report.passed, report.departures
+    assert not any("corrected while measured" in note for note in report.notes)
+
+
+def test_exact_and_native_directories_hold_the_same_tensors_under_the_same_names(tmp_path: Path) -> None:
+    _, exact = converted("t5-coco-tiny", tmp_path / "exact", exact=True)
+    _, native = converted("t5-coco-tiny", tmp_path / "native")
+    a, b = (load_file(folder / "model.safetensors") for folder in (exact, native))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert type(AutoModelForImageTextToText.from_pretrained(native)) is Blip2ForConditionalGeneration
+    assert type(AutoModelForImageTextToText.from_pretrained(exact)) is Blip2LavisForConditionalGeneration
+
+
+def test_a_directory_loads_answers_and_saves_without_a_word(vit_l: Path, tmp_path: Path, caplog) -> None:
+    logging.enable_propagation()
+    try:
+        with caplog.at_level("WARNING"):
+            model = AutoModelForImageTextToText.from_pretrained(vit_l)
+            processor = AutoProcessor.from_pretrained(vit_l)
+            picture = torch.randint(0, 255, (30, 40, 3), dtype=torch.uint8).numpy()
+            ids = model.generate(**processor(images=picture, text="a photo of", return_tensors="pt"), max_new_tokens=4)
+            model.save_pretrained(tmp_path / "again")
+    finally:
+        logging.disable_propagation()
+    assert ids.shape[0] == 1
+    assert not caplog.records, [record.getMessage() for record in caplog.records]
+    again, first = (load_file(folder / "model.safetensors") for folder in (tmp_path / "again", vit_l))
+    assert again.keys() == first.keys() and all(torch.equal(again[key], first[key]) for key in first)
+
+
+def test_pipelines_take_the_directory(vit_l: Path) -> None:
+    from PIL import Image
+
+    pipe = pipeline("image-text-to-text", model=str(vit_l))
+    assert pipe(images=Image.new("RGB", (20, 20)), text="a photo of", max_new_tokens=2)[0]["generated_text"]
+
+
+def test_flan_t5s_head_is_no_embedding_even_when_rows_are_added(vit_l: Path) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(vit_l)
+    head = model.language_model.lm_head.weight.clone()
+    assert "language_model.lm_head.weight" not in model.all_tied_weights_keys
+    model.language_model.resize_token_embeddings(260)
+    assert torch.equal(model.language_model.lm_head.weight[: len(head)], head)
+
+
+@pytest.mark.parametrize("language", ["opt", "t5"])
+@pytest.mark.parametrize("tower", ["clip_vision_model", "blip_2_vision_model"])
+def test_a_configuration_comes_back_from_disk_and_builds_the_same_model(language, tower, tmp_path: Path) -> None:
+    config = tiny(language, tower, ln_vision_eps=3e-4)
+    Blip2LavisForConditionalGeneration(config).save_pretrained(tmp_path)
+    found = AutoConfig.from_pretrained(tmp_path)
+    assert type(found) is Blip2LavisConfig and found.vision_config.model_type == tower
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert model.vision_model.post_layernorm.eps == 3e-4
+    assert model.vision_model.encoder.layers[0].layer_norm1.eps != 3e-4
+
+
+@pytest.mark.parametrize("tower", ["clip_vision_model", "blip_2_vision_model"])
+def test_attention_implementations_agree(tower: str) -> None:
+    config, given = tiny("opt", tower), inputs()
+    outputs = []
+    for attention in ("eager", "sdpa"):
+        torch.manual_seed(0)
+        model = Blip2LavisForConditionalGeneration._from_config(config, attn_implementation=attention).eval()
+        with torch.no_grad():
+            outputs.append(model(**given).logits)
+    assert torch.allclose(*outputs, atol=1e-5)
+
+
+def test_every_trained_parameter_gets_a_gradient_with_and_without_checkpoints() -> None:
+    torch.manual_seed(0)
+    model, given = Blip2LavisForConditionalGeneration(tiny()).train(), inputs()
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(**given, labels=given["input_ids"]).loss.backward()
+        lacking = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+        assert not lacking, lacking
+        found.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    assert all(torch.allclose(found[0][name], found[1][name], atol=1e-6) for name in found[0])
+
+
+def test_a_decoder_deeper_than_its_encoder_generates_with_and_without_a_cache() -> None:
+    torch.manual_seed(0)
+    model, given = Blip2LavisForConditionalGeneration(tiny("t5")).eval(), inputs()
+    for beams in (1, 3):
+        cached, plain = (
+            model.generate(**given, max_new_tokens=5, num_beams=beams, use_cache=use_cache)
+            for use_cache in (True, False)
+        )
+        assert torch.equal(cached, plain)
+
+
+def test_pictures_of_another_size_are_taken_on_request() -> None:
+    model = Blip2LavisForConditionalGeneration(tiny()).eval()
+    given = {**inputs(), "pixel_values": torch.rand(2, 3, 56, 56)}
+    with pytest.raises(ValueError, match="doesn't match"):
+        model(**given)
+    assert model(**given, interpolate_pos_encoding=True).logits.isfinite().all()
+
+
+def test_retrieval_takes_vit_l_too() -> None:
+    config = tiny()
+    config.qformer_config.use_qformer_text_input = True
+    config.image_token_index = 40
+    model, given = Blip2LavisForImageTextRetrieval(config).eval(), inputs()
+    for matching in (True, False):
+        output = model(**given, use_image_text_matching_head=matching)
+        assert output.logits_per_image.shape == (2, 2)
