@@ -209,3 +209,29 @@ def blip2_reference(given: Lavis, folder: Path) -> Path:
     import blip2_cases
 
     return blip2_cases.write_case(given.case, folder / "reference.safetensors", kinds=("forward",))
+
+
+def test_a_language_model_may_be_named_by_its_hub_id(opt, tmp_path, monkeypatch):
+    asked = []
+
+    def download(repository, names):
+        asked.append((repository, tuple(names)))
+        return opt.sources["llm"]
+
+    monkeypatch.setattr("weightport.hub.download_folder", download)
+    given = {**opt.sources, "llm": "facebook/opt-tiny"}
+    planned = plan_conversion(given, "blip2", **opt.settings)
+    assert len(planned.model.tensors_of("llm")) > 30
+    ((repository, names),) = asked
+    assert repository == "facebook/opt-tiny" and "*.json" in names and not any(".py" in name for name in names)
+
+
+def test_an_early_opt_files_format_number_is_dropped_with_its_reason(opt, tmp_path):
+    def with_version(document):
+        document["decoder.version" if "decoder.embed_tokens.weight" in document else "model.decoder.version"] = (
+            torch.tensor([3.0])
+        )
+
+    opt.edit("llm", with_version)
+    made = opt.convert(tmp_path / "out")
+    assert {item["name"] for item in made.record["dropped"]} >= {"opt_model.model.decoder.version"}

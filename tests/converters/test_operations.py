@@ -14,11 +14,13 @@ from weightport.converters.operations import (
     Cast,
     Chain,
     Concatenate,
+    JoinAroundZeros,
     Operation,
     Pad,
     Permute,
     Reshape,
     Resize,
+    Rounded,
     Split,
     Stack,
     Truncate,
@@ -245,3 +247,36 @@ def test_a_pair_does_beside_the_targets_what_it_did_beside_the_source(operation)
 def test_what_a_pair_cannot_follow_is_refused_by_the_operations_name(operation):
     with pytest.raises(AdapterError, match=operation.name.split("(")[0].strip().replace("²", ".")):
         operation.pairs(LowRankPair(torch.ones(2, 4), torch.ones(4, 2)))
+
+
+def test_biases_of_query_and_value_are_joined_around_zeros_and_come_back():
+    query, value = torch.arange(1.0, 4.0), torch.arange(5.0, 8.0)
+    (joined,) = applied(JoinAroundZeros().forward, [query, value])
+    assert joined.tolist() == [1, 2, 3, 0, 0, 0, 5, 6, 7]
+    # Whatever a trainer left in the middle changes nothing that the model computes.
+    joined[3:6] = 1e-9
+    back = applied(JoinAroundZeros().backward, [joined])
+    assert torch.equal(back[0], query) and torch.equal(back[1], value)
+    with pytest.raises(ValueError, match="differ"):
+        applied(JoinAroundZeros().forward, [query, value[:2]])
+
+
+@pytest.mark.parametrize(
+    ("precision", "corners", "dtype"),
+    [("rounded", False, torch.float16), ("float32", False, torch.float32), ("own", True, torch.float16)],
+)
+def test_positions_are_resized_in_the_stated_precision(precision, corners, dtype):
+    table = torch.rand(17, 6).half()
+    (grown,) = applied(Resize(4, 7, 1, corners, precision).forward, [table])
+    assert grown.dtype == dtype and torch.equal(grown[0], table[0].to(dtype))
+    grid = table[1:].reshape(1, 4, 4, 6).permute(0, 3, 1, 2)
+    wide = grid if precision == "own" else grid.float()
+    expected = torch.nn.functional.interpolate(wide, size=(7, 7), mode="bicubic", align_corners=corners)
+    assert torch.equal(grown[1:], expected.permute(0, 2, 3, 1).reshape(-1, 6).to(dtype))
+
+
+def test_rounded_values_are_written_in_the_narrower_type():
+    values = torch.rand(4, 3)
+    (rounded,) = applied(Rounded(torch.bfloat16).forward, [values])
+    assert torch.equal(rounded, values.bfloat16())
+    assert "bfloat16" in Rounded(torch.bfloat16).lossy

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     Blip2ForConditionalGeneration,
+    GenerationConfig,
     pipeline,
 )
 from transformers.utils import logging
@@ -158,12 +159,17 @@ def test_every_trained_parameter_gets_a_gradient_with_and_without_checkpoints() 
 def test_a_decoder_deeper_than_its_encoder_generates_with_and_without_a_cache() -> None:
     torch.manual_seed(0)
     model, given = Blip2LavisForConditionalGeneration(tiny("t5")).eval(), inputs()
+    with torch.no_grad():
+        for parameter in model.language_model.parameters():
+            # Large enough that every token depends on those before it.
+            parameter.copy_(torch.randn_like(parameter))
     for beams in (1, 3):
-        cached, plain = (
-            model.generate(**given, max_new_tokens=5, num_beams=beams, use_cache=use_cache)
-            for use_cache in (True, False)
-        )
-        assert torch.equal(cached, plain)
+        settings = {"max_new_tokens": 8, "num_beams": beams}
+        cached = model.generate(**given, **settings)
+        by_config = GenerationConfig(**settings, use_cache=False, eos_token_id=1, pad_token_id=0)
+        by_config.decoder_start_token_id = 0
+        assert torch.equal(cached, model.generate(**given, **settings, use_cache=False))
+        assert torch.equal(cached, model.generate(**given, generation_config=by_config))
 
 
 def test_pictures_of_another_size_are_taken_on_request() -> None:

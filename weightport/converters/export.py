@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from weightport.checkpoints import Checkpoint, TensorRef, open_checkpoint
+from weightport.checkpoints.json_text import parse_json
 from weightport.checkpoints.sources import MAIN
 from weightport.converters.family import ConversionStage, OriginalForm
 from weightport.converters.patterns import Capture
@@ -28,6 +29,9 @@ from weightport.writing.torch_archive import write_torch_archive
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+
+MERGE_RECORD = "merge.json"
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ def export(
     checkpoint = open_checkpoint(directory)
     rules = family.rules_of(config, record.get("layout", ""))
     beside = read_side_file(directory) if part == MAIN else {}
-    tensors, lost = original_tensors(checkpoint, rules, config, record, part, beside)
+    changed = changed_by_merges(directory)
+    tensors, lost = original_tensors(checkpoint, rules, config, record, part, beside, changed)
     total = sum({tensor.storage_key: tensor.nbytes for tensor in tensors}.values())
     announce(total)
     job = _Job(
@@ -139,9 +144,11 @@ def original_tensors(
     record: Mapping[str, Any],
     part: str = MAIN,
     beside: Mapping[str, TensorRef] | None = None,
+    changed: Set[str] = frozenset(),
 ) -> tuple[list[Outgoing], dict[str, str]]:
     """(the original's tensors, in the original's order where a record tells it; what is lost by tensor). `beside` are
-    those that stand in the side file. Raises CoverageError."""
+    those that stand in the side file. What another source than `part` gave is left out, unless it is among the native
+    tensors that were `changed` since. Raises CoverageError."""
     filled = {name for step in record.get("steps", ()) if not step["from"] for name in step["to"]}
     found, lost = _reversed_rules(checkpoint, rules, filled)
     found |= {name: Outgoing.of(name, ref, storage=name) for name, ref in (beside or {}).items()}
@@ -165,11 +172,37 @@ def original_tensors(
     order = [name for name in names or found if name in found]
     written = {found[name].storage_key for name in order}
     elsewhere = {name for source, tensors in recorded.items() if source != part for name in tensors}
+    if part == MAIN:
+        elsewhere -= _sources_of(changed, rules)
     # What a fine-tune added stands behind what the original had; a further name of a tied tensor is nothing new.
     known = set(order) | elsewhere
     added = [name for name in found if name not in known and found[name].storage_key not in written]
     chosen = [found[name] for name in (*order, *added)]
     return chosen, {tensor.name: lost[tensor.name] for tensor in chosen if tensor.name in lost}
+
+
+def changed_by_merges(directory: Path) -> frozenset[str]:
+    """Native tensors that merges of adapters have changed since the conversion, by the directory's merge.json and what
+    it holds of earlier merges; none where there is none. Raises CheckpointError for a malformed one."""
+    path = directory / MERGE_RECORD
+    if not path.is_file():
+        return frozenset()
+    try:
+        record = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+    found: set[str] = set()
+    while isinstance(record, Mapping):
+        found |= {str(name) for key in ("changed", "added") for name in record.get(key) or ()}
+        base = record.get("base")
+        record = base.get("merged") if isinstance(base, Mapping) else None
+    return frozenset(found)
+
+
+def _sources_of(native: Set[str], rules: RuleTable) -> set[str]:
+    """The original's names of what makes these native tensors."""
+    claims = (next(rules.of_target(name), None) for name in native)
+    return {name for claim in claims if claim is not None for name in claim.rule.source_names(claim.captures)}
 
 
 def _reversed_rules(

@@ -246,7 +246,7 @@ def _limits(found: CheckedDirectory) -> str:
 def _licence(found: CheckedDirectory, options: CardOptions) -> str:
     """What the family's own licence asks to be said of every model made from it."""
     family = found.family
-    if family is None or not family.licence_note or options.licence != family.licence:
+    if family is None or not family.licence_note or family.licence not in (None, options.licence):
         return ""
     return f"## Licence\n\n{family.licence_note}"
 

@@ -26,7 +26,7 @@ VISION_EPS, CLIP_EPS, LN_VISION_EPS = 1e-6, 1e-5, 1e-5
 RELEASED_HEADS = 16
 """Of both released vision encoders; no shape tells."""
 RELEASED_LAYERS = {1408: 39, 1024: 23}
-"""Blocks in use, by width: the released file has one more."""
+"""Blocks in use, by width: the released files have one more, which LAVIS does not build."""
 QFORMER_HEAD = 64
 IMAGE_SIZE = 224
 LANGUAGE_WIDTHS: Mapping[Kind, Mapping[int, str]] = {
@@ -109,7 +109,8 @@ def read_vision(tensors: Mapping[str, TensorRef], found: Found, options: Blip2Op
             f"{VISION}{names.positions} has {positions} positions: no class and square of patches."
         )
     blocks = _numbered(tensors, re.escape(VISION + names.block).replace(r"\{\}", r"(\d+)"))
-    layers = options.vision_layers or (blocks if found.has_vision else RELEASED_LAYERS.get(width, blocks - 1))
+    whole = found.has_vision or RELEASED_LAYERS.get(width) == blocks
+    layers = options.vision_layers or (blocks if whole else blocks - 1)
     if not 0 < layers <= blocks:
         raise UsageError(f"--vision-layers {layers}: the vision encoder has {blocks} blocks.")
     heads = options.vision_heads or RELEASED_HEADS

@@ -37,8 +37,8 @@ class Blip2Auto:
     @staticmethod
     def from_pretrained(directory: str | Path, **settings: Any) -> Any:
         """As transformers' own, `output_loading_info` included."""
-        local = {key: settings[key] for key in ("trust_remote_code", "local_files_only") if key in settings}
-        config = AutoConfig.from_pretrained(directory, **local)
+        local = {key: settings[key] for key in ("local_files_only",) if key in settings}
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, **local)
         return architecture(config).from_pretrained(directory, **settings)
 
 

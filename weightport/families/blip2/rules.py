@@ -161,6 +161,7 @@ OPT = table(
         "opt_model.lm_head.weight",
         to="language_model.model.decoder.embed_tokens.weight",
     ),
+    drop("opt_model.model.decoder.version", "the number of a file format, in early OPT files"),
 )
 
 T5 = table(

@@ -88,7 +88,9 @@ class Blip2LavisForConditionalGeneration(Blip2ForConditionalGeneration):
         """As [`Blip2ForConditionalGeneration`]. A T5 with more layers in its decoder than in its encoder is given a
         cache that grows with what is put into it: transformers makes one by the number of the encoder's."""
         text: Any = self.config.text_config
-        if text.model_type == "t5" and text.num_decoder_layers != text.num_layers:
+        settings = kwargs.get("generation_config") or self.language_model.generation_config
+        uneven = text.model_type == "t5" and text.num_decoder_layers != text.num_layers
+        if uneven and kwargs.get("use_cache", settings.use_cache) is not False:
             kwargs.setdefault("past_key_values", EncoderDecoderCache(DynamicCache(), DynamicCache()))
         return super().generate(*args, **kwargs)
 
