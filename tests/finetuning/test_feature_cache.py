@@ -78,6 +78,7 @@ def part_in(outcome: Any) -> str:
         ("florence2", ["vision"], "vision tower"),
         ("paligemma2", ["vision", "projector"], "projector"),
         ("paligemma2", ["vision"], "vision tower"),
+        ("moondream2", ["vision", "projector"], "projector"),
     ],
 )
 def test_losses_are_those_of_a_run_without_features(
