@@ -26,6 +26,8 @@ MODELS = {
     "florence2": "florence2/tiny-vocab-4k",
     "paligemma2": "paligemma2/tiny-gemma2",
     "moondream2": "moondream2/tiny-2024-04-02",
+    "moondream2-crops": "moondream2/tiny-2024-08-26",
+    "moondream2-tiles": "moondream2/tiny-2025-06-21",
 }
 """Golden cases by what they are called here; all have a vocabulary of their own."""
 
