@@ -98,7 +98,6 @@ def test_folder_becomes_a_proven_tuned_merged_model_that_needs_no_weightport(cas
     said = ran(cli.main, "generate", "merged", picture, "--prompt", sample.prefix, "--json")
     answer = json.loads(said.strip().splitlines()[-1])
     assert json.loads(answer["text"]) == json.loads(sample.suffix)
-    assert answer["prompt"] == f"<image>\n\nQuestion: {sample.prefix}\n\nAnswer:"
 
     environment = {**os.environ, "HF_MODULES_CACHE": str(Path("modules").resolve()), "PYTHONPATH": ""}
     finished = subprocess.run(
