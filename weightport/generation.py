@@ -104,11 +104,12 @@ def _loading(directory: Path) -> Iterator[None]:
 
 def _placed(asked: str, picture: Image.Image | None, processor: Any, model: Any) -> str:
     """The prompt with the picture before it, where a decoder reads both in one sequence and its processor puts the
-    picture where a token says."""
+    picture where a token says. A processor that has a form for questions puts the prompt into it."""
     token = getattr(processor, "image_token", None)
     if picture is None or model.config.is_encoder_decoder or not isinstance(token, str) or token in asked:
         return asked
-    return token + asked
+    as_question = getattr(processor, "as_question", None)
+    return str(as_question(asked)) if as_question is not None else token + asked
 
 
 def task_prompt(processor: Any, task: str, tasks: Mapping[str, str]) -> str:

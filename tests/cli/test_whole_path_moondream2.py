@@ -95,6 +95,10 @@ def test_folder_becomes_a_proven_tuned_merged_model_that_needs_no_weightport(cas
     from weightport.finetuning.data.settings import DataSettings
 
     sample = open_data(str(data), DataSettings(form="counting"))[0]
+    said = ran(cli.main, "generate", "merged", picture, "--prompt", sample.prefix, "--json")
+    answer = json.loads(said.strip().splitlines()[-1])
+    assert json.loads(answer["text"]) == json.loads(sample.suffix)
+
     environment = {**os.environ, "HF_MODULES_CACHE": str(Path("modules").resolve()), "PYTHONPATH": ""}
     finished = subprocess.run(
         [sys.executable, "-c", ELSEWHERE, "merged", str(picture), sample.prefix],

@@ -81,6 +81,7 @@ def part_in(outcome: Any) -> str:
         ("blip2", ["vision", "bridge"], "image vectors"),
         ("blip2", ["vision", "norm"], "vision encoder"),
         ("blip2-t5", ["vision", "bridge"], "image vectors"),
+        ("moondream2", ["vision", "projector"], "projector"),
     ],
 )
 def test_losses_are_those_of_a_run_without_features(

@@ -212,3 +212,19 @@ def test_run_as_published_says_what_the_guide_does_wrong(tiny: Callable[[str], P
     out = run(tiny("moondream2"), "count-json", data, tmp_path / "run", as_published=True, more=more)
     assert json.loads((out.directory / "training.json").read_text())["as_published"]
     assert "0.122" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["moondream2-crops", "moondream2-tiles"])
+def test_pictures_of_several_views_are_trained_on_and_their_region_head_stays(
+    name: str, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    data, base = coins(tmp_path / "coins"), tiny(name)
+    settings = {**SHORT, "training.logging_steps": 1}
+    plain = run(base, "count-json", data, tmp_path / "plain", more=settings)
+    cached = run(base, "count-json", data, tmp_path / "cached", more={**settings, "model.cache_features": True})
+    found = losses(plain.history)
+    assert len(found) == 3 and found[3] < found[1]
+    assert losses(cached.history) == pytest.approx(found, rel=1e-5)
+    before, after = open_checkpoint(base), open_checkpoint(plain.directory)
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name].read(), after[name].read())}
+    assert changed == {"model", "lm_head"} and any(name.startswith("region_head.") for name in before)

@@ -30,11 +30,14 @@ sys.path.insert(0, str(GOLDEN))
 
 import blip2_cases  # noqa: E402 - found beside the cases
 import florence2_cases  # noqa: E402
+import moondream2_cases  # noqa: E402
 import ofa_cases  # noqa: E402
 import paligemma2_cases  # noqa: E402
 from golden_case import Case, find_cases, sources_of  # noqa: E402
 
-TABLES = {table.FAMILY: table for table in (ofa_cases, florence2_cases, paligemma2_cases, blip2_cases)}
+TABLES = {
+    table.FAMILY: table for table in (ofa_cases, florence2_cases, paligemma2_cases, blip2_cases, moondream2_cases)
+}
 
 
 def with_training(case: Case) -> bool:

@@ -28,6 +28,8 @@ MODELS = {
     "blip2": "blip2/opt-tiny",
     "blip2-t5": "blip2/t5-coco-tiny",
     "moondream2": "moondream2/tiny-2024-04-02",
+    "moondream2-crops": "moondream2/tiny-2024-08-26",
+    "moondream2-tiles": "moondream2/tiny-2025-06-21",
 }
 """Golden cases by what they are called here; all have a vocabulary of their own."""
 

@@ -122,6 +122,15 @@ def test_auto_classes_load_a_saved_model(model, tmp_path: Path) -> None:
     assert type(AutoModel.from_pretrained(tmp_path)) is MoondreamModel
 
 
+def test_base_model_loads_from_a_file_of_the_whole(model, period: str, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    base, info = MoondreamModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        states = base.eval()(**inputs_of(period)).last_hidden_state
+        assert torch.equal(model.lm_head(states), model(**inputs_of(period)).logits)
+
+
 def test_configuration_keeps_everything_when_saved(period: str, tmp_path: Path) -> None:
     config = config_of(period)
     config.save_pretrained(tmp_path)

@@ -42,6 +42,13 @@ def test_auto_classes_know_ofa_whatever_was_imported_first(imports):
     assert run(imports + CHECK) == FOUND
 
 
+def test_auto_classes_know_moondream():
+    code = CHECK.replace('"ofa"', '"moondream"').replace(", AutoModelForSeq2SeqLM)]", ")]")
+    assert run("import weightport.modeling" + code) == (
+        "MoondreamConfig MoondreamModel MoondreamForConditionalGeneration MoondreamProcessor"
+    )
+
+
 def test_importing_weightport_imports_neither_torch_nor_transformers():
     code = (
         "import sys, weightport; print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"

@@ -39,7 +39,8 @@ class Blip2Auto:
         """As transformers' own, `output_loading_info` included."""
         local = {key: settings[key] for key in ("local_files_only",) if key in settings}
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False, **local)
-        return architecture(config).from_pretrained(directory, **settings)
+        rest = {key: value for key, value in settings.items() if key != "trust_remote_code"}
+        return architecture(config).from_pretrained(directory, trust_remote_code=False, **rest)
 
 
 def as_ids(ids: torch.Tensor) -> torch.Tensor:

@@ -37,12 +37,11 @@ PROJECTOR_INPUT: Mapping[Keys, str] = {
 
 @dataclass(frozen=True)
 class Found:
-    """The model in a file: its tensors without `prefix`, whose names they have, and what was between the names."""
+    """The model in a file: its tensors without `prefix`, and whose names they have."""
 
     prefix: str
     keys: Keys
     tensors: NamedTensors
-    compiled: bool
 
 
 def own_name(name: str) -> str:
@@ -88,12 +87,10 @@ def locate(checkpoint: Checkpoint) -> Found:
     prefix, keys = found
     start = f"{prefix}." if prefix else ""
     tensors: dict[str, TensorRef] = {}
-    compiled = False
     for name, ref in checkpoint.items():
         own = own_name(name)
-        compiled |= own != name
         short = own.removeprefix(start)
         if short in tensors:
             raise CheckpointError(f"{checkpoint.path} holds {short} twice, once as {name}.")
         tensors[short] = replace(ref, name=short)
-    return Found(prefix, keys, NamedTensors(tensors.values()), compiled)
+    return Found(prefix, keys, NamedTensors(tensors.values()))

@@ -26,8 +26,9 @@ class Revision:
 
     `keys`: whose names its tensors have. `merge`: see MoondreamConfig.feature_merge. `exact_gelu`: of the vision tower
     and the projector, whose norms then have an epsilon of 1e-6. `image_texts`, `answer_space`, `end_text`,
-    `question_space`: see MoondreamProcessor. `region`: the kind of tensors that its region head has. `new_tokens`: of
-    an answer at most. `normalize_dtype`: type that pixels are normalised in.
+    `question_space`: see MoondreamProcessor. `region`: the kind of tensors that its region head has, whose sizes are
+    on the `size_scale`. `new_tokens`: of an answer at most. `normalize_dtype`: type that pixels are normalised in.
+    `own_tokenizer`: it is not GPT-2's, and not what stands beside the weights.
     """
 
     name: str

@@ -96,8 +96,6 @@ class MoondreamPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # The base model has no head; a file of the whole has.
-    _keys_to_ignore_on_load_unexpected = [r"region_head\."]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -112,6 +110,9 @@ class MoondreamPreTrainedModel(PreTrainedModel):
 
 class MoondreamModel(MoondreamPreTrainedModel):
     """Vision tower, projector and text model, without the head."""
+
+    # A file of the whole has one, and the one for regions.
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"^region_head\."]
 
     def __init__(self, config: MoondreamConfig):
         super().__init__(config)

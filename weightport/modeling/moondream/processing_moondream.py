@@ -212,6 +212,10 @@ class MoondreamProcessor(ProcessorMixin):
             task, text, history
         )  # fmt: skip
 
+    def as_question(self, text: str) -> str:
+        """The prompt of a question about a picture."""
+        return self.prompt("query", text)
+
     def _prompt_of_words(self, task: str, text: str, history: Sequence[tuple[str, str]]) -> str:
         if task == "query":
             turns = "".join(f"Question: {question}\n\nAnswer: {answer}\n\n" for question, answer in history)
