@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import FIXED_RATE, run, still
+from tiny_runs import FIXED_RATE, of_several_families, run, still
 
 OFA = {"training.learning_rate": 1e-3, "batch.image_size": 64}
 FLORENCE2 = {"training.learning_rate": 5e-3}
@@ -47,7 +47,12 @@ CASES = [
 
 @pytest.mark.parametrize(
     ("recipe", "model", "data", "epochs", "settings", "best"),
-    [pytest.param(*case, id=f"{case[0]}-{case[1]}") for case in CASES],
+    [
+        pytest.param(
+            *case, id=f"{case[0]}-{case[1]}", marks=[pytest.mark.slow] if of_several_families(case[0]) else []
+        )
+        for case in CASES
+    ],
 )
 def test_recipe_learns_its_training_data_by_heart(
     recipe: str,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from drawn_data import draw_jsonl, write_lines
 from tiny_processes import side_by_side
-from tiny_runs import RECIPES, assigned, job_of, losses, run, still
+from tiny_runs import EVERY_RECIPE, RECIPES, assigned, job_of, losses, run, still
 
 STEPS = {
     "training.learning_rate": 1e-3,
@@ -35,7 +35,7 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_lines(path, [{**row, "suffix": text} for row, text in zip(rows, [*texts, "e f g h i j"])])
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", EVERY_RECIPE)
 def test_two_processes_have_the_losses_of_one_with_twice_the_batch(
     name: str, tiny: Callable[[str], Path], uneven: Path, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

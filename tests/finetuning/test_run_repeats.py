@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tiny_processes import killed_at
-from tiny_runs import RECIPES, job_of, losses, run
+from tiny_runs import EVERY_RECIPE, RECIPES, job_of, losses, run
 
 from weightport.errors import TrainingError
 from weightport.finetuning.training.resuming import last_checkpoint
@@ -26,7 +26,7 @@ SHORT = {
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", EVERY_RECIPE)
 def test_killed_and_resumed_run_has_the_losses_of_an_uninterrupted_one(
     name: str, tiny: Callable[[str], Path], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

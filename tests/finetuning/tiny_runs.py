@@ -69,6 +69,17 @@ RECIPES = {
 }
 """Every shipped recipe on every family that it is for: its name, the model, the fixture of its data, tiny settings."""
 
+
+def of_several_families(recipe: str) -> bool:
+    """Whether a recipe is no family's own: the engine is then the same as in that family's, and `--slow` runs it."""
+    return recipe in ("caption", "default")
+
+
+EVERY_RECIPE = [
+    pytest.param(name, marks=[pytest.mark.slow] if of_several_families(case[0]) else [])
+    for name, case in RECIPES.items()
+]
+
 STILL = {
     "ofa": ("dropout", "encoder_drop_path_rate", "decoder_drop_path_rate"),
     "florence2": (
