@@ -43,6 +43,11 @@ def check_judged(test: str, cases: Sequence[Case]) -> None:
         )
 
 
+def has_released_vocabulary(case: Case) -> bool:
+    """A third party's data file, which is no part of this repository: such tests run with `--golden` alone."""
+    return (case.path / "companions" / "tokenizer.json").is_file() and not case.checkpoints
+
+
 def of_family(name: str) -> Need:
     return lambda case: case.family == name
 

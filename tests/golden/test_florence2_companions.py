@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import florence2_cases
 import pytest
 import torch
 from golden_case import Case, find_cases
-from needs import has_checkpoint, has_data, judges, of_family
+from needs import has_checkpoint, has_data, has_released_vocabulary, judges, of_family
 from PIL import Image
 from PIL import __version__ as pillow_version
 from transformers import Florence2Processor
@@ -29,8 +31,7 @@ from weightport.modeling.florence2 import Florence2OriginalProcessor
 
 BLANK = Image.new("RGB", (64, 48), "white")
 SEQUENCE_LENGTH = 577
-RELEASED_IDS = "ids"
-VOCABULARIES = pytest.mark.parametrize("ids", [RELEASED_IDS, "ids_synthetic"])
+RELEASED_IDS, SYNTHETIC_IDS = "ids", "ids_synthetic"
 
 FLORENCE2 = of_family(florence2_cases.FAMILY)
 PROMPTS, ANSWERS = has_data("texts.json"), has_data("post_processing.json")
@@ -51,6 +52,11 @@ def answers(case: Case) -> dict[str, Any]:
     return case.data("post_processing.json")
 
 
+def vocabularies(case: Case) -> list[str]:
+    """The keys of the ids whose vocabulary is there."""
+    return [RELEASED_IDS, SYNTHETIC_IDS] if has_released_vocabulary(case) else [SYNTHETIC_IDS]
+
+
 def companions(case: Case, ids: str) -> Path:
     """The folder with the tokenizer that gave the ids under this key of the case's texts."""
     if ids == RELEASED_IDS:
@@ -59,9 +65,10 @@ def companions(case: Case, ids: str) -> Path:
 
 
 def processors(
-    case: Case, tmp_path: Path, ids: str = RELEASED_IDS
+    case: Case, tmp_path: Path, ids: str | None = None
 ) -> tuple[Florence2Processor, Florence2OriginalProcessor]:
-    vocabulary = read_florence2_vocabulary(companions(case, ids))
+    """Ours and the original's; with the first vocabulary that is there, where `ids` names none."""
+    vocabulary = read_florence2_vocabulary(companions(case, ids or vocabularies(case)[0]))
     image, _ = reusable_token(vocabulary, max(vocabulary.ids.values()) + 1)
     native = Florence2Processor(
         image_processor=CLIPImageProcessorPil(**RELEASED, do_convert_rgb=True, image_seq_length=SEQUENCE_LENGTH),
@@ -79,12 +86,12 @@ def prompt_ids(processor: Any, text: str, **settings: Any) -> list[int]:
 
 
 @judges(FLORENCE2, PROMPTS)
-@VOCABULARIES
 def test_original_processor_gives_the_originals_ids_for_every_prompt(
-    case: Case, strings: dict[str, Any], tmp_path: Path, ids: str
+    case: Case, strings: dict[str, Any], tmp_path: Path
 ) -> None:
-    _, processor = processors(case, tmp_path, ids)
-    for item in strings["items"]:
+    loaded = cache(lambda ids: processors(case, tmp_path / ids, ids))
+    for item, ids in product(strings["items"], vocabularies(case)):
+        _, processor = loaded(ids)
         if "error" in item:
             with pytest.raises(ValueError, match="should be the only text"):
                 prompt_ids(processor, item["text"])
@@ -93,13 +100,13 @@ def test_original_processor_gives_the_originals_ids_for_every_prompt(
 
 
 @judges(FLORENCE2, PROMPTS)
-@VOCABULARIES
 def test_native_processor_differs_from_the_originals_ids_only_where_documented(
-    case: Case, strings: dict[str, Any], tmp_path: Path, ids: str
+    case: Case, strings: dict[str, Any], tmp_path: Path
 ) -> None:
-    processor, _ = processors(case, tmp_path, ids)
+    loaded = cache(lambda ids: processors(case, tmp_path / ids, ids))
     task = re.compile("|".join(strings["tasks_with_input"]))
-    for item in strings["items"]:
+    for item, ids in product(strings["items"], vocabularies(case)):
+        processor, _ = loaded(ids)
         text = item["text"]
         rest = task.sub("", text)
         if "error" in item or "<image>" in text:
@@ -120,7 +127,7 @@ def test_every_prompt_and_task_table_is_the_originals(case: Case, strings: dict[
     assert processor.tasks_answer_post_processing_type == strings["post_processing_type"]
 
 
-@judges(FLORENCE2, PROMPTS)
+@judges(FLORENCE2, PROMPTS, has_released_vocabulary)
 def test_tokens_batches_labels_and_truncation_are_the_originals(
     case: Case, strings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -152,6 +159,13 @@ def test_original_processor_reads_every_answer_as_the_original_does(
     for item in answers["texts"]:
         size = tuple(item["image_size_wh"])
         assert processor.post_process_generation(item["text"], task=item["task"], image_size=size) == item["expected"]
+
+
+@judges(FLORENCE2, ANSWERS, has_released_vocabulary)
+def test_original_processor_reads_every_sequence_of_ids_as_the_original_does(
+    case: Case, answers: dict[str, Any], tmp_path: Path
+) -> None:
+    _, processor = processors(case, tmp_path)
     for item in answers["sequences"]:
         given = {"sequence": item["ids"], "task": item["task"], "image_size": tuple(item["image_size_wh"])}
         assert processor.post_process_generation(**given) == item["expected"]
