@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 from processes import Timing, timed
 
-from weightport.converters.plan import TensorSpec
 from weightport.writing import HashedFile
+from weightport.writing.outgoing import Outgoing
 from weightport.writing.safetensors_shards import as_bytes, safetensors_header
 
 HIDDEN, INNER, VOCABULARY, RANK = 2048, 5504, 32000, 16
@@ -65,11 +65,11 @@ def write_model(folder: Path, nbytes: float) -> int:
         shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
     folder.mkdir(parents=True)
     noise = torch.randn(1 << 24).mul_(0.02).half()
-    files: list[list[TensorSpec]] = [[]]
+    files: list[list[Outgoing]] = [[]]
     for name, shape in shapes.items():
         if sum(spec.nbytes for spec in files[-1]) > 4e9:
             files.append([])
-        files[-1].append(TensorSpec(name, shape, torch.float16))
+        files[-1].append(Outgoing(name, shape, torch.float16, lambda: iter(())))
     names = [f"model-{n + 1:05d}-of-{len(files):05d}.safetensors" for n in range(len(files))]
     names = names if len(files) > 1 else ["model.safetensors"]
     for file, specs in zip(names, files):
