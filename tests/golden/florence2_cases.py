@@ -10,7 +10,6 @@ import copy
 import re
 import warnings
 from collections.abc import Collection
-from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,13 @@ from typing import Any
 import golden
 import torch
 from golden_case import Case
+from reference_builder import Builder
 
 from weightport.checkpoints import Checkpoint, TensorRef
 from weightport.families.florence2.layouts import locate
 from weightport.families.florence2.parity import complete
 from weightport.families.florence2.parity import exact_loss as exact_loss
 from weightport.families.florence2.rules import florence2_rules
-from weightport.parity import Selection, write_reference
-from weightport.parity.reference import FLOAT64_SUFFIX
-from weightport.parity.selection import parse_selection
 
 FAMILY = "florence2"
 KINDS = ("forward", "generate", "train")
@@ -39,34 +36,6 @@ NAME = re.compile(r"(?:alone(?P<row>\d+)\.)?(?P<value>.+?)(?P<f64>\.f64)?")
 GENERATED = re.compile(r"gen\.(?P<run>.+)\.(?P<what>ids|scores)")
 SHAPE = re.compile(r"\[([\d, ]+)\]")
 STEPS = re.compile(r"(?:sliced )?\[((?::{1,2}\d*,? ?)+)\]")
-
-
-@dataclass
-class Builder:
-    """A reference file in the making."""
-
-    case: Case
-    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    slices: dict[str, Selection] = field(default_factory=dict)
-
-    def run(self, name: str, kind: str, inputs: dict[str, torch.Tensor], **options: Any) -> None:
-        """Open a run, once."""
-        if name not in self.runs:
-            self.runs[name] = {"kind": kind, "options": options}
-            self.tensors |= {f"{name}/in/{argument}": tensor.clone() for argument, tensor in inputs.items()}
-
-    def expect(self, run: str, seam: str, value: torch.Tensor, f64: bool, kept: list[Any] | None = None) -> None:
-        key = f"{run}/out/{seam}{FLOAT64_SUFFIX if f64 else ''}"
-        self.tensors[key] = value.clone()
-        if kept is not None:
-            self.slices[key] = parse_selection(kept)
-
-    def write(self, path: Path, kinds: Collection[str]) -> Path:
-        runs = {name: run for name, run in self.runs.items() if run["kind"] in kinds}
-        tensors = {key: tensor for key, tensor in self.tensors.items() if key.partition("/")[0] in runs}
-        slices = {key: selection for key, selection in self.slices.items() if key in tensors}
-        return write_reference(path, FAMILY, self.case.spec.get("source", {}), runs, tensors, slices)
 
 
 def settings(case: Case) -> dict[str, Any]:

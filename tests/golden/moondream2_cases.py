@@ -9,19 +9,16 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import reference_builder
 import torch
 from golden_case import Case
 from PIL import Image
 
 from weightport.checkpoints import Checkpoint, TensorRef
 from weightport.families.moondream2.layouts import locate
-from weightport.parity import Selection, write_reference
-from weightport.parity.reference import FLOAT64_SUFFIX
-from weightport.parity.selection import parse_selection
 
 FAMILY = "moondream2"
 KINDS = ("forward", "generate", "train")
@@ -74,32 +71,11 @@ def is_of_2025(case: Case) -> bool:
     return case.spec["source"]["revision"].startswith("2025")
 
 
-@dataclass
-class Builder:
-    """A reference file in the making."""
-
-    case: Case
-    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    slices: dict[str, Selection] = field(default_factory=dict)
+class Builder(reference_builder.Builder):
+    """A run's inputs are computed when it is opened."""
 
     def run(self, name: str, kind: str, inputs: Callable[[], dict[str, torch.Tensor]], **options: Any) -> None:
-        """Open a run, once."""
-        if name not in self.runs:
-            self.runs[name] = {"kind": kind, "options": options}
-            self.tensors |= {f"{name}/in/{argument}": tensor.clone() for argument, tensor in inputs().items()}
-
-    def expect(self, run: str, seam: str, value: torch.Tensor, f64: bool, kept: list[Any] | None = None) -> None:
-        key = f"{run}/out/{seam}{FLOAT64_SUFFIX if f64 else ''}"
-        self.tensors[key] = value.clone()
-        if kept is not None:
-            self.slices[key] = parse_selection(kept)
-
-    def write(self, path: Path, kinds: Collection[str]) -> Path:
-        runs = {name: run for name, run in self.runs.items() if run["kind"] in kinds}
-        tensors = {key: tensor for key, tensor in self.tensors.items() if key.partition("/")[0] in runs}
-        slices = {key: selection for key, selection in self.slices.items() if key in tensors}
-        return write_reference(path, FAMILY, self.case.spec.get("source", {}), runs, tensors, slices)
+        super().run(name, kind, {} if name in self.runs else inputs(), **options)
 
 
 def write_case(case: Case, path: Path, *, ema: bool = False, kinds: Collection[str] = KINDS) -> Path:

@@ -12,15 +12,15 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import reference_builder
 import torch
 from golden_case import Case
 
 from weightport.checkpoints import Checkpoint, TensorRef
-from weightport.parity import Selection, write_reference
+from weightport.parity import Selection
 from weightport.parity.reference import FLOAT64_SUFFIX
 from weightport.parity.selection import parse_selection
 
@@ -60,14 +60,8 @@ INPUT = re.compile(r"(?P<run>.+)\.input\.(?P<argument>.+)")
 SHARED = re.compile(r"inputs (?:are )?(\S+)\.input\.\*|for (\S+)\.input\.\*")
 
 
-@dataclass
-class Builder:
-    """A reference file in the making."""
-
-    case: Case
-    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    slices: dict[str, Selection] = field(default_factory=dict)
+class Builder(reference_builder.Builder):
+    """Runs share inputs, and a text says what part of a tensor was kept."""
 
     def run(self, name: str, kind: str, inputs: str, options: Callable[[], Mapping[str, Any]] = dict) -> None:
         """Open a run with the inputs `<inputs>.input.*`, once."""
@@ -92,12 +86,6 @@ class Builder:
         selection = selection_of(text, seam, tuple(tensor.shape))
         if selection is not None:
             self.slices[key] = selection
-
-    def write(self, path: Path, kinds: Collection[str]) -> Path:
-        runs = {name: run for name, run in self.runs.items() if run["kind"] in kinds}
-        tensors = {key: tensor for key, tensor in self.tensors.items() if key.partition("/")[0] in runs}
-        slices = {key: selection for key, selection in self.slices.items() if key in tensors}
-        return write_reference(path, FAMILY, self.case.spec.get("source", {}), runs, tensors, slices)
 
 
 DECODER_ARGUMENTS = ("prev_output_tokens", "code_masks")

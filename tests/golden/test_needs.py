@@ -19,7 +19,7 @@ def judged(folder: Path, test: str, **cases: str) -> str:
     """What pytest says of a golden test, in a copy of this folder with these cases."""
     golden = folder / "golden"
     golden.mkdir()
-    for file in ("conftest.py", "golden.py", "golden_case.py", "needs.py"):
+    for file in ("conftest.py", "golden.py", "golden_case.py", "needs.py", "reference_builder.py"):
         shutil.copy(HERE / file, golden)
     for table in HERE.glob("*_cases.py"):
         if not table.name.startswith("test_"):
