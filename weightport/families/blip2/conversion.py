@@ -12,7 +12,7 @@ from weightport.converters.family import OriginalForm, SourceModel
 from weightport.converters.rules import RuleTable
 from weightport.errors import ConfigurationError, UsageError
 from weightport.families.blip2 import configuration, layouts, sources
-from weightport.families.blip2.layouts import Kind, Tower
+from weightport.families.blip2.layouts import LANGUAGE, Kind, Tower
 from weightport.families.blip2.options import Blip2Options
 from weightport.families.blip2.rules import PositionTable, blip2_rules
 
@@ -46,6 +46,9 @@ class Blip2Conversion:
     name = "blip2"
     title = "BLIP-2"
     original_form: OriginalForm = "torch"
+    frozen: Mapping[str, str] = dict.fromkeys(
+        LANGUAGE.values(), "the language model, which LAVIS takes from its own folder and does not train"
+    )
 
     def recognises(self, names: Mapping[str, TensorRef]) -> bool:
         return layouts.is_blip2(names)
