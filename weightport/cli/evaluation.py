@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,6 +12,7 @@ from weightport.cli.display import Lines, echo, names_in
 from weightport.cli.finetuning import DEFAULT_RECIPE, require_extra
 from weightport.cli.paths import ExistingPath
 from weightport.cli.running import command_body, json_option, quiet_option, uncollected
+from weightport.errors import UsageError
 from weightport.families.registry import registry
 from weightport.formatting import samples
 
@@ -68,23 +70,30 @@ def evaluate_command(
     with uncollected():
         from weightport.finetuning.display.previews import preview_lines
         from weightport.finetuning.evaluation.evaluate import evaluate
+        from weightport.finetuning.evaluation.retrieval import evaluate_retrieval
         from weightport.finetuning.recipes.recipe import load_recipe, parse_assignments, with_settings
         from weightport.finetuning.setup.preparing import resolved
 
-    family = registry().training_of(model)
+    retrieval = registry().retrieval_of(model)
+    family = retrieval or registry().training_of(model)
     recipe, _ = resolved(load_recipe(recipe_name), family.name, as_published=False)
     settings = parse_assignments(assignments)
     if metrics:
         settings["evaluation.metrics"] = list(metrics)
+    elif retrieval is not None:
+        settings.setdefault("evaluation.metrics", ["recall"])
     if skip_bad is not None:
         settings["data.skip_bad"] = skip_bad
     recipe = with_settings(recipe, settings, "--set")
+    if retrieval is not None and adapter is not None:
+        raise UsageError("--adapter: merge it into a model for retrieval first (port-merge-lora BASE ADAPTER OUT).")
     lines = Lines(quiet=quiet or as_json)
     with lines.progress("answer", samples) as (start, advance):
-        result = evaluate(
-            model, family, data, recipe, adapter=adapter, output=output, device=device, overwrite=overwrite,
-            announce=start, advance=advance,
-        )  # fmt: skip
+        common: dict[str, Any] = {"output": output, "device": device, "overwrite": overwrite, "announce": start}
+        if retrieval is not None:
+            result = evaluate_retrieval(model, retrieval, data, recipe, advance=advance, **common)
+        else:
+            result = evaluate(model, family, data, recipe, adapter=adapter, advance=advance, **common)
     if as_json:
         echo(json.dumps({"metrics": dict(result.metrics), "samples": len(result.predictions)}))
         return

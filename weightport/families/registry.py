@@ -21,6 +21,7 @@ from weightport.model_directory import check_model_directory
 
 if TYPE_CHECKING:
     from weightport.checkpoints import Checkpoint
+    from weightport.finetuning.evaluation.retrieval import RetrievalStage
     from weightport.finetuning.family import Family as TrainingStage
 
 GROUP = "weightport.families"
@@ -126,6 +127,13 @@ class FamilyRegistry:
         from weightport.checkpoints.formats.sharded import read_json
 
         return self.of_directory(directory).training_of(read_json(directory / "config.json"))
+
+    def retrieval_of(self, directory: Path) -> RetrievalStage | None:
+        """The stage for a model in `directory` that finds texts by pictures; None for other models. Raises as
+        `of_directory`."""
+        from weightport.checkpoints.formats.sharded import read_json
+
+        return self.of_directory(directory).retrieval_of(read_json(directory / "config.json"))
 
     def of_directory(self, directory: Path) -> Family:
         """The family of a native model directory, by its config.json. Raises CheckpointError for what is none,

@@ -58,7 +58,8 @@ def evaluate(
     if not recipe.evaluation.metrics:
         raise RecipeError(f"The recipe {recipe.name!r} measures nothing: give --metric.")
     for name in recipe.evaluation.metrics:
-        metric_named(name)
+        if metric_named(name).needs == "ranks":
+            metric_named(name).score([])
     inputs = [directory, adapter]
     if output is not None:
         require_directory(output, overwrite=overwrite, inputs=inputs, beside=[local_place(data)])
@@ -87,11 +88,29 @@ def evaluate(
     )
     result = Evaluation(score_all(recipe.evaluation.metrics, predictions), predictions)
     if output is not None:
-        with whole_directory(output, overwrite=overwrite, inputs=inputs, beside=[local_place(data)]) as work:
-            write_json(work / METRICS, dict(result.metrics))
-            write_json(work / EVALUATION, {"data": samples.name, "samples": len(predictions), "recipe": plain(recipe)})
-            write_predictions(work / PREDICTIONS, predictions)
+        write_evaluation(result, output, directory, data, samples.name, recipe, adapter=adapter, overwrite=overwrite)
     return result
+
+
+def write_evaluation(
+    result: Evaluation,
+    output: Path,
+    directory: Path,
+    data: str,
+    name: str,
+    recipe: Recipe,
+    *,
+    adapter: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write metrics.json, evaluation.json (the settings, and the data set's `name`) and predictions.jsonl into the
+    folder `output`."""
+    inputs = [directory, adapter]
+    with whole_directory(output, overwrite=overwrite, inputs=inputs, beside=[local_place(data)]) as work:
+        write_json(work / METRICS, dict(result.metrics))
+        settings = {"data": name, "samples": len(result.predictions), "recipe": plain(recipe)}
+        write_json(work / EVALUATION, settings)
+        write_predictions(work / PREDICTIONS, result.predictions)
 
 
 def _with_adapter(model: torch.nn.Module, adapter: Path) -> torch.nn.Module:

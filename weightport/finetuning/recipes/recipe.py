@@ -47,6 +47,7 @@ AT_LEAST = {
     "evaluation.samples": 1,
     "evaluation.batch_size": 1,
     "evaluation.previews": 0,
+    "evaluation.rerank": 0,
     "evaluation.generation.num_beams": 1,
     "evaluation.generation.max_new_tokens": 1,
     "training.learning_rate": 0,

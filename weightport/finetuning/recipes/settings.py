@@ -58,13 +58,15 @@ class ModelSettings:
 class EvaluationSettings:
     """What is measured. metrics: names of `weightport evaluate --metric`. samples: how many of the evaluation data,
     all by default. batch_size: of generation. previews: answers shown after each evaluation. generation: settings of
-    `generate`, over the model's generation_config.json."""
+    `generate`, over the model's generation_config.json. rerank: of a model for retrieval, how many of the nearest
+    pictures or texts the matching head has its word on; 0: none."""
 
     metrics: tuple[str, ...] = ()
     samples: int | None = None
     batch_size: int = 8
     previews: int = 3
     generation: Mapping[str, Any] = field(default_factory=dict)
+    rerank: int = 128
 
 
 @dataclass(frozen=True)
