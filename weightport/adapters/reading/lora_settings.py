@@ -183,6 +183,7 @@ _FIELDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         _either(_list_of(_index), _object_of(_list_of(_index))),
         "rows of the embedding, or such lists by module name",
     ),
+    ("use_bdlora", lambda value: isinstance(value, Mapping), "an object"),
     ("bias", lambda value: value in ("none", "all", "lora_only", *_OWN_BIASES), "none, all or lora_only"),
     ("base_model_name_or_path", _name, "the name or the path of a model"),
     *((flag, _flag, "true or false") for flag in (
