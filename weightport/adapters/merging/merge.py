@@ -37,7 +37,7 @@ from weightport.adapters.merging.companions import (
 )
 from weightport.adapters.merging.lora_targets import unresolved
 from weightport.adapters.merging.merge_plan import MergePlan, plan_merge
-from weightport.adapters.merging.module_names import ModuleNames, names_of_base
+from weightport.adapters.merging.module_names import ModuleNames, earlier_names, names_of_base
 from weightport.adapters.merging.quantized import KINDS
 from weightport.adapters.merging.tensor_edit import Norms, Output, edited_chunks
 from weightport.adapters.merging.ties import tied_head
@@ -121,7 +121,7 @@ def merge_lora(
             names = names_of_base(source, opened, untie=options.untie)
             opened = [_brought_over(source, names, adapter, stack, families) for adapter in opened]
         weights = [weight for _, weight in adapters]
-        identified = _identified(source, opened, hashed)
+        identified = _identified(source, opened, hashed, names)
         plan = plan_merge(
             source,
             opened,
@@ -213,7 +213,9 @@ def _originals_names(base: Base, names: Sequence[str], families: FamilyLookup) -
     return any(next(rules.of_source(f"{name}.weight"), None) is not None for name in names)
 
 
-def _identified(base: Base, adapters: Sequence[LoraAdapter], digests: BackgroundDigests) -> tuple[str, ...]:
+def _identified(
+    base: Base, adapters: Sequence[LoraAdapter], digests: BackgroundDigests, names: ModuleNames
+) -> tuple[str, ...]:
     """What is said of how each adapter is known to belong to the base. Raises AdapterError."""
     found = []
     for adapter in adapters:
@@ -221,7 +223,7 @@ def _identified(base: Base, adapters: Sequence[LoraAdapter], digests: Background
         hashes = None
         if recorded_base(adapter.path) is not None:
             hashes = [digest.sha256 for digest in digests.result() if not digest.name.endswith(".json")]
-        found.append(f"{adapter.path.name} knows {identify(base, adapter, hashes)}")
+        found.append(f"{adapter.path.name} knows {identify(base, adapter, hashes, earlier_names(names, adapter))}")
     return tuple(found)
 
 

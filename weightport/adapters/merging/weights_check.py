@@ -181,7 +181,7 @@ def _changes(touched: Touched) -> Iterator[PairChange]:
 
 def _delta(change: PairChange, settings: Mapping[str, Any], weight: float, out: Output) -> _Delta:
     module = change.module
-    scale = _strength(settings, change.key) * weight
+    scale = _strength(settings, change.key) * weight * change.times
     shape = out.shape if change.part.plain else change.part.place.shape
     if len(out.shape) == 1 and module.bias is not None:
         bias = module.bias.read().double().reshape(-1, 1) * scale
