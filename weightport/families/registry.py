@@ -102,9 +102,7 @@ class FamilyRegistry:
         """Raise CheckpointError, saying what to do, unless `directory` can be a native model: it is not there, an
         adapter, an original checkpoint that is not converted yet, or has no config.json. No weights are read, and of a
         directory with a record of its conversion no family is asked whether it is an original."""
-        from weightport.converters.record import FILE
-
-        known = not directory.exists() or (directory / FILE).is_file()
+        known = not directory.exists() or self.is_recorded(directory)
         family = None if known else self.original(directory)
         if family is not None:
             raise CheckpointError(
@@ -112,6 +110,13 @@ class FamilyRegistry:
                 f"{family.command} {directory} OUT"
             )
         check_model_directory(directory)
+
+    @staticmethod
+    def is_recorded(directory: Path) -> bool:
+        """Whether the directory has a record of its conversion."""
+        from weightport.converters.record import FILE
+
+        return (directory / FILE).is_file()
 
     def original(self, path: Path) -> Family | None:
         """The family of an original checkpoint; None for anything else."""

@@ -46,6 +46,8 @@ from weightport.adapters.reading.lora_tensors import LoraAdapter, open_adapter
 from weightport.checkpoints.formats.sharded import read_json
 from weightport.errors import AdapterError, UsageError
 from weightport.hashing import BackgroundDigests, FileDigest
+from weightport.integrity.file_hashes import require_recorded
+from weightport.integrity.known_faults import known_faults
 from weightport.local_paths import shortened
 from weightport.version import __version__
 from weightport.writing import require_directory, whole_directory
@@ -136,7 +138,7 @@ def merge_lora(
         tokenizer, config_changes = _configuration(source, plan, opened, options)
         folders = [adapter.path for adapter in opened]
         processor, notes = adapter_processor(folders)
-        plan = replace(plan, notes=(*identified, *plan.notes, *notes))
+        plan = replace(plan, notes=(*identified, *_known_of(source), *plan.notes, *notes))
         others = processor | adapter_records(list(zip(folders, weights)))
         announce(plan)
         needs = plan.nbytes + (1 << 20)
@@ -147,6 +149,7 @@ def merge_lora(
             proof = check_weights(folder, plan, opened, weights)
             weighed(proof)
             digests_read = hashed.result(source.checkpoint.states)
+            require_recorded(base, {digest.name: digest.sha256 for digest in digests_read})
             record = _record(source, opened, adapters, plan, options, files, tensors, digests_read)
             record["weights_check"] = proof.record()
             _write_record(folder, record)
@@ -225,6 +228,13 @@ def _identified(
             hashes = [digest.sha256 for digest in digests.result() if not digest.name.endswith(".json")]
         found.append(f"{adapter.path.name} knows {identify(base, adapter, hashes, earlier_names(names, adapter))}")
     return tuple(found)
+
+
+def _known_of(base: Base) -> tuple[str, ...]:
+    """What is known to be wrong of the versions that wrote or trained the base."""
+    trained = base.path / "training.json"
+    found = known_faults(base.config, read_json(trained) if trained.is_file() else None)
+    return tuple(f"warning: the base's {each.line}" for each in found)
 
 
 def quantized_layers(adapters: Sequence[LoraAdapter], kind: str | None) -> frozenset[str] | None:
