@@ -66,7 +66,7 @@ def port_release(
         lines.heading(f"{directory} · {count(checked.parameters)} parameters · {dtype} · {total}")
         lines.line("checked", "config, tensors on the meta device, tokenizer, index, hashes")
         if checked.needs_code:
-            lines.line("code", "transformers has no class for this family: its modeling code goes along")
+            lines.line("code", "transformers has no class for this model: its modeling code goes along")
         for file in files:
             lines.line("file", f"{file.name} · {size(file.size)}" + (f" · {file.note}" if file.note else ""))
         if checked.left_out:

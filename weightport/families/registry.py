@@ -41,9 +41,9 @@ STRANGERS = (
     Signature("BART (fairseq)", r"(model\.)?encoder\.sentence_encoder\..+|(model\.)?encoder\.layers\.0\.fc1\.weight"),
     Signature("a LoRA adapter", r".+\.lora_A\.(.+\.)?weight"),
     Signature(
-        "a variant of moondream2 (2025), whose out_proj matrices read what goes into attention instead of what comes "
-        "out of it, so that no merged weight computes the same",
-        r".+\.mixer\.out_proj\.parametrizations\.weight\.0\.A",
+        "a variant of moondream2 (2025), which is no model by itself: port-moondream2 SOURCE OUT --variant FILE "
+        "merges it into its base",
+        r"text_model\.transformer\.h\.\d+\.(mixer|mlp)\..+\.parametrizations\.weight\.0\.A",
     ),
 )
 """Checkpoints that people hand over and no family converts: for error messages."""

@@ -13,6 +13,7 @@ from weightport.adapters.base.base_model import Base
 from weightport.checkpoints import open_checkpoint
 from weightport.checkpoints.formats.sharded import read_json
 from weightport.converters.native import loadable_tensors
+from weightport.converters.portable import AutoMap, entries_for
 from weightport.converters.record import read_record
 from weightport.errors import CheckpointError, ConfigurationError, CoverageError
 from weightport.hashing import BackgroundDigests
@@ -42,9 +43,14 @@ class CheckedDirectory:
     family: PublishedFamily | None
 
     @property
+    def code(self) -> tuple[AutoMap, ...]:
+        """Which modeling code the model needs beside the weights; empty where transformers has its class."""
+        return () if self.family is None else entries_for(self.config, self.family.portable)
+
+    @property
     def needs_code(self) -> bool:
         """Whether transformers has no class of its own for the model."""
-        return self.family is not None and bool(self.family.portable)
+        return bool(self.code)
 
 
 def stamp(path: Path) -> Stamp:

@@ -87,14 +87,14 @@ def _code(checked: CheckedDirectory) -> Mapping[str, bytes]:
     """The modeling files that the release gets because transformers has none for the family, and the settings that
     name them."""
     family = checked.family
-    if family is None or family.portable_code is None:
+    if family is None or family.portable_code is None or not checked.code:
         return {}
     with tempfile.TemporaryDirectory(prefix="weightport-code-") as name:
         folder = Path(name)
-        for settings in {entry.file for entry in family.portable}:
+        for settings in {entry.file for entry in checked.code}:
             if (checked.path / settings).is_file():
                 shutil.copyfile(checked.path / settings, folder / settings)
-        write_portable_code(folder, family.portable_code, family.portable)
+        write_portable_code(folder, family.portable_code, checked.code)
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 

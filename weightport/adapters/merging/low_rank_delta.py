@@ -63,6 +63,16 @@ class Vector:
 
 
 @dataclass(frozen=True)
+class Dense:
+    """Values [rows, columns] that are there already."""
+
+    values: torch.Tensor
+
+    def rows(self, start: int, stop: int, out: torch.Tensor) -> None:
+        out.copy_(self.values[start:stop])
+
+
+@dataclass(frozen=True)
 class Within:
     """A change of some rows and columns of the weight; nothing is added to the others."""
 
@@ -98,6 +108,9 @@ def stored_part(change: Change, piece: Piece, shape: Sequence[int]) -> Change:
     spans = [slice(start, start + piece.extent(axis)) for axis, start in enumerate(piece.start)]
     if isinstance(change, Vector):
         return _within(Vector(change.values[spans[0]]), piece, shape)
+    if isinstance(change, Dense):
+        block = change.values[spans[0], spans[1] if len(spans) == 2 else slice(None)]
+        return _within(Dense(block.T if piece.axes == (1, 0) else block), piece, shape)
     if isinstance(change, OfExperts):
         left, right = change.left[spans[0], spans[1]], change.right[spans[0], :, spans[2]]
         if piece.axes[0] is not None:

@@ -328,11 +328,12 @@ def _record(
                 "name": adapter.path.resolve().name,
                 "weight": weight,
                 "files": [asdict(digest) for digest in _digests(adapter)],
-                "rank": adapter.settings.default_rank,
-                "alpha": adapter.settings.default_alpha,
+                "method": adapter.settings.method,
+                "rank": adapter.settings.stated[0],
+                "alpha": adapter.settings.stated[1],
                 "rslora": adapter.settings.use_rslora,
                 "dora": adapter.settings.use_dora,
-                "modules": len(adapter.modules),
+                "modules": len(adapter.targets),
                 "base_model": _public(adapter.settings.base_model),
             }
             for adapter, (_, weight) in zip(adapters, given)

@@ -63,6 +63,7 @@ def plan_merge(
     names: ModuleNames | None = None,
 ) -> MergePlan:
     """The plan of merging `adapters` with `weights` into `base`. Raises AdapterError, CoverageError, UsageError."""
+    _require_pairs(adapters, combination)
     check_combination(
         combination,
         [
@@ -108,6 +109,15 @@ def _require_weights(adapters: Sequence[LoraAdapter], weights: Sequence[float], 
             raise UsageError(
                 f"{adapter.path} is a DoRA adapter: it sets the length of each row of the merged weights, so it has "
                 "no weight and no sum with another adapter. Merge it alone."
+            )
+
+
+def _require_pairs(adapters: Sequence[LoraAdapter], combination: Combination) -> None:
+    for adapter in adapters:
+        if adapter.deltas and combination.kind != SUM:
+            raise UsageError(
+                f"{adapter.path} is a {adapter.settings.method} adapter, which has no pairs; {combination.kind} "
+                f"combines pairs. Use {SUM}, the exact weighted sum."
             )
 
 

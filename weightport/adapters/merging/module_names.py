@@ -136,6 +136,7 @@ def _as_stored(name: str, tensors: Mapping[str, TensorRef], embedding: str | Non
 
 def _said(adapter: LoraAdapter) -> Iterable[str]:
     """The tensors that an adapter speaks of; of parameters (target_parameters) names that no file has."""
+    yield from (f"{delta.module}.weight" for delta in adapter.deltas)
     for module in adapter.modules:
         yield f"{module.module}.weight" if not adapter.settings.target_parameters else ""
         if module.bias is not None:

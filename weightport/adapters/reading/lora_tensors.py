@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from weightport.adapters.reading.additive_tensors import METHODS, ModuleDelta, module_deltas
 from weightport.adapters.reading.lora_config import MergeSettings, read_merge_settings
 from weightport.checkpoints import TensorRef, open_checkpoint
 from weightport.errors import AdapterError, CheckpointError, NonFiniteError
@@ -53,10 +54,10 @@ class ModuleAdapter:
 class LoraAdapter:
     """An adapter, opened: nothing of its weights is read yet.
 
-    `modules` are low-rank pairs, `whole` tensors that take the place of the base's (biases, modules_to_save, resized
-    embeddings), `tokens` single rows of embeddings, `token_bases` the tensors of modules that these are rows of,
-    where the vocabulary was resized; names are the adapter's. `ported`: where a copy with the native
-    model's module names stands, for an adapter that came with the original's.
+    `modules` are low-rank pairs, `deltas` what other methods have for a module, `whole` tensors that take the place of
+    the base's (biases, modules_to_save, resized embeddings), `tokens` single rows of embeddings, `token_bases` the
+    tensors of modules that these are rows of, where the vocabulary was resized; names are the adapter's. `ported`:
+    where a copy with the native model's module names stands, for an adapter that came with the original's.
     """
 
     path: Path
@@ -68,6 +69,12 @@ class LoraAdapter:
     files: tuple[Path, ...] = ()
     states: Mapping[Path, FileState] = field(default_factory=dict)
     ported: Path | None = None
+    deltas: tuple[ModuleDelta, ...] = ()
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The modules that the adapter changes, but for those it holds as a whole."""
+        return (*(module.module for module in self.modules), *(delta.module for delta in self.deltas))
 
     @property
     def folder(self) -> Path:
@@ -76,7 +83,7 @@ class LoraAdapter:
 
 
 def open_adapter(folder: Path) -> LoraAdapter:
-    """The LoRA adapter in `folder`. Raises AdapterError for one that is incomplete, not finite, or of another
+    """The adapter in `folder`. Raises AdapterError for one that is incomplete, not finite, or of another
     method."""
     settings = read_merge_settings(folder)
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
@@ -84,13 +91,16 @@ def open_adapter(folder: Path) -> LoraAdapter:
         raise CheckpointError(f"{folder} holds {settings.where}, but neither {WEIGHTS[0]} nor {WEIGHTS[1]}.")
     checkpoint = open_checkpoint(path)
     tensors = dict(checkpoint.items())
+    deltas: tuple[ModuleDelta, ...] = ()
+    keyed = {_stripped(key): ref for key, ref in tensors.items()}
+    if settings.method in METHODS:
+        deltas, keyed = module_deltas(settings.method, keyed, path)
     parts: dict[tuple[str, int], dict[str, TensorRef]] = {}
     whole: dict[str, TensorRef] = {}
     tokens: dict[str, TensorRef] = {}
     token_bases: dict[str, TensorRef] = {}
     adapters: set[str] = set()
-    for key, ref in tensors.items():
-        name = _stripped(key)
+    for name, ref in keyed.items():
         if found := _PART.fullmatch(name):
             module, depth = _unwrapped(found["module"])
             part = found["part"] + (".bias" if found["leaf"] == "bias" else "")
@@ -104,7 +114,7 @@ def open_adapter(folder: Path) -> LoraAdapter:
         elif found := _SAVED.fullmatch(name):
             whole[f"{found['module']}.{found['rest'] or found['leaf']}"] = ref
         elif _OTHER_METHOD.fullmatch(name):
-            raise AdapterError(f"{path}: {key} is of no LoRA that can be merged; merge the adapter with peft.")
+            raise AdapterError(f"{path}: {name} is of no LoRA that can be merged; merge the adapter with peft.")
         elif not _IGNORED.fullmatch(name):
             found = None
             whole[name.replace(".base_layer.", ".")] = ref
@@ -115,11 +125,15 @@ def open_adapter(folder: Path) -> LoraAdapter:
             f"{path} holds {len(adapters)} adapters ({', '.join(sorted(adapters))}); save one a folder."
         )
     modules = tuple(_module(path, name, depth, found) for (name, depth), found in parts.items())
-    if not modules and not whole and not tokens:
+    if settings.method in METHODS and (modules or not deltas):
+        raise AdapterError(f"{path} should hold the tensors of a {settings.method} adapter, and holds others.")
+    if not modules and not deltas and not whole and not tokens:
         raise AdapterError(f"{path} holds no tensors.")
     files = (folder / "adapter_config.json", path)
-    adapter = LoraAdapter(folder, settings, modules, whole, tokens, token_bases, files, checkpoint.states)
-    settings.require_bounded([*(module.module for module in modules), *whole, *tokens], settings.where)
+    adapter = LoraAdapter(
+        folder, settings, modules, whole, tokens, token_bases, files, checkpoint.states, deltas=deltas
+    )
+    settings.require_bounded([*adapter.targets, *whole, *tokens], settings.where)
     _check(adapter, tensors)
     return adapter
 

@@ -310,6 +310,16 @@ def stated_2025(stated: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
+def with_mlp(stated: Mapping[str, Any], width: int, grown: int) -> Mapping[str, Any]:
+    """`stated`, which says that the text model's two-layer networks have `width` units, of one that `grown` were added
+    to. What says otherwise, or nothing, stays as it is."""
+    own = stated.get("config")
+    text = own.get("text") if isinstance(own, Mapping) else None
+    if not grown or not isinstance(own, Mapping) or not isinstance(text, Mapping) or text.get("ff_dim") != width:
+        return stated
+    return {**stated, "config": {**own, "text": {**text, "ff_dim": width + grown}}}
+
+
 def _check_vision_heads(sizes: Sizes, heads: Any) -> None:
     if type(heads) is not int or heads < 1 or sizes.vision_width % heads:
         raise ConfigurationError(

@@ -19,6 +19,7 @@ from weightport.finetuning.evaluation.measuring import Measuring
 from weightport.finetuning.evaluation.predictions import Prediction
 from weightport.finetuning.recipes.recipe import plain
 from weightport.finetuning.rescue import WRITING, rescued
+from weightport.finetuning.setup.freezing import trained
 from weightport.finetuning.setup.precision import autocast_dtype
 from weightport.finetuning.setup.preparing import Job, Prepared
 from weightport.finetuning.training.resuming import CHECKPOINTS
@@ -67,6 +68,7 @@ def finish(
             metrics, more = _measured_as_saved(measuring, model, step, metrics)
             notes += more
     if trainer.is_world_process_zero():
+        parts, trained_parts = loaded.family.parts, trained(prepared.shares)
         saved = Result(
             model,
             loaded.processor if recipe.batch.image_size is not None else None,
@@ -75,6 +77,7 @@ def finish(
             _training_record(job, prepared, trainer, metrics, notes),
             metrics,
             weights,
+            lambda name: (parts.part_of(name) or "other") in trained_parts,
         )
         predictions = measuring.predictions_at(step) if measuring is not None else []
         summary = _summary(job, prepared, history, metrics, predictions, notes, step)
