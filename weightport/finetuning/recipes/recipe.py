@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from weightport.errors import RecipeError
-from weightport.finetuning.data.settings import ANSWERS, FORMS, READERS, DataSettings
+from weightport.finetuning.data.settings import ANSWERS, FORMS, READERS, TURNS, DataSettings
 from weightport.finetuning.recipes.settings import (
     DTYPES,
     LOSS_MEANS,
@@ -35,6 +35,7 @@ CHOICES = {
     "data.reader": READERS,
     "data.form": FORMS,
     "data.answer": ANSWERS,
+    "data.turns": TURNS,
     "batch.loss_mean": LOSS_MEANS,
     "model.method": METHODS,
     "model.dtype": DTYPES,

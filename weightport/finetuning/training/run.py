@@ -139,7 +139,7 @@ def _train(
         trainer = PortTrainer(
             loaded.model,
             arguments,
-            data_collator=collator(bad, features, full),
+            data_collator=replace(collator(bad, features, full), draft=recipe.data.draft),
             train_dataset=Indexed(prepared.samples),
             eval_dataset=_subset(eval_samples, recipe) if eval_samples is not None else None,
             compute_loss_func=_loss(recipe, family),
