@@ -154,7 +154,10 @@ def for_family(recipe: Recipe, family: str, *, as_published: bool = False) -> Re
 def with_settings(recipe: Recipe, settings: Mapping[str, Any], place: str) -> Recipe:
     """The recipe with values by dotted name (`training.learning_rate`), or by a last name that is only one's."""
     for key, value in settings.items():
-        recipe = _with_setting(recipe, qualified(key, place), value, place)
+        name = qualified(key, place)
+        inner = value.items() if name in OPEN and isinstance(value, Mapping) else None
+        for each, own in ((name, value),) if inner is None else ((f"{name}.{key}", own) for key, own in inner):
+            recipe = _with_setting(recipe, each, own, place)
     return recipe
 
 
