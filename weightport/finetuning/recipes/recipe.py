@@ -168,8 +168,10 @@ def with_settings(recipe: Recipe, settings: Mapping[str, Any], place: str) -> Re
     if SCHEDULE in named and named[SCHEDULE] != recipe.training.get("lr_scheduler_type"):
         left = {name: value for name, value in recipe.training.items() if name != "lr_scheduler_kwargs"}
         recipe = replace(recipe, training=left)
-    for key, value in named.items():
-        recipe = _with_setting(recipe, key, value, place)
+    for name, value in named.items():
+        inner = value.items() if name in OPEN and isinstance(value, Mapping) else None
+        for each, own in ((name, value),) if inner is None else ((f"{name}.{key}", own) for key, own in inner):
+            recipe = _with_setting(recipe, each, own, place)
     return recipe
 
 
