@@ -5,10 +5,10 @@
     python benchmarks/generation.py --tiny               a tiny model, to try
     python benchmarks/generation.py --against FOLDER     an earlier state of this package, in place of BART
 
-One run makes a model of random weights and a picture, then times generations of both in turn, each in a process of its
-own that is told when, so that a slow moment of the machine hits both; it prints medians and ratios. BART encodes a text
-of as many tokens as OFA has patches and text, and both generate the same number of tokens; OFA also runs its image
-tower, which is timed alone too. Against an earlier state the generated ids must be equal.
+One run makes a model of random weights and a picture, then times generations of both in turn, each in a process of
+its own that is told when, so that a slow moment of the machine hits both; it prints medians and ratios. BART encodes a
+text of as many tokens as OFA has patches and text, and both generate the same number of tokens; OFA also runs its
+image tower, which is timed alone too. Against an earlier state the generated ids must be equal.
 """
 
 from __future__ import annotations

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from weightport.writing.written_hashes import remember
+
 BLOCK_BYTES = 8 << 20
 BLOCKS = 12
 """Blocks on their way at a time: the memory that a file takes while it is written is at most BLOCKS · BLOCK_BYTES."""
@@ -40,6 +42,7 @@ class HashedFile:
     """
 
     def __init__(self, path: Path, watch: Callable[[memoryview], None] | None = None) -> None:
+        self._path = path
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         self._digest = hashlib.sha256()
         self._error: Exception | None = None
@@ -154,3 +157,5 @@ class HashedFile:
         os.close(self._descriptor)
         if kind is None and self._error is not None:
             raise self._error
+        if kind is None:
+            remember(self._path, self.sha256)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from weightport.adapters.merging.additive_check import ExpectedDelta
 from weightport.adapters.merging.lora_targets import PairChange, Touched
 from weightport.adapters.merging.tensor_edit import Output
 from weightport.checkpoints import TensorRef
@@ -124,6 +125,10 @@ class SecondComputation:
             for change in changes
             for patch in _patches(change, settings[change.adapter], weights[change.adapter], out.shape)
         )
+        # What other methods add is no product of two narrow matrices: it is held as a whole.
+        self.dense = tuple(
+            ExpectedDelta(each, settings[each.adapter], weights[each.adapter], out.shape) for each in touched.deltas
+        )
         self.tokens = {
             row: values for _, ref, rows in touched.tokens for row, values in zip(rows, ref.read().double().unbind())
         }
@@ -153,6 +158,8 @@ class SecondComputation:
             out.zero_()
         for where, left, right in found[whole:]:
             out[slice(*where.rows), slice(*where.columns)].addmm_(left, right)
+        for delta in self.dense:
+            out += delta.matrix(self.columns)[slice(*place.rows), slice(*place.columns)]
         return out
 
     def at(self, places: torch.Tensor) -> torch.Tensor:
@@ -174,8 +181,9 @@ class SecondComputation:
         return sums
 
     def only_adds(self, place: Rectangle) -> bool:
-        """Whether `finish` changes nothing there."""
-        return self.lengths is None and not any(place.rows[0] <= row < place.rows[1] for row in self.tokens)
+        """Whether what stands there is base + patches, which `reach` and `at` know."""
+        trained = any(place.rows[0] <= row < place.rows[1] for row in self.tokens)
+        return self.lengths is None and not self.dense and not trained
 
     def _dora(self, out: Output, touched: Touched) -> tuple[bool, torch.Tensor] | None:
         """(by row or by column, what DoRA multiplies the sum with); None without DoRA."""
@@ -265,7 +273,7 @@ def _matrices(
     """The change of the model's tensor as products left · right in float64, one for each expert, in the axes of the
     model's tensor."""
     module = change.module
-    scale = _strength(settings, change.key) * weight
+    scale = _strength(settings, change.key) * weight * change.times
     model = shape if change.part.plain else change.part.place.shape
     if len(shape) == 1 and module.bias is not None:
         return [(module.bias.read().double().reshape(-1, 1) * scale, torch.ones(1, 1, dtype=torch.float64))]
