@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from guide_loops import GUIDES, train
 from PIL import Image, ImageDraw
-from processes import timed
+from processes import Figures, Timing, save, timed
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM = 2
@@ -252,7 +252,7 @@ def _by_weightport(
     return times, filling[0]
 
 
-def compare(name: str, images: int, runs: int, steps: int, gpu: bool) -> None:
+def compare(name: str, images: int, runs: int, steps: int, gpu: bool) -> Figures:
     """Run every trainer of a workload in turn and print medians and ratios."""
     workload = WORKLOADS[name]
     size = workload.full if gpu else workload.small
@@ -268,9 +268,14 @@ def compare(name: str, images: int, runs: int, steps: int, gpu: bool) -> None:
                 command = [sys.executable, __file__, "--work", name, trainer, str(folder), "--steps", str(steps)]
                 timing = timed([*command, *options])
                 result = json.loads((folder / "result.json").read_text())
-                found[trainer].append({"megabytes": timing.megabytes, **result})
+                found[trainer].append({"megabytes": timing.megabytes, "unique": timing.unique, **result})
                 shutil.rmtree(folder / "run", ignore_errors=True)
     report(workload, size, images * CAPTIONS, found)
+    rows = {
+        trainer: [Timing(100 / each["rate"], each["megabytes"], each["unique"]) for each in results]
+        for trainer, results in found.items()
+    }
+    return Figures.of(f"Training by {workload.recipe}", rows, "ours", "guide", unit="100 samples")
 
 
 def report(workload: Workload, size: Size, samples: int, found: Mapping[str, list[dict[str, float]]]) -> None:
@@ -302,6 +307,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of each run (10, on a GPU 30)")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--only", choices=sorted(WORKLOADS))
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     steps = arguments.steps or (30 if arguments.gpu else 10)
@@ -314,9 +320,12 @@ def main() -> None:
     images = arguments.images or (400 if arguments.gpu else 24)
     where = torch.cuda.get_device_name() if arguments.gpu else f"{os.cpu_count()} cores"
     print(f"torch {torch.__version__} · {where}")
-    for name in WORKLOADS:
-        if arguments.only in (None, name):
-            compare(name, images, arguments.runs, steps, arguments.gpu)
+    figures = [
+        compare(name, images, arguments.runs, steps, arguments.gpu)
+        for name in WORKLOADS
+        if arguments.only in (None, name)
+    ]
+    save(arguments.json, figures)
 
 
 if __name__ == "__main__":
