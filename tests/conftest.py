@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if slow:
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if "slow" not in item.keywords]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def whole_transformers() -> Iterator[None]:
+    """Commands that run in the tests' own process import transformers whole: other tests train and compile with it."""
+    from contextlib import nullcontext
+
+    from weightport.cli import conversion
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversion, "without_compiler", nullcontext)
+        yield
