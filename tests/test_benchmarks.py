@@ -16,8 +16,8 @@ import bench  # noqa: E402
 from processes import Figures, Timing, load, save, timed  # noqa: E402
 
 SCRIPTS = sorted({benchmark.script for benchmark in bench.BENCHMARKS.values()} | {"bench.py"})
-# Each costs a few seconds of processor time; the others load models and peft several times over.
-CHEAP = ("importing", "reading-data")
+# It costs a few seconds of processor time; the others load models and peft several times over.
+CHEAP = ("importing",)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

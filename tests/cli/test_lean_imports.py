@@ -17,6 +17,12 @@ from golden_case import Case  # noqa: E402
 
 from weightport.api import convert  # noqa: E402
 
+CONFIGURATIONS = {
+    "florence2": "Florence2Config",
+    "paligemma2": "PaliGemmaConfig",
+    "moondream2": "MoondreamConfig",
+    "blip2": "Blip2Config",
+}
 HEAVY = ("torch._dynamo.symbolic_convert", "torch.distributed.tensor", "sympy", "torch._inductor")
 
 
@@ -78,20 +84,17 @@ assert sys.modules["torch._dynamo"] is compiler
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["florence2", "paligemma2", "moondream2", "blip2"])
+@pytest.mark.parametrize("family", CONFIGURATIONS)
 def test_model_classes_of_every_family_are_built_without_them(family: str) -> None:
     program = f"""
 import sys
 from weightport.cli.lean_imports import without_compiler
 with without_compiler():
-    from weightport import modeling
-from transformers import AutoConfig
-from weightport.families.registry import registry
-import weightport.modeling.blip2_lavis.configuration_blip2_lavis as b
-import weightport.modeling.moondream.configuration_moondream as m
-from transformers import Blip2Config, Florence2Config, PaliGemmaConfig
-config = dict(florence2=Florence2Config, paligemma2=PaliGemmaConfig, moondream2=m.MoondreamConfig, blip2=Blip2Config)
-print(len(registry()["{family}"].conversion.targets(config["{family}"]()).shapes))
+    import transformers
+    from weightport.families.registry import registry
+    from weightport.modeling.moondream.configuration_moondream import MoondreamConfig
+    config = MoondreamConfig if "{family}" == "moondream2" else getattr(transformers, "{CONFIGURATIONS[family]}")
+    print(len(registry()["{family}"].conversion.targets(config()).shapes))
 print([name for name in {HEAVY!r} if name in sys.modules])
 """
     count, loaded = in_a_process(program).splitlines()[-2:]

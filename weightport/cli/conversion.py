@@ -162,7 +162,11 @@ def run(family: str | None, source: Path, **arguments: Any) -> None:
     """Convert, showing what happens."""
     # A large file takes seconds to hash, and so do the imports: they may as well be done together.
     with BackgroundDigests((source,) if source.is_file() and not arguments["dry_run"] else ()) as digests:
-        _run(digests, family, source, **arguments)
+        # To the end: models built on the meta device ask for the compiler as well.
+        with uncollected():
+            import torch  # noqa: F401
+        with without_compiler():
+            _run(digests, family, source, **arguments)
 
 
 def _run(
@@ -180,7 +184,7 @@ def _run(
     as_json: bool,
     **own: Any,
 ) -> None:
-    with uncollected(), without_compiler():
+    with uncollected():
         # Used further on: model classes for planning are most of all that is imported.
         from weightport import modeling  # noqa: F401
         from weightport.api import convert, plan_conversion

@@ -1,7 +1,8 @@
 """transformers without what a command that runs no model never calls: torch's compiler and its distributed tensors.
 
 They are half of what importing transformers' model classes costs. transformers does without distributed tensors by
-itself where torch was built without them, and asks the compiler at import for marks on functions only.
+itself where torch was built without them, and asks the compiler for marks on functions only, as torch does for models
+on the meta device.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from typing import Any
 
 @contextmanager
 def without_compiler() -> Iterator[None]:
-    """Lets modules that are imported in the block mark functions for a compiler that is not loaded, and leave out
+    """Lets what is imported and called in the block mark functions for a compiler that is not loaded, and leave out
     what needs torch.distributed. Nothing happens where transformers' model classes or the compiler are there already.
 
-    For processes that import, convert and end: what was imported so stays without both.
+    For processes that convert and end: what was imported so stays without both.
     """
     import torch
 

@@ -172,6 +172,21 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def _of_one_thread(watch: Callable[[memoryview], None]) -> Callable[[memoryview], None]:
+    """`watch` for the thread that it is called in: torch's libraries count threads for each thread that calls them, and
+    threads that wait for each other's blocks spin."""
+    told = False
+
+    def run(data: memoryview) -> None:
+        nonlocal told
+        if not told:
+            torch.set_num_threads(1)
+            told = True
+        watch(data)
+
+    return run
+
+
 def _require_options(adapters: Sequence[tuple[str | Path, float]], options: MergeOptions) -> None:
     if not adapters:
         raise UsageError("Name at least one adapter.")
@@ -289,7 +304,8 @@ def _write(
     for shard, outputs in plan.shards.items():
         norms = {out.name: Norms() for out in outputs}
         tensors = [_outgoing(out, norms[out.name]) for out in outputs]
-        files.append(write_safetensors(tensors, folder / shard, advance=advance, watch=proof.shard(shard)))
+        watch = _of_one_thread(proof.shard(shard))
+        files.append(write_safetensors(tensors, folder / shard, advance=advance, watch=watch))
         changed |= {out.name: _change(out, norms[out.name]) for out in outputs if out.edit is not None}
     if len(plan.shards) > 1:
         metadata = (base.checkpoint.document or {}).get("weights", {}).get("metadata", {})
