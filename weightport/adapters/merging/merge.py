@@ -173,8 +173,8 @@ def one_thread() -> Iterator[None]:
 
 
 def _of_one_thread(watch: Callable[[memoryview], None]) -> Callable[[memoryview], None]:
-    """`watch` for the thread that it is called in: torch's libraries count threads for each thread that calls them, and
-    threads that wait for each other's blocks spin."""
+    """`watch` for the thread that it is called in: torch's libraries count threads for each thread that calls them,
+    and threads that wait for each other's blocks spin."""
     told = False
 
     def run(data: memoryview) -> None:
