@@ -91,7 +91,7 @@ class OFAGenerationMixin(GenerationMixin):
             **kwargs,
         )
 
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):  # type: ignore[override]
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """As the library's, but a sample's beams share one encoded source: it is not repeated."""
         shared = {key: model_kwargs.pop(key, None) for key in ("encoder_outputs", "pixel_values", "patch_masks")}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
@@ -99,7 +99,7 @@ class OFAGenerationMixin(GenerationMixin):
         )
         return input_ids, model_kwargs | {key: value for key, value in shared.items() if value is not None}
 
-    def _reorder_cache(self, past_key_values: EncoderDecoderCache, beam_idx: torch.Tensor) -> EncoderDecoderCache:
+    def _reorder_cache(self, past_key_values: EncoderDecoderCache, beam_idx: torch.LongTensor) -> EncoderDecoderCache:
         """Beams go on from others of their own sample, so that keys and values of the source stay where they are."""
         past_key_values.self_attention_cache.reorder_cache(beam_idx)
         return past_key_values
