@@ -20,7 +20,17 @@ from weightport.formatting import samples
 @click.command("evaluate")
 @click.argument("model", type=ExistingPath())
 @click.option(
-    "--data", required=True, metavar="PATH[:SPLIT]", help="Data to measure on: a file, a folder or a Hub data set."
+    "--data",
+    required=True,
+    multiple=True,
+    metavar="PATH[:SPLIT]",
+    help="Data to measure on: a file, a folder, a pattern or a Hub data set. Repeatable.",
+)
+@click.option(
+    "--eval-fraction",
+    type=float,
+    metavar="SHARE",
+    help="Measure on this share of the data alone: what a run with the same --eval-fraction did not train on.",
 )
 @click.option(
     "--metric",
@@ -53,7 +63,8 @@ from weightport.formatting import samples
 @command_body
 def evaluate_command(
     model: Path,
-    data: str,
+    data: tuple[str, ...],
+    eval_fraction: float | None,
     metrics: tuple[str, ...],
     recipe_name: str,
     adapter: Path | None,
@@ -85,12 +96,17 @@ def evaluate_command(
         settings.setdefault("evaluation.metrics", ["recall"])
     if skip_bad is not None:
         settings["data.skip_bad"] = skip_bad
+    # That of a run's recipe is a share of its training data, which is not what is measured on here.
+    recipe = with_settings(recipe, {"data.eval_fraction": eval_fraction}, "--eval-fraction")
     recipe = with_settings(recipe, settings, "--set")
     if retrieval is not None and adapter is not None:
         raise UsageError("--adapter: merge it into a model for retrieval first (port-merge-lora BASE ADAPTER OUT).")
     lines = Lines(quiet=quiet or as_json)
     with lines.progress("answer", samples) as (start, advance):
-        common: dict[str, Any] = {"output": output, "device": device, "overwrite": overwrite, "announce": start}
+        common: dict[str, Any] = {
+            "output": output, "device": device, "overwrite": overwrite, "held_out": recipe.data.eval_fraction,
+            "announce": start,
+        }  # fmt: skip
         if retrieval is not None:
             result = evaluate_retrieval(model, retrieval, data, recipe, advance=advance, **common)
         elif family is not None:

@@ -32,13 +32,27 @@ DEFAULT_RECIPE = "default"
 @click.option(
     "--data",
     required=True,
+    multiple=True,
     metavar="PATH[:SPLIT]",
-    help="Training data: a file, a folder or a Hub data set; see docs/finetuning.md.",
+    help="Training data: a file, a folder, a pattern such as 'shard-{000..127}.tar' or a Hub data set; see "
+    "docs/finetuning.md. Repeatable.",
+)
+@click.option(
+    "--data-weights",
+    metavar="W,W,…",
+    help="How often an epoch takes each --data: 2 twice, 0.5 half of its samples.",
 )
 @click.option(
     "--eval-data",
+    multiple=True,
     metavar="PATH[:SPLIT]",
-    help="Data to measure on, in the same layout. Without it nothing is measured.",
+    help="Data to measure on, in any layout. Without it nothing is measured. Repeatable.",
+)
+@click.option(
+    "--eval-fraction",
+    type=float,
+    metavar="SHARE",
+    help="Measure on this share of the training data instead, such as 0.05, and do not train on it.",
 )
 @click.option(
     "--output", "-o", required=True, type=click.Path(path_type=Path), help="Folder of the run: checkpoints and result."
@@ -82,8 +96,10 @@ DEFAULT_RECIPE = "default"
 @one_error
 def port_finetune(
     model: Path,
-    data: str,
-    eval_data: str | None,
+    data: tuple[str, ...],
+    data_weights: str | None,
+    eval_data: tuple[str, ...],
+    eval_fraction: float | None,
     output: Path,
     recipe_name: str,
     method: str | None,
@@ -110,14 +126,19 @@ def port_finetune(
     family = registry().training_of(model)
     recipe, mistakes = resolved(load_recipe(recipe_name), family.name, as_published=as_published)
     assigned = parse_assignments(assignments)
-    recipe = with_settings(recipe, _options(method, freeze, cache_features, skip_bad) | assigned, "--set")
+    options = _options(method, freeze, cache_features, skip_bad)
+    if data_weights is not None:
+        options["data.weights"] = data_weights.split(",")
+    if eval_fraction is not None:
+        options["data.eval_fraction"] = eval_fraction
+    recipe = with_settings(recipe, options | assigned, "--set")
     job = Job(
         model=model,
         family=family,
         data=data,
         output=output,
         recipe=recipe,
-        eval_data=eval_data,
+        eval_data=eval_data or None,
         resume=resume,
         overwrite=overwrite,
         explicit=frozenset(qualified(key, "--set") for key in assigned),
@@ -207,7 +228,7 @@ def _show_start(lines: Lines, job: Job, prepared: Prepared) -> None:
 def _measured_on(job: Job, prepared: Prepared) -> str:
     """How many samples answers are measured on, and of how many."""
     if prepared.eval_samples is None:
-        return " · nothing is measured (--eval-data)"
+        return " · nothing is measured (--eval-data, --eval-fraction)"
     every, wanted = len(prepared.eval_samples), job.recipe.evaluation.samples
     return (
         f" · measured on {every:,}" if wanted is None or wanted >= every else f" · measured on {wanted:,} of {every:,}"

@@ -156,7 +156,7 @@ def _merge(found: CheckedDirectory) -> str:
     if not record:
         return ""
     rows = [
-        (str(a.get("name")), f"{a.get('weight'):g}", str(a.get("rank")), f"{a.get('alpha'):g}", str(a.get("modules")))
+        (str(a.get("name")), *(_stated(a.get(key)) for key in ("weight", "rank", "alpha", "modules")))
         for a in record.get("adapters", ())
     ]
     text = (
@@ -172,6 +172,10 @@ def _merge(found: CheckedDirectory) -> str:
             [(seam["seam"], f"{seam['difference']:.1e}", f"{seam['scale']:.1e}") for seam in shown],
         )
     return text
+
+
+def _stated(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, (int, float)) else "–"
 
 
 CARD_SEAMS = ("vision", "projector", "encoder", "logits", "loss", "sequences", "scores")

@@ -17,10 +17,10 @@ from PIL import Image
 
 from weightport.devices import usable_device
 from weightport.errors import DataError, UsageError
-from weightport.finetuning.data import local_place, open_data
+from weightport.finetuning.data import local_places
 from weightport.finetuning.data.samples import Picture, Samples, left_to_skip
 from weightport.finetuning.evaluation.answering import chosen
-from weightport.finetuning.evaluation.evaluate import Evaluation, write_evaluation
+from weightport.finetuning.evaluation.evaluate import Evaluation, measured_samples, write_evaluation
 from weightport.finetuning.evaluation.predictions import Prediction
 from weightport.finetuning.metrics.ranking import NAME, recall
 from weightport.finetuning.recipes.settings import Recipe
@@ -86,27 +86,28 @@ class Ranks:
 def evaluate_retrieval(
     directory: Path,
     stage: RetrievalStage,
-    data: str,
+    data: str | Sequence[str],
     recipe: Recipe,
     *,
     output: Path | None = None,
+    held_out: float | None = None,
     device: str | None = None,
     overwrite: bool = False,
     announce: Callable[[int], None] = lambda samples: None,
     advance: Callable[[int], None] = lambda samples: None,
 ) -> Evaluation:
     """Recall of the retrieval model in `directory` on the data set `data`, by vectors alone (`…-contrast`) and with
-    the matching head's word on the `evaluation.rerank` nearest. The model runs in its own dtype. Raises a
-    WeightportError for a model, data or settings that cannot be."""
+    the matching head's word on the `evaluation.rerank` nearest. The model runs in its own dtype. `held_out`: on that
+    share of the data alone. Raises a WeightportError for a model, data or settings that cannot be."""
     if set(recipe.evaluation.metrics) - {NAME}:
         raise UsageError(
             f"{directory} is a model for image-text retrieval: it answers nothing, and what can be measured is "
             f"--metric {NAME}."
         )
     if output is not None:
-        require_directory(output, overwrite=overwrite, inputs=[directory], beside=[local_place(data)])
+        require_directory(output, overwrite=overwrite, inputs=[directory], beside=local_places(data))
     check_processor(directory)
-    samples = open_data(data, recipe.data, grouped=True)
+    samples = measured_samples(data, recipe, held_out)
     gallery = gallery_of(samples, chosen(len(samples), recipe.evaluation.samples), recipe.data.skip_bad)
     processor = load_processor(directory, None, recipe.batch)
     place = usable_device(device)

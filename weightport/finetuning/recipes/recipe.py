@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from weightport.errors import RecipeError
-from weightport.finetuning.data.settings import ANSWERS, FORMS, READERS, DataSettings
+from weightport.finetuning.data.settings import ANSWERS, FORMS, READERS, TURNS, DataSettings
 from weightport.finetuning.recipes.settings import (
     DTYPES,
     LOSS_MEANS,
@@ -35,6 +35,7 @@ CHOICES = {
     "data.reader": READERS,
     "data.form": FORMS,
     "data.answer": ANSWERS,
+    "data.turns": TURNS,
     "batch.loss_mean": LOSS_MEANS,
     "model.method": METHODS,
     "model.dtype": DTYPES,
@@ -59,6 +60,7 @@ AT_LEAST = {
 }
 """The smallest value of settings whose own libraries notice too late that they cannot be."""
 OPEN = ("model.config", "evaluation.generation")
+SCHEDULE = "training.lr_scheduler_type"
 """Mappings whose keys belong to the model: checked when it is there."""
 
 ANY = "*"
@@ -153,9 +155,14 @@ def for_family(recipe: Recipe, family: str, *, as_published: bool = False) -> Re
 
 
 def with_settings(recipe: Recipe, settings: Mapping[str, Any], place: str) -> Recipe:
-    """The recipe with values by dotted name (`training.learning_rate`), or by a last name that is only one's."""
-    for key, value in settings.items():
-        recipe = _with_setting(recipe, qualified(key, place), value, place)
+    """The recipe with values by dotted name (`training.learning_rate`), or by a last name that is only one's. Another
+    schedule has none of the recipe's settings of its own."""
+    named = {qualified(key, place): value for key, value in settings.items()}
+    if SCHEDULE in named and named[SCHEDULE] != recipe.training.get("lr_scheduler_type"):
+        left = {name: value for name, value in recipe.training.items() if name != "lr_scheduler_kwargs"}
+        recipe = replace(recipe, training=left)
+    for key, value in named.items():
+        recipe = _with_setting(recipe, key, value, place)
     return recipe
 
 

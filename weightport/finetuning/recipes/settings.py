@@ -9,7 +9,7 @@ from typing import Any
 from weightport.finetuning.data.settings import DataSettings
 
 METHODS = ("full", "lora", "qlora")
-LOSS_MEANS = ("tokens", "samples")
+LOSS_MEANS = ("tokens", "samples", "batches")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -22,7 +22,8 @@ class BatchSettings:
     max_prompt_length, max_target_length: tokens kept of prompt and answer, end token included.
     count_padding: padding counts in the loss, as in some published loops. attend_padding: the encoder attends to the
     padding of prompts, as Florence-2's remote code does. loss_mean: what a step's loss is the mean of, `tokens` of all
-    answers, as in transformers, or `samples`, of each answer's own mean, as big_vision trains.
+    answers, as in transformers; `samples`, of each answer's own mean, as big_vision trains; `batches`, of each
+    accumulated batch's tokens, and the step's is their sum, as in loops that do not divide by the accumulation.
     """
 
     prompt: str | None = None

@@ -10,12 +10,12 @@ from typing import Any
 from transformers import TrainingArguments, set_seed
 
 from weightport.errors import DataError, OutputError, RecipeError, TrainingError
-from weightport.finetuning.data import local_place, open_data
+from weightport.finetuning.data import EntrySamples, local_places, open_data, open_divided
 from weightport.finetuning.data.collation import FAILURE, BadSamples, Collator, Indexed
 from weightport.finetuning.data.samples import Samples
 from weightport.finetuning.evaluation.answering import chosen, generation_options
 from weightport.finetuning.evaluation.predictions import Prediction
-from weightport.finetuning.family import Family
+from weightport.finetuning.family import Family, prompt_of
 from weightport.finetuning.features.plan import FeaturePlan, plan_features
 from weightport.finetuning.metrics import metric_named, score_all
 from weightport.finetuning.overlap import overlap_note
@@ -38,14 +38,15 @@ RECONNAISSANCE = 64
 
 @dataclass(frozen=True)
 class Job:
-    """What a run is asked for. `explicit`: settings given by hand; `command`: how, for the records."""
+    """What a run is asked for. `data` and `eval_data`: one data set, or several as one. `explicit`: settings given by
+    hand; `command`: how, for the records."""
 
     model: Path
     family: Family
-    data: str
+    data: str | tuple[str, ...]
     output: Path
     recipe: Recipe
-    eval_data: str | None = None
+    eval_data: str | tuple[str, ...] | None = None
     resume: bool = False
     overwrite: bool = False
     explicit: frozenset[str] = frozenset()
@@ -60,8 +61,13 @@ class Job:
     @property
     def data_places(self) -> tuple[Path, ...]:
         """What else is read, which its folder may not hold."""
-        named = [each for each in (self.data, self.eval_data, self.recipe.data.images) if each is not None]
-        return tuple(local_place(str(each)) for each in named)
+        named = (self.data, self.eval_data, self.recipe.data.images)
+        return tuple(place for each in named if each for place in local_places(each))
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is anything to measure on."""
+        return self.eval_data is not None or self.recipe.data.eval_fraction is not None
 
     def inputs(self, samples: Samples, eval_samples: Samples | None) -> dict[str, Any]:
         """What it is trained and measured on, for the records of --resume."""
@@ -114,12 +120,12 @@ def prepare(job: Job) -> Prepared:
     arguments, notes = training_arguments(
         recipe.training,
         job.output,
-        evaluates=job.eval_data is not None,
+        evaluates=job.evaluates,
         leaves_unused=family.leaves_unused and recipe.model.method == "full",
         explicit=job.explicit,
     )
-    samples = open_data(job.data, recipe.data)
-    eval_samples = open_data(job.eval_data, recipe.data, grouped=True) if job.eval_data is not None else None
+    samples, eval_samples = _opened(job, recipe)
+    notes += samples.notes
     for each in (samples, eval_samples):
         if each is not None and each.skipped:
             are, more = ("is", "") if len(each.skipped) == 1 else ("are", " …")
@@ -148,12 +154,27 @@ def prepare(job: Job) -> Prepared:
     _require_space(job.output, found, arguments, adapter=recipe.model.method != "full")
     recipe, fitting = fitted(recipe, loaded)
     notes += fitting
-    # One sample shows whether prompts and answers fit the model, before any step does.
+    # A few samples show whether prompts and answers fit the model, before any step does.
+    _require_askable(loaded, recipe, samples, eval_samples)
     _try_one(loaded, recipe, samples)
     if recipe.model.cache_features:
         features = plan_features(loaded, recipe, arguments, samples, frozen, job.output)
         notes.append(features.note())
     return Prepared(loaded, arguments, samples, eval_samples, found, checkpoint, tuple(notes), recipe, features)
+
+
+def _opened(job: Job, recipe: Recipe) -> tuple[EntrySamples, EntrySamples | None]:
+    """(what to train on, what to measure on)."""
+    fraction = recipe.data.eval_fraction
+    if job.eval_data is not None and fraction is not None:
+        raise RecipeError(
+            f"--eval-data gives what to measure on, and data.eval_fraction={fraction:g} takes it out of the training "
+            "data: give one of them."
+        )
+    if fraction is not None:
+        return open_divided(job.data, recipe.data, fraction)
+    evaluation = open_data(job.eval_data, recipe.data, grouped=True) if job.eval_data is not None else None
+    return open_data(job.data, recipe.data), evaluation
 
 
 def _require_meaning(family: Family, recipe: Recipe) -> None:
@@ -255,6 +276,20 @@ def _require_space(output: Path, found: list[Share], arguments: TrainingArgument
             f"{existing} has {size(free)} free, and the result{checkpoints} needs about {size(needs)}. "
             "Lower training.save_total_limit, or choose another --output."
         )
+
+
+def _require_askable(loaded: Loaded, recipe: Recipe, *data: Samples | None) -> None:
+    """Raises DataError for a sample that the family's prompts cannot hold, unless bad ones may be left out."""
+    for samples in data:
+        if samples is None or recipe.data.skip_bad:
+            continue
+        for index in chosen(len(samples), RECONNAISSANCE):
+            try:
+                sample = samples[index]
+            except DataError:
+                # Said, with what to do, where it is read.
+                continue
+            prompt_of(loaded.family, loaded.processor, recipe.batch, sample)
 
 
 def _try_one(loaded: Loaded, recipe: Recipe, samples: Samples) -> None:

@@ -215,10 +215,14 @@ def _evaluated_record(job: Job, prepared: Prepared) -> dict[str, Any] | None:
 def _published(recipe: dict[str, Any]) -> dict[str, Any]:
     """The recipe without where things lie on this machine: the record may go to the Hub."""
     data = recipe.get("data", {})
-    return recipe | {"data": {**data, "images": _public(data["images"])}} if data.get("images") else recipe
+    if not data.get("images"):
+        return recipe
+    return recipe | {"data": {**data, "images": [_public(each) for each in data["images"]]}}
 
 
 def _public(name: str) -> str:
-    """A Hub id as it is, of a path the last two names at most."""
+    """A Hub id as it is, of a path the last two names at most; of several data sets, each."""
+    if ", " in name and not Path(name).exists():
+        return ", ".join(map(_public, name.split(", ")))
     path = Path(name)
     return "/".join(path.parts[-2:]).lstrip("/") if path.exists() else name

@@ -28,6 +28,7 @@ from weightport.finetuning.rescue import is_full_disk
 from weightport.finetuning.setup.preparing import Job, Prepared, prepare
 from weightport.finetuning.training.results import RESULTS, Outcome, finish
 from weightport.finetuning.training.resuming import OWN_FILES, RECIPE, last_checkpoint, write_inputs
+from weightport.finetuning.training.schedules import own_schedule
 from weightport.finetuning.training.trainer import (
     BestCheckpointOfThisRun,
     FirstCheckpoint,
@@ -138,7 +139,7 @@ def _train(
         trainer = PortTrainer(
             loaded.model,
             arguments,
-            data_collator=collator(bad, features, full),
+            data_collator=replace(collator(bad, features, full), draft=recipe.data.draft),
             train_dataset=Indexed(prepared.samples),
             eval_dataset=_subset(eval_samples, recipe) if eval_samples is not None else None,
             compute_loss_func=_loss(recipe, family),
@@ -148,6 +149,8 @@ def _train(
             measure=measuring,
             features=prepared.features,
             by_sample=recipe.batch.loss_mean == "samples",
+            undivided=recipe.batch.loss_mean == "batches",
+            schedule=own_schedule(recipe.training),
         )
         trainer.remove_callback(PrinterCallback)
         lost = _trained(trainer, prepared.checkpoint)

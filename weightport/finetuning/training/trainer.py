@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
@@ -21,6 +22,7 @@ from weightport.finetuning.data.collation import FAILURE, FEATURE_LENGTHS, FEATU
 from weightport.finetuning.data.samples import Samples
 from weightport.finetuning.features.plan import FeaturePlan
 from weightport.finetuning.training.resuming import checkpoint_step, last_checkpoint
+from weightport.finetuning.training.schedules import ProgressCosine
 
 IGNORED = -100
 """The label that no loss counts."""
@@ -32,6 +34,8 @@ class PortTrainer(Trainer):
     `measure` answers the evaluation data with the model at a step and returns metrics by name; in every process, at
     every evaluation. `samples` are the training data, to name those of a batch that fails. `features`: of what plan
     batches hold features in the place of pictures. `by_sample`: the loss is a mean over samples, not over tokens.
+    `undivided`: a step's loss is the sum of its batches' own means. `schedule`: of the learning rate, in place of the
+    arguments'.
     """
 
     def __init__(
@@ -42,6 +46,8 @@ class PortTrainer(Trainer):
         measure: Callable[[Any, int], Mapping[str, float]] | None = None,
         features: FeaturePlan | None = None,
         by_sample: bool = False,
+        undivided: bool = False,
+        schedule: ProgressCosine | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -52,6 +58,11 @@ class PortTrainer(Trainer):
         self._measure = measure
         self._features = features
         self._by_sample = by_sample
+        self._undivided = undivided
+        if undivided:
+            # What Trainer would divide a batch's mean by otherwise: the batches of a step.
+            self.loss_is_scaled_for_ga = True
+        self._schedule = schedule
         self._evaluated = -1
         self._best_loaded: int | None = None
         self._in_checkpoint = False
@@ -60,6 +71,15 @@ class PortTrainer(Trainer):
     def held_step(self) -> int:
         """The step that the model's weights are of: the last one, or that of the best model which was loaded."""
         return self.state.global_step if self._best_loaded is None else self._best_loaded
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.lr_scheduler is None and self._schedule is not None:
+            rates = self._schedule.over(num_training_steps, self.args.warmup_steps or 0)
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, rates)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -81,6 +101,8 @@ class PortTrainer(Trainer):
         # none.
         for batch in batch_samples:
             _require_made(batch)
+        if self._undivided:
+            return None
         if self._by_sample:
             # Counted as Trainer counts labels: one of a sample, that is not the first of its row.
             batch_samples = [{"labels": _sample_marks(batch["labels"])} for batch in batch_samples]
