@@ -20,7 +20,7 @@ from fuzzing import cases  # noqa: E402
 from fuzzing.campaign import Campaign, Result, judged_in_worker, minimised  # noqa: E402
 from fuzzing.targets import TARGETS  # noqa: E402
 
-BATCH = 1000
+BATCH = 2000
 KEPT = HERE / "findings"
 COLUMNS = ("inputs", "accepted", "compared", "refused", "finding")
 

@@ -167,6 +167,7 @@ TARGETS = (
         change,
         lambda folder: read_paligemma2(folder / "paligemma_tokenizer.model"),
         modules=("tokenizers/", "families/paligemma2/tokenizer"),
+        cost=12.0,
     ),
     Target(
         "florence2-tokenizer",
@@ -175,6 +176,7 @@ TARGETS = (
         read_florence2_vocabulary,
         _as_json,
         ("families/florence2/tokenizer", "tokenizers/"),
+        cost=2.0,
     ),
     Target(
         "moondream2-tokenizer",

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from weightport.errors import DataError
+from weightport.finetuning.augmentation import Augmentation
 from weightport.finetuning.data.samples import Sample, Samples, left_to_skip
 from weightport.finetuning.family import Family, prompt_of
 from weightport.finetuning.features.store import FeatureStore
@@ -121,7 +122,8 @@ class _Row:
 class Collator:
     """What the data loader calls: samples with their indices → the model's inputs, labels, and the indices. With
     `features` no picture is read. Where all samples of a batch are bad, the next good one takes their place: every
-    process needs a batch. `full` counts answers as long as answers may be. `draft`: see `Picture.read`."""
+    process needs a batch. `full` counts answers as long as answers may be. `draft`: see `Picture.read`.
+    `augmentation` changes pictures."""
 
     family: Family
     processor: Any
@@ -131,6 +133,7 @@ class Collator:
     features: StoredFeatures | None = None
     full: FullAnswers | None = None
     draft: int | None = None
+    augmentation: Augmentation | None = None
 
     def __call__(self, items: Sequence[tuple[int, Sample | str]]) -> dict[str, Any]:
         try:
@@ -180,9 +183,11 @@ class Collator:
             try:
                 if isinstance(sample, str):
                     raise DataError(sample)
+                image = self._picture(index, sample)
+                if self.augmentation is not None and image is not None:
+                    sample, image = self.augmentation(index, sample, image)
                 prompt = prompt_of(self.family, self.processor, self.batch, sample)
                 answer = self.family.answer(self.processor, self.batch, sample)
-                image = self._picture(index, sample)
             except DataError as error:
                 if self.bad.may_skip(index):
                     continue

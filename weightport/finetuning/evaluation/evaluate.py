@@ -95,7 +95,7 @@ def evaluate(
 
 
 def measured_samples(data: str | Sequence[str], recipe: Recipe, held_out: float | None) -> EntrySamples:
-    """The samples of `data`, each question with all its references; of the share `held_out` alone, if there is one."""
+    """The samples of `data`, a question with all its references each; of the share `held_out` alone where given."""
     if held_out is None:
         return open_data(data, recipe.data, grouped=True)
     return open_divided(data, recipe.data, held_out)[1]
