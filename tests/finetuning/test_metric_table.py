@@ -11,6 +11,7 @@ from metric_cases import answered, boxed
 
 from weightport.errors import DataError, UsageError
 from weightport.finetuning.metrics import METRICS, metric_named, score_all
+from weightport.finetuning.metrics.ranking import recall
 
 TEXTS = [name for name, metric in METRICS.items() if metric.needs == "text"]
 CHINESE = [("一件红色的连衣裙",) * 2, ("男士纯棉短袖T恤",) * 2]
@@ -82,8 +83,10 @@ def test_no_two_metrics_share_the_name_of_a_figure():
     names = [
         figure
         for name, metric in METRICS.items()
+        if metric.needs != "ranks"
         for figure in score_all([name], texts if metric.needs == "text" else boxes)
     ]
+    names += ["recall", *recall([0], [0]).details, "recall-contrast", *recall([0], [0], "-contrast").details]
     assert len(names) == len(set(names))
 
 

@@ -86,8 +86,9 @@ def evaluate_command(
         from weightport.finetuning.setup.preparing import resolved
 
     retrieval = registry().retrieval_of(model)
-    family = retrieval or registry().training_of(model)
-    recipe, _ = resolved(load_recipe(recipe_name), family.name, as_published=False)
+    family = registry().training_of(model) if retrieval is None else None
+    listed_as = (family or retrieval).name  # type: ignore[union-attr]  # one of them is there
+    recipe, _ = resolved(load_recipe(recipe_name), listed_as, as_published=False)
     settings = parse_assignments(assignments)
     if metrics:
         settings["evaluation.metrics"] = list(metrics)
@@ -108,7 +109,7 @@ def evaluate_command(
         }  # fmt: skip
         if retrieval is not None:
             result = evaluate_retrieval(model, retrieval, data, recipe, advance=advance, **common)
-        else:
+        elif family is not None:
             result = evaluate(model, family, data, recipe, adapter=adapter, advance=advance, **common)
     if as_json:
         echo(json.dumps({"metrics": dict(result.metrics), "samples": len(result.predictions)}))
