@@ -184,6 +184,7 @@ def test_prompt_that_is_too_long_is_refused_and_not_cut(processor) -> None:
         ("2025-01-09", ("caption", "long"), r"This revision has no prompt for 'caption' \(long\)"),
         ("2025-06-21", ("caption", "huge"), "A caption is short, normal, long, not 'huge'"),
         ("2025-06-21", ("dance", ""), "There is no task 'dance'"),
+        ("2025-06-21", ("detect", " "), "'detect' asks for an object: name what"),
     ],
 )
 def test_task_that_a_revision_does_not_have_is_refused(name: str, asked: tuple, said: str, folders) -> None:

@@ -218,6 +218,8 @@ class MoondreamProcessor(ProcessorMixin):
         """
         if task not in TASKS:
             raise ValueError(f"There is no task {task!r}. Choose one of {', '.join(TASKS)}.")
+        if task in ("detect", "point") and not text.strip():
+            raise ValueError(f"{task!r} asks for an object: name what is looked for.")
         if reasoning:
             if task != "query" or "reason" not in (self.templates or {}):
                 raise ValueError("Only a query is reasoned about, and only by the revision of 2025-06-21.")
