@@ -79,7 +79,7 @@ def test_optimizer_and_average_count(tiny: Callable[[str], Path], pairs: Path, t
     assert needs == [8 * trained, 16 * trained]
 
 
-@pytest.mark.parametrize("name", ["florence2", "ofa-cn"])
+@pytest.mark.parametrize("name", ["florence2", pytest.param("ofa-cn", marks=pytest.mark.slow)])
 def test_search_leaves_losses_and_the_model_as_they_are(
     name: str, tiny: Callable[[str], Path], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

@@ -221,6 +221,13 @@ def _require_together(recipe: Recipe, arguments: TrainingArguments) -> None:
             f"--cache-features keeps what is computed of each picture once, and batch.augment "
             f"({', '.join(batch.augment)}) changes pictures in every epoch. Leave one of them out."
         )
+    if batch.group_by_image and not model.cache_features:
+        raise RecipeError(
+            "batch.group_by_image lets samples share what --cache-features keeps of their picture: it does nothing "
+            "without. Pass both."
+        )
+    if batch.group_by_image and arguments.torch_compile:
+        raise RecipeError("batch.group_by_image and training.torch_compile do not go together: leave one of them out.")
     order = arguments.train_sampling_strategy
     asked = [
         name
