@@ -144,6 +144,7 @@ def test_peak_of_a_larger_batch_is_seen(tiny: Callable[[str], Path], pairs: Path
             {"batch.fit_memory": True, "batch.memory": "lots"},
             r"batch\.memory is 'lots'\. It is an amount",
         ),
+        ({"batch.fit_memory": True, "batch.loss_mean": "batches"}, r"another division is another loss"),
         ({"batch.fit_memory": True, "training.fsdp": True}, r"FSDP and DeepSpeed share it out"),
         ({"batch.fit_memory": True, "training.auto_find_batch_size": True}, r"auto_find_batch_size does not: set one"),
     ],

@@ -67,6 +67,14 @@ USAGE = {
     "yaml": (["--set", "batch.prompt=[a"], ["no YAML"]),
     "choice": (["--set", "model.dtype=float8"], ["model.dtype", "float32"]),
     "scheduler": (["--set", "lr_scheduler_type=zigzag"], ["zigzag", "cosine"]),
+    "own scheduler": (
+        ["--set", "lr_scheduler_type=progress_cosine", "--set", "lr_scheduler_kwargs={num_cycles: 1}"],
+        ["progress_cosine", "min_lr_rate, warmup_lr_rate, cosine_share"],
+    ),
+    "own scheduler's rate": (
+        ["--set", "lr_scheduler_type=progress_cosine", "--set", "lr_scheduler_kwargs={min_lr_rate: 3}"],
+        ["lr_scheduler_kwargs.min_lr_rate is 3", "from 0 to 1"],
+    ),
     "reporting": (["--set", "report_to=telegraph"], ["training.report_to", "telegraph"]),
     "optimizer": (["--set", "optim=magic"], ["magic"]),
     "freeze target": (["--freeze", "tower"], ["no freeze target 'tower'", "vision"]),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from transformers import (
 from transformers.utils import logging
 
 from weightport.api import check_parity, convert
+from weightport.errors import UsageError
 from weightport.modeling.blip2_lavis.configuration_blip2_lavis import Blip2LavisConfig
 from weightport.modeling.blip2_lavis.modeling_blip2_lavis import (
     Blip2LavisForConditionalGeneration,
@@ -188,3 +192,53 @@ def test_retrieval_takes_vit_l_too() -> None:
     for matching in (True, False):
         output = model(**given, use_image_text_matching_head=matching)
         assert output.logits_per_image.shape == (2, 2)
+
+
+ELSEWHERE = """
+import json, sys
+sys.modules["weightport"] = None  # any import of it fails
+sys.meta_path = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("weightport")]
+import torch, transformers
+from PIL import Image
+
+for folder, auto_class in json.loads(sys.argv[1]):
+    model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True).eval()
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    picture = Image.radial_gradient("L").convert("RGB")
+    inputs = processor(images=picture, text="a photo of", return_tensors="pt")
+    with torch.no_grad():
+        generates = hasattr(model, "language_model")
+        found = model.generate(**inputs, max_new_tokens=4) if generates else model(**inputs).logits_per_image
+    print(json.dumps(found.tolist()))
+"""
+
+
+def test_portable_directories_need_no_weightport(tmp_path: Path) -> None:
+    import transformers
+    from PIL import Image
+
+    classes = {
+        "t5-vitL-tiny": "AutoModelForImageTextToText",
+        "itm-tiny": "AutoModelForZeroShotImageClassification",
+    }
+    made = [(converted(name, tmp_path, exact=True, portable=True)[1], each) for name, each in classes.items()]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", ELSEWHERE, json.dumps([(str(folder), each) for folder, each in made])]
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+
+    picture = Image.radial_gradient("L").convert("RGB")
+    for (directory, auto_class), line in zip(made, finished.stdout.splitlines(), strict=True):
+        model = getattr(transformers, auto_class).from_pretrained(directory).eval()
+        inputs = AutoProcessor.from_pretrained(directory)(images=picture, text="a photo of", return_tensors="pt")
+        with torch.no_grad():
+            generates = hasattr(model, "language_model")
+            found = model.generate(**inputs, max_new_tokens=4) if generates else model(**inputs).logits_per_image
+        assert torch.tensor(json.loads(line)).allclose(found, atol=1e-6)
+
+
+def test_only_our_own_class_is_written_with_its_code(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--portable: this model becomes transformers' own class"):
+        converted("opt-tiny", tmp_path, portable=True)
+    assert not (tmp_path / "opt-tiny").exists()

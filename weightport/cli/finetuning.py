@@ -32,13 +32,27 @@ DEFAULT_RECIPE = "default"
 @click.option(
     "--data",
     required=True,
+    multiple=True,
     metavar="PATH[:SPLIT]",
-    help="Training data: a file, a folder or a Hub data set; see docs/finetuning.md.",
+    help="Training data: a file, a folder, a pattern such as 'shard-{000..127}.tar' or a Hub data set; see "
+    "docs/finetuning.md. Repeatable.",
+)
+@click.option(
+    "--data-weights",
+    metavar="W,W,…",
+    help="How often an epoch takes each --data: 2 twice, 0.5 half of its samples.",
 )
 @click.option(
     "--eval-data",
+    multiple=True,
     metavar="PATH[:SPLIT]",
-    help="Data to measure on, in the same layout. Without it nothing is measured.",
+    help="Data to measure on, in any layout. Without it nothing is measured. Repeatable.",
+)
+@click.option(
+    "--eval-fraction",
+    type=float,
+    metavar="SHARE",
+    help="Measure on this share of the training data instead, such as 0.05, and do not train on it.",
 )
 @click.option(
     "--output", "-o", required=True, type=click.Path(path_type=Path), help="Folder of the run: checkpoints and result."
@@ -104,8 +118,10 @@ DEFAULT_RECIPE = "default"
 @one_error
 def port_finetune(
     model: Path,
-    data: str,
-    eval_data: str | None,
+    data: tuple[str, ...],
+    data_weights: str | None,
+    eval_data: tuple[str, ...],
+    eval_fraction: float | None,
     output: Path,
     recipe_name: str,
     method: str | None,
@@ -152,6 +168,8 @@ def port_finetune(
         "training.eval_on_start": eval_on_start or None,
         "training.torch_compile": compiled or None,
         "data.skip_bad": skip_bad,
+        "data.weights": data_weights.split(",") if data_weights is not None else None,
+        "data.eval_fraction": eval_fraction,
         **_batch_size(batch_size),
     }
     options = {name: value for name, value in given.items() if value is not None}
@@ -163,7 +181,7 @@ def port_finetune(
         data=data,
         output=output,
         recipe=recipe,
-        eval_data=eval_data,
+        eval_data=eval_data or None,
         resume=resume,
         overwrite=overwrite,
         explicit=frozenset(qualified(key, "--set") for key in assigned),
@@ -253,7 +271,7 @@ def _show_start(lines: Lines, job: Job, prepared: Prepared) -> None:
 def _measured_on(job: Job, prepared: Prepared) -> str:
     """How many samples answers are measured on, and of how many."""
     if prepared.eval_samples is None:
-        return " · nothing is measured (--eval-data)"
+        return " · nothing is measured (--eval-data, --eval-fraction)"
     every, wanted = len(prepared.eval_samples), job.recipe.evaluation.samples
     return (
         f" · measured on {every:,}" if wanted is None or wanted >= every else f" · measured on {wanted:,} of {every:,}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 FILE = "conversion.json"
 FORMAT = 2
+CHANGED = "changed"
 
 
 def conversion_record(
@@ -101,6 +102,18 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
 
 def _text(record: Mapping[str, Any]) -> str:
     return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+
+
+def note_changes(folder: Path, names: Iterable[str]) -> None:
+    """Note in a directory's record which of its tensors are no longer those that the conversion wrote, beside those
+    noted before: an export of one source takes them along, whichever source gave them. Nothing where there is no
+    record, or one source."""
+    record = read_record(folder)
+    if record is None or len(record["sources"]) < 2:
+        return
+    record[CHANGED] = sorted({*record.get(CHANGED, ()), *names})
+    with own_file(folder / FILE) as path:
+        path.write_text(_text(record), encoding="utf-8")
 
 
 def link_parity(folder: Path, passed: bool, verdict: str, files: Mapping[str, Path]) -> None:

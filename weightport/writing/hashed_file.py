@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from weightport.writing.written_hashes import remember
+
 BLOCK_BYTES = 8 << 20
 BLOCKS = 12
 """Blocks on their way at a time: the memory that a file takes while it is written is at most BLOCKS · BLOCK_BYTES."""
@@ -35,6 +37,7 @@ class HashedFile:
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         self._digest = hashlib.sha256()
         self._error: OSError | None = None
@@ -146,3 +149,5 @@ class HashedFile:
         os.close(self._descriptor)
         if kind is None and self._error is not None:
             raise self._error
+        if kind is None:
+            remember(self._path, self.sha256)

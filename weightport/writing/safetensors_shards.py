@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from weightport.checkpoints.layout import raw_bytes
 from weightport.errors import NonFiniteError
 from weightport.writing.hashed_file import HashedFile
 from weightport.writing.outgoing import Outgoing
@@ -149,7 +150,7 @@ def safetensors_header(tensors: Sequence[Outgoing]) -> bytes:
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor, without a copy."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return memoryview(raw_bytes(tensor).numpy())  # type: ignore[arg-type]
 
 
 def check_finite(tensor: torch.Tensor, name: str, source: str) -> None:

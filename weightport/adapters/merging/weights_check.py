@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from weightport.adapters.merging.additive_check import ExpectedDelta
 from weightport.adapters.merging.combination import SUM
 from weightport.adapters.merging.lora_targets import PairChange, Touched
 from weightport.adapters.merging.merge_plan import MergePlan
@@ -102,7 +103,10 @@ def _furthest(
     columns = max(base[0].numel(), 1) if base.shape[0] else 1
     step = max(1, _ROWS // columns)
     touched = touched or Touched()
-    deltas = [_delta(change, settings[change.adapter], weights[change.adapter], out) for change in _changes(touched)]
+    deltas: list[_Delta | ExpectedDelta] = [
+        _delta(change, settings[change.adapter], weights[change.adapter], out) for change in _changes(touched)
+    ]
+    deltas += [ExpectedDelta(c, settings[c.adapter], weights[c.adapter], out.shape) for c in touched.deltas]
     length = _dora_factor(out, touched, base, deltas, step)
     worst = 0.0
     for start in range(0, base.shape[0], step):
@@ -177,7 +181,7 @@ def _changes(touched: Touched) -> Iterator[PairChange]:
 
 def _delta(change: PairChange, settings: Mapping[str, Any], weight: float, out: Output) -> _Delta:
     module = change.module
-    scale = _strength(settings, change.key) * weight
+    scale = _strength(settings, change.key) * weight * change.times
     shape = out.shape if change.part.plain else change.part.place.shape
     if len(out.shape) == 1 and module.bias is not None:
         bias = module.bias.read().double().reshape(-1, 1) * scale
@@ -211,7 +215,9 @@ def _strength(settings: Mapping[str, Any], name: str) -> float:
     return of("alpha_pattern", settings.get("lora_alpha", 8)) / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
-def _dora_factor(out: Output, touched: Touched, base: torch.Tensor, deltas: Sequence[_Delta], step: int) -> Any:
+def _dora_factor(
+    out: Output, touched: Touched, base: torch.Tensor, deltas: Sequence[_Delta | ExpectedDelta], step: int
+) -> Any:
     """By rows, what DoRA multiplies the sum with; None without DoRA."""
     magnitude = next((change.module.magnitude for change in touched.pairs if change.module.magnitude), None)
     if magnitude is None:

@@ -22,7 +22,7 @@ from transformers import TrainingArguments
 from weightport.errors import DataError, RecipeError
 from weightport.finetuning.data.collation import Indexed, StoredFeatures
 from weightport.finetuning.data.samples import Sample, Samples
-from weightport.finetuning.family import Family
+from weightport.finetuning.family import Family, prompt_of
 from weightport.finetuning.features.cached_part import CachedPart, Features, SharedStates, bypass
 from weightport.finetuning.features.key import feature_key
 from weightport.finetuning.features.store import FeatureStore, Layout, open_store, require_space
@@ -182,7 +182,7 @@ def _identity(
 ) -> tuple[str, str]:
     if sample.picture is None:
         raise DataError(f"{sample.place} has no picture, and --cache-features keeps what is computed of pictures.")
-    return sample.picture.key, family.prompt(processor, batch, sample) if per_prompt else ""
+    return sample.picture.key, prompt_of(family, processor, batch, sample) if per_prompt else ""
 
 
 def _longest(identities: Sequence[tuple[str, str]], family: Family, processor: Any, batch: BatchSettings) -> int:
@@ -211,7 +211,7 @@ def _probe(
     part: CachedPart,
 ) -> Features:
     """The features of one sample; of one with another picture where that cannot be read."""
-    prompt = loaded.family.prompt(loaded.processor, batch, samples[index])
+    prompt = prompt_of(loaded.family, loaded.processor, batch, samples[index])
     for other in (index, *range(len(samples))):
         try:
             picture = samples[other].picture

@@ -9,7 +9,7 @@ from typing import Any
 from weightport.finetuning.data.settings import DataSettings
 
 METHODS = ("full", "lora", "qlora")
-LOSS_MEANS = ("tokens", "samples")
+LOSS_MEANS = ("tokens", "samples", "batches")
 SAMPLINGS = ("plain", "balanced")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -23,7 +23,8 @@ class BatchSettings:
     max_prompt_length, max_target_length: tokens kept of prompt and answer, end token included.
     count_padding: padding counts in the loss, as in some published loops. attend_padding: the encoder attends to the
     padding of prompts, as Florence-2's remote code does. loss_mean: what a step's loss is the mean of, `tokens` of all
-    answers, as in transformers, or `samples`, of each answer's own mean, as big_vision trains.
+    answers, as in transformers; `samples`, of each answer's own mean, as big_vision trains; `batches`, of each
+    accumulated batch's tokens, and the step's is their sum, as in loops that do not divide by the accumulation.
     augment: names of changes that training pictures go through (augmentation.py). sampling: `plain` takes every sample
     once an epoch, `balanced` draws classes equally often. group_by_image: batches hold samples of the same pictures.
     fit_memory: search for the largest batch of a process that fits, and accumulate so that a step's samples stay as
@@ -69,15 +70,17 @@ class ModelSettings:
 class EvaluationSettings:
     """What is measured. metrics: names of `weightport evaluate --metric`. samples: how many of the evaluation data,
     all by default. batch_size: of generation. previews: answers shown after each evaluation. generation: settings of
-    `generate`, over the model's generation_config.json. early_stopping_patience: evaluations in a row without a better
-    figure (`training.metric_for_best_model`) after which the run ends; early_stopping_threshold: by how much a figure
-    has to be better."""
+    `generate`, over the model's generation_config.json. rerank: of a model for retrieval, how many of the nearest
+    pictures or texts the matching head has its word on; 0: none. early_stopping_patience: evaluations in a row
+    without a better figure (`training.metric_for_best_model`) after which the run ends; early_stopping_threshold: by
+    how much a figure has to be better."""
 
     metrics: tuple[str, ...] = ()
     samples: int | None = None
     batch_size: int = 8
     previews: int = 3
     generation: Mapping[str, Any] = field(default_factory=dict)
+    rerank: int = 128
     early_stopping_patience: int | None = None
     early_stopping_threshold: float = 0.0
 

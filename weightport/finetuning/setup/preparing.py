@@ -12,12 +12,12 @@ from transformers import TrainingArguments, set_seed
 
 from weightport.errors import DataError, OutputError, RecipeError, TrainingError
 from weightport.finetuning.augmentation import require_changes
-from weightport.finetuning.data import local_place, open_data
+from weightport.finetuning.data import EntrySamples, local_places, open_data, open_divided
 from weightport.finetuning.data.collation import FAILURE, BadSamples, Collator, Indexed
 from weightport.finetuning.data.samples import Samples
 from weightport.finetuning.evaluation.answering import chosen, generation_options
 from weightport.finetuning.evaluation.predictions import Prediction
-from weightport.finetuning.family import Family
+from weightport.finetuning.family import Family, prompt_of
 from weightport.finetuning.features.plan import FeaturePlan, plan_features
 from weightport.finetuning.metrics import metric_named, score_all
 from weightport.finetuning.overlap import overlap_note
@@ -53,14 +53,15 @@ RECONNAISSANCE = 64
 
 @dataclass(frozen=True)
 class Job:
-    """What a run is asked for. `explicit`: settings given by hand; `command`: how, for the records."""
+    """What a run is asked for. `data` and `eval_data`: one data set, or several as one. `explicit`: settings given by
+    hand; `command`: how, for the records."""
 
     model: Path
     family: Family
-    data: str
+    data: str | tuple[str, ...]
     output: Path
     recipe: Recipe
-    eval_data: str | None = None
+    eval_data: str | tuple[str, ...] | None = None
     resume: bool = False
     overwrite: bool = False
     explicit: frozenset[str] = frozenset()
@@ -75,8 +76,13 @@ class Job:
     @property
     def data_places(self) -> tuple[Path, ...]:
         """What else is read, which its folder may not hold."""
-        named = [each for each in (self.data, self.eval_data, self.recipe.data.images) if each is not None]
-        return tuple(local_place(str(each)) for each in named)
+        named = (self.data, self.eval_data, self.recipe.data.images)
+        return tuple(place for each in named if each for place in local_places(each))
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is anything to measure on."""
+        return self.eval_data is not None or self.recipe.data.eval_fraction is not None
 
     def inputs(self, samples: Samples, eval_samples: Samples | None) -> dict[str, Any]:
         """What it is trained and measured on, for the records of --resume."""
@@ -132,14 +138,14 @@ def prepare(job: Job) -> Prepared:
     arguments, notes = training_arguments(
         recipe.training,
         job.output,
-        evaluates=job.eval_data is not None,
+        evaluates=job.evaluates,
         leaves_unused=family.leaves_unused and recipe.model.method == "full",
         stops_early=recipe.evaluation.early_stopping_patience is not None,
         explicit=job.explicit,
     )
     _require_together(recipe, arguments)
-    samples = open_data(job.data, recipe.data)
-    eval_samples = open_data(job.eval_data, recipe.data, grouped=True) if job.eval_data is not None else None
+    samples, eval_samples = _opened(job, recipe)
+    notes += samples.notes
     for each in (samples, eval_samples):
         if each is not None and each.skipped:
             are, more = ("is", "") if len(each.skipped) == 1 else ("are", " …")
@@ -151,7 +157,7 @@ def prepare(job: Job) -> Prepared:
         else:
             # The untrained model has been measured.
             arguments.eval_on_start = False
-        notes += _as_divided_before(job.output, arguments)
+        notes += _as_divided_before(job.output, recipe, arguments)
     if eval_samples is not None and arguments.process_index == 0 and (note := overlap_note(samples, eval_samples)):
         notes.append(note)
     steps = planned_steps(arguments, len(samples))
@@ -181,7 +187,8 @@ def prepare(job: Job) -> Prepared:
     )
     recipe, fitting = fitted(recipe, loaded)
     notes += fitting
-    # One sample shows whether prompts and answers fit the model, before any step does.
+    # A few samples show whether prompts and answers fit the model, before any step does.
+    _require_askable(loaded, recipe, samples, eval_samples)
     _try_one(loaded, recipe, samples)
     if recipe.batch.fit_memory and not (job.resume and recorded_division(job.output)):
         division, note = fitting_division(loaded, recipe, arguments, samples)
@@ -242,7 +249,7 @@ def _require_together(recipe: Recipe, arguments: TrainingArguments) -> None:
         raise RecipeError(f"{' and '.join(asked)} are two orders of samples: set one of them.")
 
 
-def _as_divided_before(run: Path, arguments: TrainingArguments) -> list[str]:
+def _as_divided_before(run: Path, recipe: Recipe, arguments: TrainingArguments) -> list[str]:
     """Let a step have the samples that it had when the run in the folder `run` was started, in as many processes as
     there are now; a note on what that changes. Raises TrainingError when they cannot share them."""
     before = recorded_division(run)
@@ -252,10 +259,29 @@ def _as_divided_before(run: Path, arguments: TrainingArguments) -> list[str]:
     now = then.among(arguments.world_size)
     wanted = division_of(arguments)
     now.apply(arguments)
+    if now != then and recipe.batch.loss_mean == "batches":
+        raise TrainingError(
+            f"The run was started in {then.processes} processes, and with batch.loss_mean=batches another number of "
+            "them has another loss. Resume in as many."
+        )
     if now.processes != then.processes:
         processes = "1 process" if then.processes == 1 else f"{then.processes} processes"
         return [f"the run was started in {processes}: {now.described}, as before"]
     return [] if now == wanted else [f"as when the run was started: {now.described}"]
+
+
+def _opened(job: Job, recipe: Recipe) -> tuple[EntrySamples, EntrySamples | None]:
+    """(what to train on, what to measure on)."""
+    fraction = recipe.data.eval_fraction
+    if job.eval_data is not None and fraction is not None:
+        raise RecipeError(
+            f"--eval-data gives what to measure on, and data.eval_fraction={fraction:g} takes it out of the training "
+            "data: give one of them."
+        )
+    if fraction is not None:
+        return open_divided(job.data, recipe.data, fraction)
+    evaluation = open_data(job.eval_data, recipe.data, grouped=True) if job.eval_data is not None else None
+    return open_data(job.data, recipe.data), evaluation
 
 
 def _require_meaning(family: Family, recipe: Recipe) -> None:
@@ -360,6 +386,20 @@ def _require_space(
             f"{existing} has {size(free)} free, and the result{checkpoints} needs about {size(needs)}. "
             "Lower training.save_total_limit, or choose another --output."
         )
+
+
+def _require_askable(loaded: Loaded, recipe: Recipe, *data: Samples | None) -> None:
+    """Raises DataError for a sample that the family's prompts cannot hold, unless bad ones may be left out."""
+    for samples in data:
+        if samples is None or recipe.data.skip_bad:
+            continue
+        for index in chosen(len(samples), RECONNAISSANCE):
+            try:
+                sample = samples[index]
+            except DataError:
+                # Said, with what to do, where it is read.
+                continue
+            prompt_of(loaded.family, loaded.processor, recipe.batch, sample)
 
 
 def _try_one(loaded: Loaded, recipe: Recipe, samples: Samples) -> None:

@@ -17,6 +17,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from weightport.errors import RecipeError
 from weightport.finetuning.metrics.table import METRICS
 from weightport.finetuning.training.resuming import CHECKPOINTS
+from weightport.finetuning.training.schedules import own_schedule
 
 TENSORBOARD = "tensorboard"
 
@@ -58,6 +59,10 @@ def training_arguments(
         if name in values:
             # The name that guides use; transformers is about to drop it.
             values.setdefault(name.replace("gradient", "activation"), values.pop(name))
+    if own_schedule(values) is not None:
+        # PortTrainer makes it.
+        values["lr_scheduler_type"] = "constant"
+        values.pop("lr_scheduler_kwargs", None)
     values["dataloader_num_workers"] = loader_workers(values)
     values.setdefault("dataloader_pin_memory", torch.cuda.is_available())
     values.setdefault("report_to", "none")

@@ -20,6 +20,7 @@ from weightport.finetuning.evaluation.measuring import Measuring
 from weightport.finetuning.evaluation.predictions import Prediction
 from weightport.finetuning.recipes.recipe import plain
 from weightport.finetuning.rescue import WRITING, rescued
+from weightport.finetuning.setup.freezing import trained
 from weightport.finetuning.setup.precision import autocast_dtype
 from weightport.finetuning.setup.preparing import Job, Prepared
 from weightport.finetuning.training.resuming import CHECKPOINTS
@@ -69,6 +70,7 @@ def finish(
             metrics, more = _measured_as_saved(measuring, model, step, metrics)
             notes += more
     if trainer.is_world_process_zero():
+        parts, trained_parts = loaded.family.parts, trained(prepared.shares)
         saved = Result(
             model,
             loaded.processor if recipe.batch.image_size is not None else None,
@@ -77,6 +79,7 @@ def finish(
             _training_record(job, prepared, trainer, metrics, notes),
             metrics,
             weights,
+            lambda name: (parts.part_of(name) or "other") in trained_parts,
         )
         predictions = measuring.predictions_at(step) if measuring is not None else []
         summary = _summary(job, prepared, history, metrics, predictions, notes, step)
@@ -223,10 +226,14 @@ def _evaluated_record(job: Job, prepared: Prepared) -> dict[str, Any] | None:
 def _published(recipe: dict[str, Any]) -> dict[str, Any]:
     """The recipe without where things lie on this machine: the record may go to the Hub."""
     data = recipe.get("data", {})
-    return recipe | {"data": {**data, "images": _public(data["images"])}} if data.get("images") else recipe
+    if not data.get("images"):
+        return recipe
+    return recipe | {"data": {**data, "images": [_public(each) for each in data["images"]]}}
 
 
 def _public(name: str) -> str:
-    """A Hub id as it is, of a path the last two names at most."""
+    """A Hub id as it is, of a path the last two names at most; of several data sets, each."""
+    if ", " in name and not Path(name).exists():
+        return ", ".join(map(_public, name.split(", ")))
     path = Path(name)
     return "/".join(path.parts[-2:]).lstrip("/") if path.exists() else name

@@ -34,6 +34,7 @@ from weightport.finetuning.training.early_stopping import EarlyStopping
 from weightport.finetuning.training.results import RESULTS, Outcome, finish
 from weightport.finetuning.training.resuming import OWN_FILES, RECIPE, last_checkpoint, write_inputs
 from weightport.finetuning.training.sampling import BalancedSampler, GroupedSampler
+from weightport.finetuning.training.schedules import own_schedule
 from weightport.finetuning.training.trainer import (
     Averaging,
     BestCheckpointOfThisRun,
@@ -148,7 +149,9 @@ def _train(
         trainer = PortTrainer(
             loaded.model,
             arguments,
-            data_collator=collator(bad, features, full, _augmentation(recipe, arguments, epoch)),
+            data_collator=replace(
+                collator(bad, features, full, _augmentation(recipe, arguments, epoch)), draft=recipe.data.draft
+            ),
             train_dataset=Indexed(prepared.samples),
             eval_dataset=_subset(eval_samples, recipe) if eval_samples is not None else None,
             compute_loss_func=_loss(recipe, family),
@@ -158,6 +161,8 @@ def _train(
             measure=measuring,
             features=prepared.features,
             by_sample=recipe.batch.loss_mean == "samples",
+            undivided=recipe.batch.loss_mean == "batches",
+            schedule=own_schedule(recipe.training),
             epoch=epoch,
             sampler=_sampler(prepared, epoch),
             averaged=averaged,

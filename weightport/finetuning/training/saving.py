@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from weightport.adapters.base.base_record import Quantization, record_base
 from weightport.adapters.merging.companions import changed_dtype, companions
+from weightport.checkpoints import open_checkpoint
 from weightport.checkpoints.formats.sharded import read_json
+from weightport.converters.export import changed_by_merges
+from weightport.converters.name_spaces import name_space
+from weightport.converters.record import note_changes, read_record
 from weightport.writing import whole_directory
 
 TRAINING, METRICS, CONFIG = "training.json", "metrics.json", "config.json"
@@ -27,7 +31,8 @@ _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
 @dataclass(frozen=True)
 class Result:
     """What is saved. `processor` is None when it is the base's own. `weights`: a folder that holds the trained weights
-    already, where several processes had to write them. `config`: fields changed, by dotted name."""
+    already, where several processes had to write them. `config`: fields changed, by dotted name. `trained`: whether
+    the run trained the parameter that the model calls so."""
 
     model: Any
     processor: Any | None
@@ -36,6 +41,7 @@ class Result:
     training: Mapping[str, Any]
     metrics: Mapping[str, float]
     weights: Path | None = None
+    trained: Callable[[str], bool] = lambda name: True
 
 
 def save_model(result: Result, out: Path) -> None:
@@ -56,6 +62,7 @@ def save_model(result: Result, out: Path) -> None:
         write_json(work / CONFIG, _config(result, dtype), indent=2)
         _write_processor(result, work)
         _write_records(result, work)
+        _note_trained(result, work)
 
 
 def save_adapter(result: Result, out: Path) -> None:
@@ -154,6 +161,17 @@ def _write_processor(result: Result, work: Path) -> None:
     result.processor.save_pretrained(folder)
     _copy(folder, work, lambda name: name in _PROCESSOR)
     shutil.rmtree(folder)
+
+
+def _note_trained(result: Result, work: Path) -> None:
+    """Note in the record of a model of several sources what is no longer as they gave it."""
+    record = read_record(work)
+    if record is None or len(record["sources"]) < 2:
+        return
+    shapes = {name: ref.shape for name, ref in open_checkpoint(work).items()}
+    held = name_space(work, shapes).held()
+    trained = {stored for stored, names in held.items() if any(map(result.trained, names))}
+    note_changes(work, trained | changed_by_merges(result.base))
 
 
 def _copy(source: Path, target: Path, wanted: Any) -> None:

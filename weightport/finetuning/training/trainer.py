@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
@@ -35,6 +36,7 @@ from weightport.finetuning.features.plan import FeaturePlan
 from weightport.finetuning.setup.training_arguments import shares_weights_out
 from weightport.finetuning.training.averaging import AveragedWeights
 from weightport.finetuning.training.resuming import checkpoint_step, last_checkpoint
+from weightport.finetuning.training.schedules import ProgressCosine
 from weightport.finetuning.training.sharding import (
     is_fsdp2,
     loading_incomplete_states,
@@ -53,6 +55,8 @@ class PortTrainer(Trainer):
     `measure` answers the evaluation data with the model at a step and returns metrics by name; in every process, at
     every evaluation. `samples` are the training data, to name those of a batch that fails. `features`: of what plan
     batches hold features in the place of pictures. `by_sample`: the loss is a mean over samples, not over tokens.
+    `undivided`: a step's loss is the sum of its batches' own means. `schedule`: of the learning rate, in place of the
+    arguments'.
     `epoch` is told the number of each epoch that begins. `sampler`: the order of training samples, by default a random
     one. `averaged`: what is measured and saved in the place of the weights themselves.
     """
@@ -65,6 +69,8 @@ class PortTrainer(Trainer):
         measure: Callable[[Any, int], Mapping[str, float]] | None = None,
         features: FeaturePlan | None = None,
         by_sample: bool = False,
+        undivided: bool = False,
+        schedule: ProgressCosine | None = None,
         epoch: Epoch | None = None,
         sampler: Sampler[int] | None = None,
         averaged: AveragedWeights | None = None,
@@ -78,6 +84,11 @@ class PortTrainer(Trainer):
         self._measure = measure
         self._features = features
         self._by_sample = by_sample
+        self._undivided = undivided
+        if undivided:
+            # What Trainer would divide a batch's mean by otherwise: the batches of a step.
+            self.loss_is_scaled_for_ga = True
+        self._schedule = schedule
         self._epoch = epoch or Epoch()
         self._sampler = sampler
         self._averaged = averaged
@@ -89,6 +100,15 @@ class PortTrainer(Trainer):
     def held_step(self) -> int:
         """The step that the model's weights are of: the last one, or that of the best model which was loaded."""
         return self.state.global_step if self._best_loaded is None else self._best_loaded
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.lr_scheduler is None and self._schedule is not None:
+            rates = self._schedule.over(num_training_steps, self.args.warmup_steps or 0)
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, rates)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
         # A resumed run may have come to its end before.
@@ -159,6 +179,8 @@ class PortTrainer(Trainer):
         # none.
         for batch in batch_samples:
             _require_made(batch)
+        if self._undivided:
+            return None
         if self._by_sample:
             # Counted as Trainer counts labels: one of a sample, that is not the first of its row.
             batch_samples = [{"labels": _sample_marks(batch["labels"])} for batch in batch_samples]
