@@ -79,7 +79,7 @@ def test_optimizer_and_average_count(tiny: Callable[[str], Path], pairs: Path, t
     assert needs == [8 * trained, 16 * trained]
 
 
-@pytest.mark.parametrize("name", ["florence2", "ofa-cn"])
+@pytest.mark.parametrize("name", ["florence2", pytest.param("ofa-cn", marks=pytest.mark.slow)])
 def test_search_leaves_losses_and_the_model_as_they_are(
     name: str, tiny: Callable[[str], Path], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -144,6 +144,7 @@ def test_peak_of_a_larger_batch_is_seen(tiny: Callable[[str], Path], pairs: Path
             {"batch.fit_memory": True, "batch.memory": "lots"},
             r"batch\.memory is 'lots'\. It is an amount",
         ),
+        ({"batch.fit_memory": True, "batch.loss_mean": "batches"}, r"another division is another loss"),
         ({"batch.fit_memory": True, "training.fsdp": True}, r"FSDP and DeepSpeed share it out"),
         ({"batch.fit_memory": True, "training.auto_find_batch_size": True}, r"auto_find_batch_size does not: set one"),
     ],

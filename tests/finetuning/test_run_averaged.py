@@ -68,7 +68,7 @@ def test_result_is_the_average_of_the_steps_weights_and_so_is_what_is_measured(
     assert any("moving average of the weights (model.ema_decay 0.2)" in note for note in out.notes)
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_killed_and_resumed_run_has_the_average_of_an_uninterrupted_one(
     method: str, tiny: Callable[[str], Path], pairs: Path, tmp_path: Path
 ) -> None:

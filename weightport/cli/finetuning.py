@@ -13,7 +13,7 @@ import click
 
 from weightport.cli.display import Lines, echo, names_in
 from weightport.cli.paths import ExistingPath
-from weightport.cli.processes import one_error
+from weightport.cli.processes import OneErrorCommand, one_error
 from weightport.cli.running import INTERRUPTED, Terminated, command_body, fail, json_option, quiet_option, uncollected
 from weightport.errors import UsageError
 from weightport.extras import install_command
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 DEFAULT_RECIPE = "default"
 
 
-@click.command("port-finetune", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("port-finetune", cls=OneErrorCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model", type=ExistingPath())
 @click.option(
     "--data",
@@ -380,6 +380,6 @@ def _installed(module: str) -> bool:
     return find_spec(module) is not None
 
 
-finetune_command = click.Command(
+finetune_command = OneErrorCommand(
     "finetune", params=port_finetune.params, callback=port_finetune.callback, help=port_finetune.help
 )

@@ -19,6 +19,7 @@ from weightport.errors import DataError, RecipeError, TrainingError
 from weightport.finetuning.data.collation import FAILURE, INDICES, BadSamples, Collator, Indexed
 from weightport.finetuning.data.samples import Samples
 from weightport.finetuning.evaluation.answering import chosen
+from weightport.finetuning.family import prompt_of
 from weightport.finetuning.recipes.settings import Recipe
 from weightport.finetuning.setup.model_loading import Loaded
 from weightport.finetuning.setup.precision import autocast
@@ -91,6 +92,11 @@ def require_searchable(recipe: Recipe, arguments: TrainingArguments, *, sharded:
             raise RecipeError("batch.memory is what --batch-size auto may use, and there is no such search here.")
     if not recipe.batch.fit_memory:
         return
+    if recipe.batch.loss_mean == "batches":
+        raise RecipeError(
+            "--batch-size auto divides a step's samples anew, and with batch.loss_mean=batches another division is "
+            "another loss. Set training.per_device_train_batch_size."
+        )
     if sharded:
         raise RecipeError(
             "--batch-size auto tries a whole model in every process, and FSDP and DeepSpeed share it out. Set "
@@ -237,7 +243,7 @@ class _Trial:
         for index in chosen(len(samples), LOOKED_AT):
             with suppress(DataError):
                 sample = samples[index]
-                texts = (loaded.family.prompt(loaded.processor, recipe.batch, sample), sample.suffix)
+                texts = (prompt_of(loaded.family, loaded.processor, recipe.batch, sample), sample.suffix)
                 lengths.append((sum(map(len, texts)), index))
         made: dict[str, Any] = {FAILURE: f"{samples.name}: no sample can be read."}
         for _, index in sorted(lengths, reverse=True):
