@@ -12,6 +12,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -111,8 +112,13 @@ def write_record(folder: Path, record: FolderRecord) -> None:
         **({"carried": list(record.carried)} if record.carried else {}),
     }
     work = folder / f"{RECORD}.new"
-    work.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(work, folder / RECORD)
+    try:
+        work.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(work, folder / RECORD)
+    except BaseException:
+        with suppress(OSError):
+            work.unlink()
+        raise
 
 
 def strangers(folder: Path) -> Iterator[Stranger]:
