@@ -111,20 +111,27 @@ def _furthest(
     worst = 0.0
     for start in range(0, base.shape[0], step):
         stop = min(start + step, base.shape[0])
-        before = base[start:stop].double().reshape(stop - start, -1)
+        before = _rows(base, touched, start, stop)
         added = torch.zeros_like(before)
         for delta in deltas:
             added += delta.rows(start, stop).reshape(stop - start, -1)
         expected = before + added
         if length is not None:
             expected = expected * length(start, stop)
-        for _, values, rows in touched.tokens:
-            for place, row in enumerate(rows):
-                if start <= row < stop:
-                    expected[row - start] = values.read()[place].double()
         written = stored[start:stop].double().reshape(stop - start, -1)
         worst = max(worst, _in_roundings(written, expected, before.abs() + added.abs(), out.dtype))
     return worst
+
+
+def _rows(base: torch.Tensor, touched: Touched, start: int, stop: int) -> torch.Tensor:
+    """Rows of what is added to: the base's, or those that were trained one by one. A pair on a tied head is added to
+    the rows of the embedding too."""
+    found = base[start:stop].double().reshape(stop - start, -1)
+    for _, values, rows in touched.tokens:
+        for place, row in enumerate(rows):
+            if start <= row < stop:
+                found[row - start] = values.read()[place].double()
+    return found
 
 
 def _in_roundings(written: torch.Tensor, expected: torch.Tensor, terms: torch.Tensor, dtype: torch.dtype) -> float:
@@ -227,7 +234,7 @@ def _dora_factor(
     by_column = torch.zeros(base[0].numel(), dtype=torch.float64)
     for start in range(0, base.shape[0], step):
         stop = min(start + step, base.shape[0])
-        total = base[start:stop].double().reshape(stop - start, -1)
+        total = _rows(base, touched, start, stop)
         for delta in deltas:
             total = total + delta.rows(start, stop).reshape(stop - start, -1)
         by_row[start:stop] = total.norm(dim=1)
