@@ -52,6 +52,18 @@ def inert(text: str) -> str:
     return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
+LONGEST_ERROR = 4000
+
+
+def of_error(message: str) -> str:
+    """An error's message as it is printed: inert, and without its middle where it quotes a file at length. What was
+    expected stands at a message's beginning, and what to do at its end."""
+    text = inert(message)
+    if len(text) <= LONGEST_ERROR:
+        return text
+    return f"{text[: LONGEST_ERROR - 1000]} […] {text[-900:]}"
+
+
 def echo(text: str, *, nl: bool = True, err: bool = False) -> None:
     """Print text that may come from a file: every command prints through here."""
     click.echo(inert(text), nl=nl, err=err)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import click
 
-from weightport.cli.display import echo
+from weightport.cli.display import echo, of_error
 from weightport.errors import WeightportError
 
 # Read by torch at its first tensor: large tensors are asked for in huge pages. Where fresh memory costs more than the
@@ -89,7 +89,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
 def fail(message: str, status: int) -> None:
     """Print `program: message` to standard error and end with `status`."""
     name = click.get_current_context().find_root().info_name or "weightport"
-    echo(f"{name}: {message}", err=True)
+    echo(of_error(f"{name}: {message}"), err=True)
     sys.exit(status)
 
 

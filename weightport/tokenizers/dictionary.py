@@ -64,11 +64,11 @@ def parse_dictionary(lines: Sequence[str], source: str) -> Dictionary:
     symbols = list(SPECIAL_SYMBOLS)
     seen = set(symbols)
     for number, line in enumerate(lines, start=1):
-        symbol, _, count = line.rstrip().rpartition(" ")
+        symbol, space, count = line.rstrip().rpartition(" ")
         overwrite = count == OVERWRITE_FLAG
         if overwrite:
-            symbol, _, count = symbol.rpartition(" ")
-        if not _is_count(count):
+            symbol, space, count = symbol.rpartition(" ")
+        if not space or not _is_count(count):
             raise VocabularyError(
                 f"{source}, line {number}: expected `symbol count`, found {line!r}.\n"
                 "This is not the dict.txt of a fairseq dictionary."

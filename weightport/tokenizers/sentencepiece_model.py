@@ -85,16 +85,16 @@ def _model(path: Path, data: bytes) -> SentencePieceModel:
     trainer: dict[int, int] = {}
     normalizer: dict[int, int] = {}
     mapped = False
-    for number, value in _fields(data):
+    for number, kind, value in _fields(data):
         if number == 1:
-            pieces.append(_piece(_message(value)))
+            pieces.append(_piece(_message(kind, value)))
         elif number == 2:
-            trainer |= {at: each for at, each in _fields(_message(value)) if isinstance(each, int)}
+            trainer |= {at: each for at, _, each in _fields(_message(kind, value)) if isinstance(each, int)}
         elif number == 3:
-            for at, each in _fields(_message(value)):
+            for at, inner, each in _fields(_message(kind, value)):
                 if isinstance(each, int):
                     normalizer[at] = each
-                elif at == 2:
+                elif at == 2 and inner == _BYTES:
                     mapped = bool(each)
     if not pieces:
         raise ValueError("it holds no pieces")
@@ -109,29 +109,37 @@ def _model(path: Path, data: bytes) -> SentencePieceModel:
     )
 
 
+_PIECE_FIELDS = {1: _BYTES, 2: _FIXED32, 3: _VARINT}
+"""Wire types of a piece's text, score and type."""
+
+
 def _piece(data: bytes) -> Piece:
-    found = dict(_fields(data))
+    found: dict[int, int | bytes] = {}
+    for number, kind, value in _fields(data):
+        if _PIECE_FIELDS.get(number, kind) != kind:
+            raise ValueError(f"field {number} of a piece has the wire type {kind}")
+        found[number] = value
     text, score, kind = found.get(1, b""), found.get(2, b"\0\0\0\0"), found.get(3, PieceType.NORMAL)
     if not (isinstance(text, bytes) and isinstance(score, bytes) and isinstance(kind, int)):
         raise ValueError("a piece is malformed")
     return Piece(text.decode("utf-8"), struct.unpack("<f", score)[0], PieceType(kind))
 
 
-def _message(value: int | bytes) -> bytes:
-    if not isinstance(value, bytes):
+def _message(kind: int, value: int | bytes) -> bytes:
+    if kind != _BYTES or not isinstance(value, bytes):
         raise ValueError("a number stands where a message should")
     return value
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(number, value) of a message's fields: numbers as int, everything else as its bytes."""
+def _fields(data: bytes) -> Iterator[tuple[int, int, int | bytes]]:
+    """(number, wire type, value) of a message's fields: numbers as int, everything else as its bytes."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
         kind = key & 7
         if kind == _VARINT:
             value, at = _varint(data, at)
-            yield key >> 3, value
+            yield key >> 3, kind, value
             continue
         if kind == _BYTES:
             length, at = _varint(data, at)
@@ -141,7 +149,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
             raise ValueError(f"a field of wire type {kind}")
         if at + length > len(data):
             raise ValueError("it ends in the middle of a field")
-        yield key >> 3, data[at : at + length]
+        yield key >> 3, kind, data[at : at + length]
         at += length
 
 

@@ -79,8 +79,10 @@ def load_tokenizer(kind: Kind, folder: Path) -> Any:
         # OPT answers behind its prompt, so that padding stands before it.
         side = {"padding_side": "left"} if kind == "opt" else {}
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **side)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise VocabularyError(f"{folder} holds no tokenizer that can be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        # tokenizers raises plain Exceptions, huggingface_hub its own for values of config.json.
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise VocabularyError(f"{folder} holds no tokenizer that can be read: {reason}") from error
     if kind == "itm":
         tokenizer.add_special_tokens({"bos_token": DECODER_START})
     if kind == "opt":

@@ -67,6 +67,8 @@ def read_vocabulary(source: str | Path) -> MoondreamVocabulary:
         for each in added
     ):
         raise VocabularyError(f"{file} is malformed: every added token should have an integer id.")
+    if not all(type(index) is int for index in model["vocab"].values()):
+        raise VocabularyError(f"{file} is malformed: every token should have an integer id.")
     return _checked(MoondreamVocabulary(str(source), {**data, "added_tokens": list(added)}, of_file(file, name)))
 
 
