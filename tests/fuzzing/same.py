@@ -37,7 +37,8 @@ def read_all(tensors: Mapping[str, TensorRef]) -> dict[str, torch.Tensor]:
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor's bytes in row-major order, for NaN equals no NaN."""
-    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return flat.clone(memory_format=torch.contiguous_format).as_strided(flat.shape, (1,)).view(torch.uint8)
 
 
 def require_tensor(where: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:

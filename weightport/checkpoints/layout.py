@@ -124,6 +124,15 @@ class Span:
             yield byte_swapped(values) if self.big_endian else values
 
 
+def raw_bytes(values: torch.Tensor) -> torch.Tensor:
+    """The bytes of `values` in row-major order: uint8, 1-D, sharing memory where the elements lie in order."""
+    flat = values.detach().reshape(-1)
+    if flat.numel() == 1:
+        # torch calls a single element contiguous whatever its stride, and then refuses to see its bytes.
+        flat = flat.as_strided((1,), (1,))
+    return flat.view(torch.uint8)
+
+
 def byte_swapped(values: torch.Tensor) -> torch.Tensor:
     """A copy of the 1-D `values` with the bytes of every element reversed (of every part, for complex dtypes)."""
     width = values.dtype.itemsize // (2 if values.dtype.is_complex else 1)

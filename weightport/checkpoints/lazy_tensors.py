@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from weightport.checkpoints.layout import raw_bytes
 from weightport.checkpoints.types import TensorRef
 
 CHUNK_BYTES = 16 << 20
@@ -105,7 +106,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
         if a.is_contiguous() == b.is_contiguous()
         else ((a.contiguous(), b.contiguous()),)
     )
-    return all(torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8)) for x, y in pairs)
+    return all(torch.equal(raw_bytes(x), raw_bytes(y)) for x, y in pairs)
 
 
 def same_stored_bits(a: TensorRef, b: TensorRef) -> bool:

@@ -13,7 +13,7 @@ import click
 
 from weightport.cli.display import Lines, echo, names_in
 from weightport.cli.paths import ExistingPath
-from weightport.cli.processes import one_error
+from weightport.cli.processes import OneErrorCommand, one_error
 from weightport.cli.running import INTERRUPTED, Terminated, command_body, fail, json_option, quiet_option, uncollected
 from weightport.errors import UsageError
 from weightport.extras import install_command
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 DEFAULT_RECIPE = "default"
 
 
-@click.command("port-finetune", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("port-finetune", cls=OneErrorCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model", type=ExistingPath())
 @click.option(
     "--data",
@@ -89,6 +89,28 @@ DEFAULT_RECIPE = "default"
 @click.option(
     "--cache-features", is_flag=True, help="Compute the outputs of frozen parts once, and keep them on disk."
 )
+@click.option(
+    "--batch-size",
+    metavar="N|auto",
+    help="Samples that a process holds at a time; auto: as many as fit, accumulated to the recipe's samples a step.",
+)
+@click.option(
+    "--augment",
+    multiple=True,
+    metavar="CHANGE",
+    help="Change training pictures at random: color, blur, noise, jpeg, rotate, flip. Repeatable, or with commas.",
+)
+@click.option("--balance", is_flag=True, help="Draw the classes of the data equally often.")
+@click.option("--group-by-image", is_flag=True, help="Let batches hold the samples of the same pictures.")
+@click.option("--ema", type=float, metavar="DECAY", help="Measure and save a moving average of the weights: 0.999.")
+@click.option(
+    "--early-stopping",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="End after N evaluations in a row that were not better than the best (metric_for_best_model).",
+)
+@click.option("--eval-on-start", is_flag=True, help="Measure the untrained model too, before the first step.")
+@click.option("--compile", "compiled", is_flag=True, help="Compile the model with torch.compile.")
 @click.option("--skip-bad", type=click.IntRange(min=0), metavar="N", help="Leave out up to N samples that are broken.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --output from its last checkpoint.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in --output.")
@@ -109,6 +131,14 @@ def port_finetune(
     assignments: tuple[str, ...],
     as_published: bool,
     cache_features: bool,
+    batch_size: str | None,
+    augment: tuple[str, ...],
+    balance: bool,
+    group_by_image: bool,
+    ema: float | None,
+    early_stopping: int | None,
+    eval_on_start: bool,
+    compiled: bool,
     skip_bad: int | None,
     resume: bool,
     overwrite: bool,
@@ -129,12 +159,25 @@ def port_finetune(
     family = registry().training_of(model)
     recipe, mistakes = resolved(load_recipe(recipe_name), family.name, as_published=as_published)
     assigned = parse_assignments(assignments)
-    options = _options(method, freeze, cache_features, skip_bad)
-    if data_weights is not None:
-        options["data.weights"] = data_weights.split(",")
-    if eval_fraction is not None:
-        options["data.eval_fraction"] = eval_fraction
-    recipe = with_settings(recipe, options | assigned, "--set")
+    given = {
+        "model.method": method,
+        "model.freeze": _words(freeze),
+        "model.cache_features": cache_features or None,
+        "batch.augment": _words(augment),
+        "batch.sampling": "balanced" if balance else None,
+        "batch.group_by_image": group_by_image or None,
+        "model.ema_decay": ema,
+        "evaluation.early_stopping_patience": early_stopping,
+        "training.eval_on_start": eval_on_start or None,
+        "training.torch_compile": compiled or None,
+        "data.skip_bad": skip_bad,
+        "data.weights": data_weights.split(",") if data_weights is not None else None,
+        "data.eval_fraction": eval_fraction,
+        **_batch_size(batch_size),
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    recipe = with_settings(recipe, options, "command line")
+    recipe = with_settings(recipe, assigned, "--set")
     job = Job(
         model=model,
         family=family,
@@ -184,20 +227,20 @@ def port_finetune(
     lines.line("next", _next(model, outcome.directory))
 
 
-def _options(
-    method: str | None, freeze: tuple[str, ...], cache_features: bool, skip_bad: int | None
-) -> dict[str, Any]:
-    """Settings that have options of their own."""
-    found: dict[str, Any] = {}
-    if method is not None:
-        found["model.method"] = method
-    if freeze:
-        found["model.freeze"] = [part for each in freeze for part in each.split(",") if part != "none"]
-    if cache_features:
-        found["model.cache_features"] = True
-    if skip_bad is not None:
-        found["data.skip_bad"] = skip_bad
-    return found
+def _words(given: tuple[str, ...]) -> list[str] | None:
+    """Names from an option that can be repeated and takes commas; `none` is no name. None where it was not given."""
+    return [word for each in given for word in each.split(",") if word != "none"] if given else None
+
+
+def _batch_size(given: str | None) -> dict[str, Any]:
+    """The settings of `--batch-size`. Raises UsageError."""
+    if given is None:
+        return {}
+    if given == "auto":
+        return {"batch.fit_memory": True}
+    if not given.isdecimal() or not int(given):
+        raise UsageError(f"--batch-size is {given!r}. It is a number of samples, or auto.")
+    return {"training.per_device_train_batch_size": int(given)}
 
 
 def _show_start(lines: Lines, job: Job, prepared: Prepared) -> None:
@@ -337,6 +380,6 @@ def _installed(module: str) -> bool:
     return find_spec(module) is not None
 
 
-finetune_command = click.Command(
+finetune_command = OneErrorCommand(
     "finetune", params=port_finetune.params, callback=port_finetune.callback, help=port_finetune.help
 )

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from weightport.checkpoints.layout import raw_bytes
 from weightport.errors import NonFiniteError
 from weightport.writing.hashed_file import HashedFile
 from weightport.writing.outgoing import Outgoing
@@ -117,10 +118,16 @@ def write_index(
 
 
 def write_safetensors(
-    tensors: Sequence[Outgoing], path: Path, *, allow_nonfinite: bool = True, advance: Advance = lambda count: None
+    tensors: Sequence[Outgoing],
+    path: Path,
+    *,
+    allow_nonfinite: bool = True,
+    advance: Advance = lambda count: None,
+    watch: Callable[[memoryview], None] | None = None,
 ) -> WrittenFile:
-    """Write one file with `tensors` in this order; what is stored once and named twice is written under each name."""
-    with HashedFile(path) as out:
+    """Write one file with `tensors` in this order; what is stored once and named twice is written under each name.
+    `watch`: see HashedFile."""
+    with HashedFile(path, watch) as out:
         out.write(safetensors_header(tensors))
         for tensor in tensors:
             for block in tensor.blocks():
@@ -149,7 +156,7 @@ def safetensors_header(tensors: Sequence[Outgoing]) -> bytes:
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor, without a copy."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return memoryview(raw_bytes(tensor).numpy())  # type: ignore[arg-type]
 
 
 def check_finite(tensor: torch.Tensor, name: str, source: str) -> None:

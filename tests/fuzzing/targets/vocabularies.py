@@ -184,7 +184,5 @@ TARGETS = (
         _as_json,
         ("families/moondream2/tokenizer", "tokenizers/"),
     ),
-    Target(
-        "opt-tokenizer", _blip2_seeds, change, partial(load_tokenizer, "opt"), modules=("families/blip2/",), cost=5.0
-    ),
+    Target("opt-tokenizer", _blip2_seeds, change, partial(load_tokenizer, "opt"), modules=("families/blip2/",)),
 )

@@ -36,12 +36,13 @@ class Part:
 @dataclass(frozen=True)
 class PairChange:
     """A pair of the adapter at position `adapter` of the command. `key`: what rank_pattern and alpha_pattern are
-    matched against, the module's name or, for a parameter, the parameter's."""
+    matched against, the module's name or, for a parameter, the parameter's. `times`: how often peft adds it."""
 
     adapter: int
     module: ModuleAdapter
     part: Part
     key: str
+    times: int = 1
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ def gather(
             found.pair(position, adapter, module)
         for delta in adapter.deltas:
             found.delta(position, delta)
+        found.require_both_projections(adapter)
         for key, ref in adapter.whole.items():
             found.whole(position, key, ref)
         for key, ref in adapter.token_bases.items():
@@ -159,7 +161,17 @@ class _Gathering:
             pairs = self._at(piece.stored).pairs
             if any(other.adapter == position and other.part.piece == piece for other in pairs):
                 self.lost.append(f"{module.module}: two modules of the adapter are {piece.stored} in the base")
-            pairs.append(PairChange(position, module, Part(place, piece), module.module))
+            # peft's layer for MultiheadAttention adds the pair of out_proj itself and lets that layer add it again.
+            times = 2 if module.owner is not None else 1
+            pairs.append(PairChange(position, module, Part(place, piece), module.key, times))
+
+    def require_both_projections(self, adapter: LoraAdapter) -> None:
+        """Of MultiheadAttention peft trains in_proj_weight and out_proj together."""
+        owners = {module.owner for module in adapter.modules}
+        for module in adapter.modules:
+            inside = self.names.find(f"{module.module}.in_proj_weight") is not None
+            if inside and self.names.find(f"{module.module}.weight") is None and module.module not in owners:
+                self.lost.append(f"{module.module}: the adapter is incomplete, it has no pair for its out_proj")
 
     def delta(self, position: int, delta: ModuleDelta) -> None:
         """What a method other than LoRA adds to a module's weight."""

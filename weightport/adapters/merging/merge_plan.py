@@ -232,6 +232,12 @@ def _notes(
         notes.append(f"The head is written apart from the token embedding, as {untied.head} (--untie).")
     if resized is not None:
         notes.append(f"The vocabulary has {resized[1]} rows after {resized[0]}, as the adapter was saved.")
+    twice = sum(change.times == 2 for found in touched.values() for change in found.pairs)
+    if twice:
+        notes.append(
+            f"peft adds the pair of MultiheadAttention's out_proj twice, while it trains too: so does the merge, "
+            f"{twice} times."
+        )
     whole = sum(len(found.whole) for found in touched.values())
     if whole:
         notes.append(

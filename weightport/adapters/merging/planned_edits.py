@@ -119,7 +119,7 @@ class EditBuilder:
                     Weighted(
                         read_pair(change.module, dtype, flipped=flipped),
                         self.adapters[change.adapter].settings.scaling(change.key),
-                        self.weights[change.adapter],
+                        self.weights[change.adapter] * change.times,
                         change.module.a.shape[0],
                     )
                     for change, flipped in together

@@ -20,7 +20,6 @@ CONFIG = "adapter_config.json"
 _NOT_MERGEABLE: Mapping[str, str] = {
     "layer_replication": "repeats layers of the base, so the merged model would have another architecture",
     "use_qalora": "pools its inputs in groups (QA-LoRA)",
-    "use_bdlora": "is block-diagonal (BD-LoRA)",
     "arrow_config": "chooses among adapters token by token (Arrow)",
     "kasa_config": "subtracts a part of the base's singular values first (KaSA)",
     "monteclora_config": "draws its weights at random (MonteCLoRA)",

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from weightport.converters.lora_patterns import of_ending, of_layer, of_saved, require_bounded, require_pattern, shown
 from weightport.errors import AdapterError
 
@@ -183,18 +181,9 @@ _FIELDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         _either(_list_of(_index), _object_of(_list_of(_index))),
         "rows of the embedding, or such lists by module name",
     ),
+    ("use_bdlora", lambda value: isinstance(value, Mapping), "an object"),
     ("bias", lambda value: value in ("none", "all", "lora_only", *_OWN_BIASES), "none, all or lora_only"),
     ("base_model_name_or_path", _name, "the name or the path of a model"),
     *((flag, _flag, "true or false") for flag in (
         "use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying")),
 )  # fmt: skip
-
-
-def low_rank_product(a: torch.Tensor, b: torch.Tensor, scaling: float, dtype: torch.dtype) -> torch.Tensor:
-    """scaling · B·A in the shape of the weight it belongs to, computed in at least float32.
-
-    Linear: A [r, in], B [out, r]. Convolution: A [r, in, height, width], B [out, r, 1, 1].
-    """
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    product = b.to(wide).flatten(1) @ a.to(wide).flatten(1)
-    return (product * scaling).reshape(b.shape[0], *a.shape[1:])

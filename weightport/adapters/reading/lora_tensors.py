@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from weightport.adapters.reading.additive_tensors import METHODS, ModuleDelta, module_deltas
+from weightport.adapters.reading.block_diagonal import expanded
 from weightport.adapters.reading.lora_config import MergeSettings, read_merge_settings
 from weightport.checkpoints import TensorRef, open_checkpoint
 from weightport.errors import AdapterError, CheckpointError, NonFiniteError
@@ -27,7 +29,8 @@ _TOKENS = re.compile(r"(?P<module>.+?)\.token_adapter\.trainable_tokens_delta(?:
 _TOKEN_BASE = re.compile(r"(?P<module>.+?)\.token_adapter\.base_layer\.(?P<leaf>weight|bias)")
 # Beside a resized vocabulary peft saves what its wrapper holds, without the adapter's name.
 _SAVED = re.compile(r"(?P<module>.+?)\.modules_to_save\.(?:(?P<adapter>[^.]+)\.(?P<rest>.+)|(?P<leaf>[^.]+))")
-_IGNORED = re.compile(r".+\.original_module\..+")
+# VeLoRA's projection compresses what training keeps of the inputs: no output depends on it.
+_IGNORED = re.compile(r".+\.original_module\..+|.+\.lora_velora_embed(\..+)?")
 _OTHER_METHOD = re.compile(
     r".+\.(lora_(?!A|B|embedding)\w+|hada_\w+|lokr_\w+|ia3_l|oft_\w+|vera_\w+|prompt_\w+)(\..+)?"
 )
@@ -36,6 +39,7 @@ _OTHER_METHOD = re.compile(
 @dataclass(frozen=True)
 class ModuleAdapter:
     """What an adapter adds to one module. `depth` counts base layers between: parameters wrapped in one another.
+    `owner`: the wrapped module that this one is a part of (of MultiheadAttention: out_proj).
 
     Linear: a [r, in], b [out, r]. Convolution: a [r, in, …], b [out, r, 1, …]. Embedding: a [r, rows], b [dim, r].
     magnitude: DoRA's, one value an output (an embedding dimension). bias: of lora_B (lora_bias), [out].
@@ -48,6 +52,12 @@ class ModuleAdapter:
     magnitude: TensorRef | None = None
     bias: TensorRef | None = None
     depth: int = 0
+    owner: str | None = None
+
+    @property
+    def key(self) -> str:
+        """What rank_pattern and alpha_pattern are matched against."""
+        return self.owner or self.module
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,7 @@ def open_adapter(folder: Path) -> LoraAdapter:
     if settings.method in METHODS:
         deltas, keyed = module_deltas(settings.method, keyed, path)
     parts: dict[tuple[str, int], dict[str, TensorRef]] = {}
+    owners: dict[str, str] = {}
     whole: dict[str, TensorRef] = {}
     tokens: dict[str, TensorRef] = {}
     token_bases: dict[str, TensorRef] = {}
@@ -103,6 +114,8 @@ def open_adapter(folder: Path) -> LoraAdapter:
     for name, ref in keyed.items():
         if found := _PART.fullmatch(name):
             module, depth = _unwrapped(found["module"])
+            if ".base_layer." in found["module"]:
+                owners[module] = _unwrapped(found["module"].rpartition(".base_layer.")[0])[0]
             part = found["part"] + (".bias" if found["leaf"] == "bias" else "")
             if parts.setdefault((module, depth), {}).setdefault(part, ref) is not ref:
                 raise AdapterError(f"{path} holds {part} of {module} twice: save one adapter, not several.")
@@ -113,9 +126,11 @@ def open_adapter(folder: Path) -> LoraAdapter:
             token_bases[f"{_unwrapped(found['module'])[0]}.{found['leaf']}"] = ref
         elif found := _SAVED.fullmatch(name):
             whole[f"{found['module']}.{found['rest'] or found['leaf']}"] = ref
+        elif _IGNORED.fullmatch(name):
+            continue
         elif _OTHER_METHOD.fullmatch(name):
             raise AdapterError(f"{path}: {name} is of no LoRA that can be merged; merge the adapter with peft.")
-        elif not _IGNORED.fullmatch(name):
+        else:
             found = None
             whole[name.replace(".base_layer.", ".")] = ref
         if found and found.groupdict().get("adapter"):
@@ -124,7 +139,8 @@ def open_adapter(folder: Path) -> LoraAdapter:
         raise AdapterError(
             f"{path} holds {len(adapters)} adapters ({', '.join(sorted(adapters))}); save one a folder."
         )
-    modules = tuple(_module(path, name, depth, found) for (name, depth), found in parts.items())
+    blocks = settings.data.get("use_bdlora")
+    modules = tuple(_module(path, name, depth, found, owners, blocks) for (name, depth), found in parts.items())
     if settings.method in METHODS and (modules or not deltas):
         raise AdapterError(f"{path} should hold the tensors of a {settings.method} adapter, and holds others.")
     if not modules and not deltas and not whole and not tokens:
@@ -151,7 +167,14 @@ def _unwrapped(module: str) -> tuple[str, int]:
     return ".".join(part for part in parts if part != "base_layer"), parts.count("base_layer")
 
 
-def _module(path: Path, name: str, depth: int, parts: Mapping[str, TensorRef]) -> ModuleAdapter:
+def _module(
+    path: Path,
+    name: str,
+    depth: int,
+    parts: Mapping[str, TensorRef],
+    owners: Mapping[str, str],
+    blocks: Mapping[str, Any] | None,
+) -> ModuleAdapter:
     pair = (
         ("lora_embedding_A", "lora_embedding_B") if "lora_embedding_A" in parts or "lora_embedding_B" in parts else ()
     )
@@ -163,14 +186,18 @@ def _module(path: Path, name: str, depth: int, parts: Mapping[str, TensorRef]) -
             f"{path}: {name} has {have}, but no {absent[0]}. The adapter is incomplete: a half of a pair says "
             "nothing. Save it again; under DeepSpeed or FSDP gather the parameters first."
         )
+    a, b = (parts[part] for part in pair)
+    if blocks:
+        a, b = expanded(blocks, name, a, b)
     return ModuleAdapter(
         name,
-        parts[pair[0]],
-        parts[pair[1]],
+        a,
+        b,
         embedding=pair[0] == "lora_embedding_A",
         magnitude=parts.get("lora_magnitude_vector"),
         bias=parts.get("lora_B.bias"),
         depth=depth,
+        owner=owners.get(name),
     )
 
 
@@ -179,13 +206,13 @@ def _check(adapter: LoraAdapter, tensors: Mapping[str, TensorRef]) -> None:
     settings = adapter.settings
     for module in adapter.modules:
         a, b = module.a.shape, module.b.shape
-        if len(a) < 2 or len(b) != len(a) or 0 in a or 0 in b or a[0] != b[1]:
+        if len(a) < 2 or len(b) != len(a) or 0 in a or 0 in b or not _one_rank(a, b):
             raise AdapterError(
                 f"{module.a.name} {list(a)} and {module.b.name} {list(b)} are no pair of low rank: the first size of "
                 "A and the second of B should be the rank. Parameters of DeepSpeed or FSDP must be gathered "
                 "before saving."
             )
-        rank = settings.rank(module.module)
+        rank = settings.rank(module.key)
         # Ranks of parameters depend on which parameter of the module it is, which the base says.
         of_parameter = any(_of_parameter(name, module.module) for name in settings.target_parameters)
         if a[0] != rank and not of_parameter:
@@ -208,6 +235,12 @@ def _check(adapter: LoraAdapter, tensors: Mapping[str, TensorRef]) -> None:
                 f"{adapter.path}: {name} holds NaN or infinity. A training run that diverged leaves such an adapter; "
                 "take an earlier checkpoint of it."
             )
+
+
+def _one_rank(a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether B takes what A gives. Beside a convolution in groups B is one in groups too: whether that can be merged
+    is a question to the base."""
+    return a[0] == b[1] or (len(a) > 2 and a[0] % b[1] == 0)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

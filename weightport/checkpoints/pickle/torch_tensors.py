@@ -158,6 +158,8 @@ TENSOR_BUILDERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v3": rebuild_tensor_v3,
     "torch._utils._rebuild_parameter": rebuild_parameter,
     "torch._utils._rebuild_parameter_with_state": rebuild_parameter,
+    "torch.nn.parameter.Parameter": rebuild_parameter,
+    "torch.Tensor": _refuse("a tensor that is made of a list", "torch.Tensor"),
     "torch._tensor._rebuild_from_type": rebuild_from_type,
     "torch._tensor._rebuild_from_type_v2": rebuild_from_type,
     **{f"torch._utils.{name}": _refuse(what, name) for name, what in _UNSUPPORTED.items()},

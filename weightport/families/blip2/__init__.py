@@ -45,4 +45,5 @@ FAMILY = Family(
     conversion_stage="weightport.families.blip2.conversion:CONVERSION",
     parity_stage="weightport.families.blip2.parity:BLIP2",
     training_stage="weightport.families.blip2.training:TRAINING",
+    retrieval_stage="weightport.families.blip2.retrieval:retrieval",
 )

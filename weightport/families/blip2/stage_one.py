@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, gelu, normalize
+from torch.nn.functional import cross_entropy, gelu
 from transformers import Blip2ForImageTextRetrieval
 from transformers.models.blip_2.modeling_blip_2 import Blip2ImageTextMatchingModelOutput
 
 from weightport.converters.side_file import SIDE_FILE, read_side_file
+from weightport.families.blip2.retrieval import image_vectors, joint_states, matching_logits, text_vectors
 from weightport.modeling.blip2_lavis.modeling_blip2_lavis import Blip2LavisForImageTextRetrieval
 
 SMOOTHING = 0.1
@@ -96,10 +97,7 @@ class StageOneLosses:
         queries = self.config.num_query_tokens
         ids, mask = input_ids[:, queries:], attention_mask[:, queries:]
         states = self.vision_model(pixel_values).last_hidden_state
-        pictures = self.qformer(query_embeds=self._queries(len(ids)), encoder_hidden_states=states).last_hidden_state
-        texts = self.qformer(query_embeds=self.embeddings(ids), query_length=0, attention_mask=mask).last_hidden_state
-        image_embeds = normalize(self.vision_projection(pictures), dim=-1)
-        text_embeds = normalize(self.text_projection(texts[:, 0]), dim=-1)
+        image_embeds, text_embeds = image_vectors(self, states), text_vectors(self, ids, mask)
         # LAVIS gathers the other side from all processes, without its gradient.
         to_texts = self._similarity(image_embeds, text_embeds.detach())
         to_pictures = self._similarity(image_embeds.detach(), text_embeds).t()
@@ -123,20 +121,6 @@ class StageOneLosses:
         similarity: torch.Tensor = (pictures @ texts.t()).amax(1) / self.temp
         return similarity
 
-    def _queries(self: Any, count: int) -> torch.Tensor:
-        return self.query_tokens.expand(count, -1, -1)
-
-    def _joint(
-        self: Any, states: torch.Tensor, ids: torch.Tensor, attention_mask: torch.Tensor
-    ) -> torch.Tensor:  # fmt: skip
-        """What the Q-Former makes of queries and text together: [pairs, queries + length, width]."""
-        return self.qformer(
-            query_embeds=self.embeddings(ids, query_embeds=self._queries(len(ids))),
-            query_length=self.config.num_query_tokens,
-            attention_mask=attention_mask,
-            encoder_hidden_states=states,
-        ).last_hidden_state
-
     def _matching(
         self: Any, states: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, similarity: torch.Tensor
     ) -> torch.Tensor:
@@ -147,18 +131,15 @@ class StageOneLosses:
         other_text = torch.multinomial(_others(similarity), 1)[:, 0]
         states = torch.cat([states, states[other_picture], states])
         ids, mask = (torch.cat([each, each, each[other_text]]) for each in (ids, mask))
-        seen = torch.cat([mask.new_ones(len(ids), self.config.num_query_tokens), mask], dim=1)
-        joint = self._joint(states, ids, seen)[:, : self.config.num_query_tokens]
-        logits = self.itm_head(joint).mean(1)
         labels = torch.cat([ids.new_ones(pairs), ids.new_zeros(2 * pairs)])
-        return cross_entropy(logits, labels)
+        return cross_entropy(matching_logits(self, states, ids, mask), labels)
 
     def _captioning(self: Any, states: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The text, word by word, from the queries and the words before: it begins with [DEC] instead of [CLS]."""
         queries, words = self.config.num_query_tokens, self.embeddings.word_embeddings
         labels = ids.clone()
         labels[:, 0] = self.config.get_text_config().bos_token_id
-        joint = self._joint(states, labels, _captions_mask(mask, queries, states.dtype))
+        joint = joint_states(self, states, labels, _captions_mask(mask, queries, states.dtype))
         labels = labels.masked_fill(labels == words.padding_idx, IGNORED)
         scores = self.Qformer["cls"]["predictions"](joint[:, queries:-1], words.weight)
         return cross_entropy(scores.flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=SMOOTHING)

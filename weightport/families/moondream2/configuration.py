@@ -176,11 +176,12 @@ def native_config(
     revision: Revision,
     special: Mapping[str, int | None],
     image_token_id: int,
+    reasoning: Mapping[str, Any] | None = None,
 ) -> PreTrainedConfig:
     """The configuration of MoondreamForConditionalGeneration.
 
     `stated` is config.json, `special` are the ids `bos`, `eos` and, where the revision has one, `answer` (None where
-    nothing tells). Raises ConfigurationError for what contradicts the tensors.
+    nothing tells), `reasoning` is `reasoning_config`. Raises ConfigurationError for what contradicts the tensors.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import PhiConfig, SiglipVisionConfig
@@ -214,6 +215,7 @@ def native_config(
             prefix_bidirectional=revision.merge == "tiles",
             region_config=_region(tensors, revision),
             answer_token_id=special.get("answer"),
+            reasoning_config=dict(reasoning) if reasoning and special.get("answer") is not None else None,
             **ids,
         )
     except (StrictDataclassError, ValueError, TypeError) as error:

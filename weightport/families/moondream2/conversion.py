@@ -70,7 +70,10 @@ class MoondreamConversion:
         source, note = companions.vocabulary_source(checkpoint, revision, options)
         image_id, end, end_ids, added = _tokens(source, sizes.rows, revision.end_text)
         special = companions.special_ids(revision, beside.config, end, sizes.rows)
-        config = configuration.native_config(sizes, beside.config, found.tensors, revision, special, image_id)
+        reasoning = companions.reasoning_config(revision, beside.config, sizes.rows)
+        config = configuration.native_config(
+            sizes, beside.config, found.tensors, revision, special, image_id, reasoning
+        )
         missing = (
             "There is no tokenizer beside the weights: the directory has no processor. --vocab names one."
             if source is None and options.vocabulary is None

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from weightport.errors import DataError
+from weightport.finetuning.augmentation import Augmentation
 from weightport.finetuning.data.samples import Sample, Samples, left_to_skip
 from weightport.finetuning.family import Family, prompt_of
 from weightport.finetuning.features.store import FeatureStore
@@ -21,8 +22,9 @@ INDICES, FAILURE, STAND_IN = "sample_indices", "failure", "stand_in"
 crosses a worker's process would arrive as a traceback. STAND_IN is there where all of its samples were bad, and
 another one took their place."""
 
-FEATURES, FEATURE_LENGTHS = "features", "feature_lengths"
-"""In the place of pictures where these have been computed into features: see `FeatureStore.read`."""
+FEATURES, FEATURE_LENGTHS, FEATURE_ROWS = "features", "feature_lengths", "feature_rows"
+"""In the place of pictures where these have been computed into features: see `FeatureStore.read`. FEATURE_ROWS: where
+samples share features, which of them each has."""
 
 
 class Indexed(torch.utils.data.Dataset[tuple[int, Sample | str]]):
@@ -90,10 +92,12 @@ class FullAnswers:
 
 @dataclass(frozen=True)
 class StoredFeatures:
-    """Features of a data set's samples; `record_of` int32 [samples] says where each sample's are."""
+    """Features of a data set's samples; `record_of` int32 [samples] says where each sample's are. `grouped`: a batch
+    holds each record once."""
 
     store: FeatureStore
     record_of: np.ndarray
+    grouped: bool = False
 
     def require(self, index: int, sample: Sample) -> None:
         """Raises DataError when the sample's picture could not be read."""
@@ -102,8 +106,14 @@ class StoredFeatures:
 
     def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """What stands in a batch for the samples' pictures."""
-        states, lengths = self.store.read([int(self.record_of[index]) for index in indices])
-        return {FEATURES: states, FEATURE_LENGTHS: lengths}
+        records = [int(self.record_of[index]) for index in indices]
+        if not self.grouped:
+            states, lengths = self.store.read(records)
+            return {FEATURES: states, FEATURE_LENGTHS: lengths}
+        distinct = list(dict.fromkeys(records))
+        states, lengths = self.store.read(distinct)
+        rows = torch.tensor([distinct.index(record) for record in records])
+        return {FEATURES: states, FEATURE_LENGTHS: lengths, FEATURE_ROWS: rows}
 
 
 @dataclass(frozen=True)
@@ -121,7 +131,8 @@ class _Row:
 class Collator:
     """What the data loader calls: samples with their indices → the model's inputs, labels, and the indices. With
     `features` no picture is read. Where all samples of a batch are bad, the next good one takes their place: every
-    process needs a batch. `full` counts answers as long as answers may be. `draft`: see `Picture.read`."""
+    process needs a batch. `full` counts answers as long as answers may be. `draft`: see `Picture.read`.
+    `augmentation` changes pictures."""
 
     family: Family
     processor: Any
@@ -131,6 +142,7 @@ class Collator:
     features: StoredFeatures | None = None
     full: FullAnswers | None = None
     draft: int | None = None
+    augmentation: Augmentation | None = None
 
     def __call__(self, items: Sequence[tuple[int, Sample | str]]) -> dict[str, Any]:
         try:
@@ -180,9 +192,11 @@ class Collator:
             try:
                 if isinstance(sample, str):
                     raise DataError(sample)
+                image = self._picture(index, sample)
+                if self.augmentation is not None and image is not None:
+                    sample, image = self.augmentation(index, sample, image)
                 prompt = prompt_of(self.family, self.processor, self.batch, sample)
                 answer = self.family.answer(self.processor, self.batch, sample)
-                image = self._picture(index, sample)
             except DataError as error:
                 if self.bad.may_skip(index):
                     continue

@@ -10,7 +10,7 @@ import torch
 
 from weightport.devices import usable_device
 from weightport.errors import CheckpointError, RecipeError
-from weightport.finetuning.data import local_places, open_data, open_divided
+from weightport.finetuning.data import EntrySamples, local_places, open_data, open_divided
 from weightport.finetuning.evaluation.answering import answers, chosen, write_predictions
 from weightport.finetuning.evaluation.predictions import Prediction
 from weightport.finetuning.family import Family
@@ -60,15 +60,13 @@ def evaluate(
     if not recipe.evaluation.metrics:
         raise RecipeError(f"The recipe {recipe.name!r} measures nothing: give --metric.")
     for name in recipe.evaluation.metrics:
-        metric_named(name)
+        if metric_named(name).needs == "ranks":
+            metric_named(name).score([])
     inputs = [directory, adapter]
     if output is not None:
         require_directory(output, overwrite=overwrite, inputs=inputs, beside=local_places(data))
     check_processor(directory)
-    if held_out is None:
-        samples = open_data(data, recipe.data, grouped=True)
-    else:
-        _, samples = open_divided(data, recipe.data, held_out)
+    samples = measured_samples(data, recipe, held_out)
     processor = load_processor(directory, family, recipe.batch)
     place = usable_device(device)
     dtype = base_dtype(directory) or torch.float32
@@ -92,11 +90,36 @@ def evaluate(
     )
     result = Evaluation(score_all(recipe.evaluation.metrics, predictions), predictions)
     if output is not None:
-        with whole_directory(output, overwrite=overwrite, inputs=inputs, beside=local_places(data)) as work:
-            write_json(work / METRICS, dict(result.metrics))
-            write_json(work / EVALUATION, {"data": samples.name, "samples": len(predictions), "recipe": plain(recipe)})
-            write_predictions(work / PREDICTIONS, predictions)
+        write_evaluation(result, output, directory, data, samples.name, recipe, adapter=adapter, overwrite=overwrite)
     return result
+
+
+def measured_samples(data: str | Sequence[str], recipe: Recipe, held_out: float | None) -> EntrySamples:
+    """The samples of `data`, a question with all its references each; of the share `held_out` alone where given."""
+    if held_out is None:
+        return open_data(data, recipe.data, grouped=True)
+    return open_divided(data, recipe.data, held_out)[1]
+
+
+def write_evaluation(
+    result: Evaluation,
+    output: Path,
+    directory: Path,
+    data: str | Sequence[str],
+    name: str,
+    recipe: Recipe,
+    *,
+    adapter: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write metrics.json, evaluation.json (the settings, and the data set's `name`) and predictions.jsonl into the
+    folder `output`."""
+    inputs = [directory, adapter]
+    with whole_directory(output, overwrite=overwrite, inputs=inputs, beside=local_places(data)) as work:
+        write_json(work / METRICS, dict(result.metrics))
+        settings = {"data": name, "samples": len(result.predictions), "recipe": plain(recipe)}
+        write_json(work / EVALUATION, settings)
+        write_predictions(work / PREDICTIONS, result.predictions)
 
 
 def _with_adapter(model: torch.nn.Module, adapter: Path) -> torch.nn.Module:

@@ -7,7 +7,7 @@ from typing import Any
 
 from weightport.errors import DataError, UsageError
 from weightport.finetuning.evaluation.predictions import Prediction
-from weightport.finetuning.metrics import captions, cider, counting, detection, edit_distance, structured
+from weightport.finetuning.metrics import captions, cider, counting, detection, edit_distance, ranking, structured
 from weightport.finetuning.metrics.scores import Metric
 
 METRICS: Mapping[str, Metric] = {
@@ -44,6 +44,7 @@ METRICS: Mapping[str, Metric] = {
             fewest=2,
         ),
         Metric("ap", "COCO average precision of boxes", True, 1.0, "boxes", detection.average_precision),
+        Metric(ranking.NAME, "image-text retrieval, 0 to 100", True, 100.0, "ranks", ranking.recall_of_answers),
         Metric("box-f1", "F1 of boxes that overlap by half", True, 1.0, "boxes", detection.box_f1),
     )
 }

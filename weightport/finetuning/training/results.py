@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ def finish(
     history = trainer.state.log_history
     step = trainer.held_step
     metrics = _metrics_at(history, step)
+    notes += _untrained_note(_metrics_at(history, 0))
     model, weights = trainer.accelerator.unwrap_model(trainer.model), None
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         weights = job.output / CHECKPOINTS / "final"
@@ -92,8 +94,16 @@ def finish(
             write(job.output)
         except WRITING as error:
             raise rescued(job.output, write, _bytes_saved(model, full=full), error) from error
+        if weights is not None:
+            shutil.rmtree(weights, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return Outcome(directory, job.output / REPORT, metrics, history, tuple(notes), step)
+
+
+def _untrained_note(metrics: Mapping[str, float]) -> list[str]:
+    """A note on what the untrained model was measured at, if it was."""
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    return [f"before the first step: {figures}"] if figures else []
 
 
 def _bytes_saved(model: Any, *, full: bool) -> int:
@@ -188,6 +198,7 @@ def _training_record(
         * prepared.arguments.gradient_accumulation_steps,
         "final_loss": losses[-1] if losses else None,
         "metrics": dict(metrics),
+        "metrics_untrained": _metrics_at(trainer.state.log_history, 0) or None,
         "trainable": {share.part: [share.trainable, share.total] for share in prepared.shares},
         "notes": notes,
         "versions": {

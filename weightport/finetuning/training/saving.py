@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from weightport.adapters.base.base_record import Quantization, record_base
 from weightport.adapters.merging.companions import changed_dtype, companions
@@ -47,15 +49,17 @@ def save_model(result: Result, out: Path) -> None:
     changed."""
     model = result.model
     with whole_directory(out, overwrite=True) as work:
+        dtype = model.dtype
         if result.weights is None:
             model.save_pretrained(work)
         else:
             _copy(result.weights, work, lambda name: name.endswith((".safetensors", ".index.json")))
+            dtype = _files_in_base_dtype(work, result.base, dtype)
         # Training leaves its own marks in a configuration (use_cache off, label smoothing): the base's is the truth.
         for path in companions(result.base):
             if path.name not in (TRAINING, METRICS):
                 shutil.copyfile(path, work / path.name)
-        write_json(work / CONFIG, _config(result, model.dtype), indent=2)
+        write_json(work / CONFIG, _config(result, dtype), indent=2)
         _write_processor(result, work)
         _write_records(result, work)
         _note_trained(result, work)
@@ -86,6 +90,24 @@ def in_base_dtype(model: Any, base: Path) -> tuple[Any, list[str]]:
     return model, [f"the weights grew beyond {wanted}, so that they stay in {model.dtype}"]
 
 
+def _files_in_base_dtype(folder: Path, base: Path, dtype: torch.dtype) -> torch.dtype:
+    """Write the safetensors files of `folder`, whose model is in `dtype`, anew in the base's; the dtype that they have
+    then: their own where weights have grown beyond the base's. One file is in memory at a time."""
+    wanted = base_dtype(base)
+    files = sorted(folder.glob("*.safetensors"))
+    if wanted is None or wanted == dtype or any(_largest_in(file) > torch.finfo(wanted).max for file in files):
+        return dtype
+    for file in files:
+        tensors = {name: each.to(wanted) if each.dtype == dtype else each for name, each in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    return wanted
+
+
+def _largest_in(file: Path) -> float:
+    with safe_open(file, framework="pt") as tensors:
+        return max((_magnitude(tensors.get_tensor(name)) for name in tensors.keys()), default=0.0)  # noqa: SIM118
+
+
 def base_dtype(base: Path) -> torch.dtype | None:
     """The floating-point type that the base's config.json names; None when it names none."""
     config = read_json(base / CONFIG)
@@ -96,7 +118,11 @@ def base_dtype(base: Path) -> torch.dtype | None:
 
 def largest(model: torch.nn.Module) -> float:
     """The largest magnitude among the parameters."""
-    return max((float(p.detach().abs().max()) for p in model.parameters() if p.numel()), default=0.0)
+    return max((_magnitude(each.detach()) for each in model.parameters()), default=0.0)
+
+
+def _magnitude(tensor: torch.Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
 def write_json(path: Path, content: Any, indent: int = 1) -> None:
