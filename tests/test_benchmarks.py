@@ -15,7 +15,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import bench  # noqa: E402
 from processes import Figures, Timing, load, save, timed  # noqa: E402
 
-SCRIPTS = sorted({benchmark.script for benchmark in bench.BENCHMARKS.values()} | {"bench.py"})
+SCRIPTS = sorted({benchmark.script for benchmark in bench.BENCHMARKS.values()} | {"bench.py", "data_loading.py"})
 # Each costs a few seconds of processor time; the others load models and peft several times over.
 CHEAP = ("importing", "reading-data")
 
