@@ -135,7 +135,7 @@ def fitting_division(
     fits, peaks = 0, list[tuple[int, float]]()
     with _as_it_was(loaded.model, arguments):
         for batch in (each for each in range(1, own + 1) if own % each == 0):
-            if _foreseen(peaks, batch) + extra > budget:
+            if peaks and _foreseen(peaks, batch) + extra > budget:
                 break
             peaks.append((batch, peak(batch)))
             if peaks[-1][1] + extra > budget:
