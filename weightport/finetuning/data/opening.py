@@ -47,7 +47,7 @@ def open_data(path: str | Path, settings: DataSettings, *, grouped: bool = False
 
 def local_place(path: str) -> Path:
     """The file or folder that `open_data` would look at: without the split, and of a pattern the folder above it."""
-    place = Path(split_path(path)[0]).expanduser()
+    place = Path(os.path.expanduser(split_path(path)[0]))
     while glob.has_magic(str(place)):
         place = place.parent
     return place

@@ -49,7 +49,7 @@ class Layout:
 
 def recognise(path: str, settings: DataSettings) -> Layout:
     """The layout at a path. Raises DataError saying what was looked for and what was found."""
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))
     if place.is_dir():
         try:
             return _in_folder_or_splits(place, settings)
