@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit test-shuffled fuzz faults slow test-transformers clean
+.PHONY: demo test lint types unit test-shuffled fuzz faults slow test-transformers test-peft clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
@@ -43,6 +43,10 @@ slow: $(VENV)/.ready
 # transformers' own common model, processor and tokenizer tests, fetched from its source distribution.
 test-transformers: $(VENV)/.ready
 	$(BIN)/python tests/transformers_suite/run.py
+
+# peft's own custom models, fetched from its source distribution, through our merge.
+test-peft: $(VENV)/.ready
+	$(BIN)/python tests/peft_suite/run.py
 
 $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -19,6 +19,7 @@ _PUBLIC = (
     "plan_conversion",
     "port_adapter",
     "release",
+    "verify",
 )
 
 __all__ = ["__version__", *_PUBLIC]

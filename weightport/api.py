@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from weightport.converters.export import Export
     from weightport.generation import Answer
     from weightport.hashing import BackgroundDigests
+    from weightport.integrity.findings import Verification
     from weightport.parity.report import ParityReport
     from weightport.release.checking import CheckedDirectory
     from weightport.release.contents import PublishedFile
@@ -223,8 +224,11 @@ def port_adapter(adapter: str | Path, out: str | Path, base: str | Path, *, over
     return run(adapter, out, base, registry(), overwrite=overwrite)
 
 
-def extract_lora(tuned: str | Path, base: str | Path, out: str | Path, rank: int, **settings: Any) -> Extraction:
-    """What fine-tuning changed from the model directory `base` to `tuned`, as a LoRA adapter `out`."""
+def extract_lora(
+    tuned: str | Path, base: str | Path, out: str | Path, rank: int | None, **settings: Any
+) -> Extraction:
+    """What fine-tuning changed from the model directory `base` to `tuned`, as a LoRA adapter `out`: see
+    `weightport.adapters.extraction.extract_lora` for the settings."""
     from weightport.adapters.extraction import extract_lora as run
 
     return run(tuned, base, out, rank, **settings)
@@ -236,6 +240,23 @@ def generate(directory: str | Path, image: str | Path | None = None, **settings:
 
     family = registry().of_converted(Path(directory))
     return run(directory, image, tasks=family.tasks if family is not None else {}, **settings)
+
+
+def verify(
+    directory: str | Path,
+    *,
+    start: Callable[[int], None] = lambda total: None,
+    advance: Callable[[int], None] = lambda amount: None,
+) -> Verification:
+    """What is wrong with a model directory, what is known of the versions that made it, and what was not checked.
+
+    `start` is told the bytes to read, `advance` those just read. Raises CheckpointError for no model directory.
+    """
+    from weightport.integrity.verification import verify as run
+
+    families = registry()
+    original = families.original(Path(directory)) if not families.is_recorded(Path(directory)) else None
+    return run(directory, families.of_model_type, original=original, start=start, advance=advance)
 
 
 def release(

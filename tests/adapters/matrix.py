@@ -1,17 +1,19 @@
 """Architectures × configurations: adapters that peft makes, merged by us and by peft, compared tensor by tensor.
 
-    python tests/adapters/matrix.py [ARCHITECTURE...]
+    python tests/adapters/matrix.py [ARCHITECTURE...] [CONFIGURATION...]
 
-prints the table: the largest distance from peft's merge in float64, in roundings of the stored dtype.
+prints a Markdown table: the largest distance from peft's merge in float64 over float32, float16 and bfloat16, in
+roundings of the stored dtype.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +27,7 @@ from tiny_models import MODELS, load, write_adapter
 
 from weightport.adapters.merging.merge import MergeOptions
 from weightport.api import merge_lora
-from weightport.errors import AdapterError, CoverageError, WeightportError
+from weightport.errors import AdapterError, CoverageError
 
 ARCHITECTURES: Mapping[str, Callable[[], Any]] = {**MODELS, **FAMILIES}
 
@@ -49,10 +51,11 @@ _NORMS: Mapping[str, str] = {
     "bert": "LayerNorm", "gpt2": "ln_f", "resnet": "normalization", "t5": "final_layer_norm",
     "opt": "final_layer_norm",
     "bart": "layernorm_embedding", "florence2": "layernorm_embedding", "blip2": "final_layer_norm", "vit": "layernorm",
-    "vision_encoder_decoder": "ln_f", "mllama": "norm",
+    "vision_encoder_decoder": "ln_f", "mllama": "norm", "clip": "layer_norm1",
 }  # fmt: skip
 _EMBEDDED: Mapping[str, str] = {
-    "bert": "word_embeddings", "gpt2": "wte", "t5": "shared", "vision_encoder_decoder": "wte"
+    "bert": "word_embeddings", "clip": "token_embedding", "gpt2": "wte", "t5": "shared",
+    "vision_encoder_decoder": "wte",
 }  # fmt: skip
 _PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "mixtral": ("experts.gate_up_proj", "experts.down_proj"),
@@ -230,9 +233,10 @@ REFUSED: Mapping[tuple[str, str], tuple[type[Exception], str]] = {
         ("mllama", kind): (CoverageError, r"must have one number of rows")
         for kind in ("resized", "tokens-added-saved", "tokens-added-rows")
     },
-    # transformers cannot resize it.
+    # transformers cannot resize them.
     **{
-        ("vision_encoder_decoder", kind): (NotImplementedError, r"set_input_embeddings.* not auto")
+        (name, kind): (NotImplementedError, r"(set|get)_input_embeddings.* not auto")
+        for name in ("vision_encoder_decoder", "clip")
         for kind in ("resized", "tokens-added-saved", "tokens-added-rows")
     },
 }
@@ -273,29 +277,37 @@ def run(architecture: str, configuration: str, folder: Path, dtype: torch.dtype,
     return distance(found, expected, dtype)
 
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def cell(architecture: str, configuration: str, dtypes: Sequence[torch.dtype] = DTYPES) -> str:
+    """What the table says of a pair: the largest distance of the dtypes, "refused", or what went wrong."""
+    if CONFIGURATIONS[configuration].make(architecture) is None:
+        return "–"
+    if (architecture, configuration) in NOT_COMPARED:
+        return "not compared"
+    furthest = 0.0
+    for dtype in dtypes:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                furthest = max(furthest, run(architecture, configuration, Path(folder), dtype))
+            except Exception as error:  # whatever peft, transformers or the merge raise is the result
+                kind, said = REFUSED.get((architecture, configuration), (None, ""))
+                if kind is not None and isinstance(error, kind) and re.search(said, str(error)):
+                    return "refused"
+                return f"{type(error).__name__} ({dtype}): {str(error)[:400]}"
+    return f"{furthest:.2f}"
+
+
 def main(names: list[str]) -> None:
     warnings.simplefilter("ignore")
-    dtype = torch.float32
-    chosen = [name for name in names if name in CONFIGURATIONS] or list(CONFIGURATIONS)
-    names = [name for name in names if name in ARCHITECTURES]
-    width = max(map(len, CONFIGURATIONS))
-    for architecture in names or ARCHITECTURES:
-        for configuration in chosen:
-            with tempfile.TemporaryDirectory() as folder:
-                try:
-                    had = CONFIGURATIONS[configuration].make(architecture) is not None
-                    shown = f"{run(architecture, configuration, Path(folder), dtype):.2f}" if had else "–"
-                except (
-                    WeightportError,
-                    ValueError,
-                    TypeError,
-                    KeyError,
-                    RuntimeError,
-                    AssertionError,
-                    UserWarning,
-                ) as error:
-                    shown = f"{type(error).__name__}: {str(error)[:400]}"
-            print(f"{architecture:24} {configuration:{width}} {shown}", flush=True)
+    configurations = [name for name in names if name in CONFIGURATIONS] or list(CONFIGURATIONS)
+    architectures = [name for name in names if name in ARCHITECTURES] or list(ARCHITECTURES)
+    print("| | " + " | ".join(configurations) + " |\n|---" + "|---" * len(configurations) + "|", flush=True)
+    for architecture in architectures:
+        print(
+            f"| {architecture} | " + " | ".join(cell(architecture, name) for name in configurations) + " |", flush=True
+        )
 
 
 if __name__ == "__main__":

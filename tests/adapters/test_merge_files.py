@@ -3,6 +3,7 @@ all."""
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -27,7 +28,9 @@ from tiny_models import applied, load, logits, write_adapter, write_base
 from weightport.adapters.base.base_record import record_base
 from weightport.adapters.merging.merge import MergeOptions, Written
 from weightport.adapters.merging.merge_plan import MergePlan
+from weightport.adapters.reading.lora_dumps import merge_dump
 from weightport.api import merge_lora
+from weightport.checkpoints import TensorRef
 from weightport.errors import (
     AdapterError,
     CheckpointError,
@@ -435,3 +438,52 @@ def test_keys_with_the_adapters_own_name_are_read(base: Path, adapter: Path, tmp
     save_file(named, adapter / "adapter_model.safetensors")
     found = merge_lora(base, [(adapter, 1.0)], tmp_path / "b").directory / "model.safetensors"
     assert found.read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_dump_with_an_adapter_in_it_is_rounded_as_a_merge_is(dtype: torch.dtype, tmp_path: Path) -> None:
+    base = write_base("llama", tmp_path / "base", dtype)
+    adapter = write_adapter(base, tmp_path / "adapter", LoraConfig(r=4, lora_alpha=9, target_modules=["q_proj"]))
+    stored, prefix = load_file(base / "model.safetensors"), "base_model.model."
+    pairs = {k.removeprefix(prefix): v for k, v in load_file(adapter / "adapter_model.safetensors").items()}
+    wrapped = {k.removesuffix(".lora_A.weight") for k in pairs if "lora_A" in k}
+    dump = {
+        (
+            f"{name.removesuffix('.weight')}.base_layer.weight" if name.removesuffix(".weight") in wrapped else name
+        ): value
+        for name, value in stored.items()
+    }
+    refs = {n: TensorRef(n, tuple(v.shape), v.dtype, lambda v=v: v) for n, v in {**dump, **pairs}.items()}
+    found, _ = merge_dump(refs, json.loads((adapter / "adapter_config.json").read_text()), "dump")
+    expected = load_file(merge_lora(base, [(adapter, 1.0)], tmp_path / "out").directory / "model.safetensors")
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name].read(), value) for name, value in expected.items())
+
+
+def test_a_merge_verifies_and_a_base_with_a_flipped_bit_is_not_merged_into(base, trained, tmp_path) -> None:
+    from weightport.api import verify
+    from weightport.writing.ownership import record_folder
+
+    copy = shutil.copytree(base, tmp_path / "base")
+    record_folder(copy)
+    merge_lora(copy, [(trained, 1.0)], tmp_path / "merged")
+    found = verify(tmp_path / "merged")
+    assert found.passed and not {path.name for path in (tmp_path / "merged").iterdir()} - {
+        *found.hashed, ".weightport.json"
+    }  # fmt: skip
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-3] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    with pytest.raises(CheckpointError, match=r"model.safetensors is not what .weightport.json recorded"):
+        merge_lora(copy, [(trained, 1.0)], tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_merge_says_what_is_known_of_the_version_that_wrote_its_base(base) -> None:
+    from weightport.adapters.base.base_model import open_base
+    from weightport.adapters.merging.merge import _known_of
+
+    source = open_base(base)
+    config = {"model_type": "florence2", "transformers_version": "5.0.0"}
+    (note,) = _known_of(dataclasses.replace(source, config=config))
+    assert "the base's config.json: written by transformers 5.0.0" in note and not _known_of(source)

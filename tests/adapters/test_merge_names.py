@@ -16,7 +16,7 @@ pytest.importorskip("peft")
 from matrix import REFUSED, merged_by_peft, pairs, run, write_model
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from tiny_families import FAMILIES, HUB_NAMES
+from tiny_families import FAMILIES, HUB_NAMES, rename_stored
 from tiny_models import load, write_adapter
 
 from weightport.api import merge_lora
@@ -135,13 +135,46 @@ def test_adapter_of_a_language_model_does_not_enter_a_vision_language_model(
         config["base_model_name_or_path"] = None
     path.write_text(json.dumps(config))
     base = write_model(name, tmp_path / "base")
-    if (name, says) == ("qwen2_vl", "nothing"):
-        # Its earlier names are Llama's: only shapes are left to tell, and these tiny models agree in them.
-        assert "names and shapes" in merge_lora(base, [(adapter, 1.0)], tmp_path / "out").record["notes"][0]
-        return
-    with pytest.raises(AdapterError, match=r"another architecture: found .*llama.*expected|belongs to another base"):
+    # Qwen2-VL's earlier names are Llama's, and these tiny models agree in their shapes.
+    known = r"another architecture: found .*llama.*expected|belongs to another base"
+    said = (
+        r"says nothing of its base, and peft would not load it" if (name, says) == ("qwen2_vl", "nothing") else known
+    )
+    with pytest.raises(AdapterError, match=said):
         merge_lora(base, [(adapter, 1.0)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_adapter_of_a_language_model_does_not_enter_files_that_have_its_names(tmp_path: Path) -> None:
+    """Qwen2-VL's repositories on the Hub have Llama's names."""
+    other = write_model("llama", tmp_path / "llama")
+    adapter = write_adapter(other, tmp_path / "adapter", LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    path = adapter / "adapter_config.json"
+    config = {**json.loads(path.read_text()), "auto_mapping": None}
+    base = write_model("qwen2_vl", tmp_path / "base")
+    rename_stored(
+        base, lambda name: name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+    )
+    for named in (None, ""):
+        path.write_text(json.dumps({**config, "base_model_name_or_path": named}))
+        with pytest.raises(AdapterError, match="says nothing of its base"):
+            merge_lora(base, [(adapter, 1.0)], tmp_path / "out")
+    path.write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
+    assert "its folder" in merge_lora(base, [(adapter, 1.0)], tmp_path / "out").record["notes"][0]
+
+
+def test_base_that_an_adapter_names_is_looked_up_in_the_hubs_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = write_model("llama", tmp_path / "llama")
+    adapter = write_adapter(other, tmp_path / "adapter", LoraConfig(r=4, target_modules=["q_proj"]))
+    path = adapter / "adapter_config.json"
+    named = {"auto_mapping": None, "base_model_name_or_path": "someone/else"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **named}))
+    base = write_model("gemma", tmp_path / "base")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, name: str(other / "config.json"))
+    with pytest.raises(AdapterError, match=r"another architecture: found .*llama.*expected GemmaForCausalLM"):
+        merge_lora(base, [(adapter, 1.0)], tmp_path / "out")
 
 
 def tuned(base: Path, folder: Path) -> Path:
@@ -164,7 +197,7 @@ def test_extracted_adapter_loads_in_peft_without_a_missing_key(name: str, tmp_pa
 
     base = write_model(name, tmp_path / "base")
     target = tuned(base, tmp_path / "tuned")
-    extract_lora(target, base, tmp_path / "adapter", 2)
+    extract_lora(target, base, tmp_path / "adapter", 2, others="save")
     # merged_by_peft refuses peft's warning of missing keys.
     found = merged_by_peft(base, tmp_path / "adapter")
     expected = load(target, torch.float64).state_dict()

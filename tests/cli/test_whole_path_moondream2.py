@@ -70,7 +70,6 @@ def test_folder_becomes_a_proven_tuned_merged_model_that_needs_no_weightport(cas
         "training.learning_rate": 1e-2, "training.lr_scheduler_type": "constant", "training.warmup_steps": 0,
         "training.max_steps": 200, "training.per_device_train_batch_size": 4, "training.logging_steps": 50,
         "training.eval_strategy": "no", "training.save_strategy": "no", "training.dataloader_num_workers": 0,
-        "training.lr_scheduler_kwargs": "{}",
     }  # fmt: skip
     chosen = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
     recipe = ("--recipe", "count-json")

@@ -15,6 +15,7 @@ from weightport.api import check_parity, export, plan_conversion
 from weightport.checkpoints import open_checkpoint
 from weightport.converters.record import read_record
 from weightport.converters.side_file import SIDE_FILE
+from weightport.errors import UsageError
 
 
 @pytest.fixture
@@ -142,18 +143,38 @@ def test_what_stage_1_has_no_place_for_stands_in_a_side_file_and_comes_back(itm,
     assert list(back) == list(original) and all(torch.equal(back[name], original[name]) for name in original)
 
 
-def test_a_fine_tuned_directory_without_a_record_exports_with_its_vision_encoder(opt, tmp_path):
+def test_a_directory_without_a_record_exports_what_lavis_may_have_trained(opt, tmp_path):
     opt.convert(tmp_path / "out")
     (tmp_path / "out/conversion.json").unlink()
-    back = torch.load(export(tmp_path / "out", tmp_path / "back.pth").path, weights_only=True)["model"]
+    made = export(tmp_path / "out", tmp_path / "back.pth")
+    back = torch.load(made.path, weights_only=True)["model"]
     trained = torch.load(opt.sources["checkpoint"], weights_only=True)["model"]
-    assert {"visual_encoder.blocks.0.attn.q_bias", "opt_model.model.decoder.embed_tokens.weight"} <= set(back)
-    for name in set(trained) & set(back) - {"opt_model.lm_head.weight"}:
+    assert {name.partition(".")[0] for name in back} == {
+        "Qformer", "query_tokens", "ln_vision", "opt_proj", "visual_encoder",
+    }  # fmt: skip
+    assert made.left_out.keys() == {"opt_model."} and "takes from its own folder" in made.left_out["opt_model."]
+    for name in set(trained) & set(back):
         assert torch.equal(trained[name], back[name]), name
+
+
+def test_every_source_may_be_exported_into_one_file_that_converts_again(opt, tmp_path):
+    opt.convert(tmp_path / "out")
+    with_record = torch.load(export(tmp_path / "out", tmp_path / "one.pth", part="all").path, weights_only=True)
+    (tmp_path / "out/conversion.json").unlink()
+    back = torch.load(export(tmp_path / "out", tmp_path / "two.pth", part="all").path, weights_only=True)["model"]
+    assert with_record["model"].keys() - back.keys() == {"Qformer.bert.embeddings.position_ids"}
+    assert {"visual_encoder.blocks.0.attn.q_bias", "opt_model.model.decoder.embed_tokens.weight"} <= set(back)
     # LAVIS's own checkpoint again, which now holds everything but the folder's configuration and tokenizer.
     torch.save({"model": back}, opt.sources["checkpoint"])
     opt.convert(tmp_path / "again", image_size=0)
     assert same(weights(tmp_path / "out"), weights(tmp_path / "again"))
+
+
+def test_an_unknown_part_is_refused_with_those_that_there_are(opt, tmp_path):
+    opt.convert(tmp_path / "out")
+    with pytest.raises(UsageError, match=r"not made of a source 'vit'; it was made of checkpoint, .* \(or say all\)"):
+        export(tmp_path / "out", tmp_path / "back.pth", part="vit")
+    assert not (tmp_path / "back.pth").exists()
 
 
 @pytest.mark.parametrize("name", ["opt-tiny", "opt-interp-tiny", "t5-coco-tiny"])

@@ -329,6 +329,86 @@ def test_templates_of_2025_are_ids_of_their_words() -> None:
     assert "long" not in TEMPLATES["2025-01-09"]["caption"] and "long" in TEMPLATES["2025-03-27"]["caption"]
 
 
-def test_variant_file_of_2025_is_refused_with_the_reason(tiles, tmp_path: Path) -> None:
+def test_variant_file_alone_is_no_model(tiles, tmp_path: Path) -> None:
     variant = tiles.folder / "lora_final.pt"
-    refused(variant, tmp_path / "out", UnknownFamilyError, "out_proj matrices read what goes into attention")
+    refused(variant, tmp_path / "out", UnknownFamilyError, "port-moondream2 SOURCE OUT --variant FILE merges it")
+
+
+# Variants of 2025.
+
+
+def variant_of(tiles: Original, path: Path, change: dict[str, torch.Tensor | None]) -> Path:
+    """The golden variant with tensors changed, or left out where None stands."""
+    state = torch.load(tiles.folder / "lora_final.pt", weights_only=True) | change
+    torch.save({name: tensor for name, tensor in state.items() if tensor is not None}, path)
+    return path
+
+
+def pair(layer: int, module: str, half: str) -> str:
+    return f"text_model.transformer.h.{layer}.{module}.parametrizations.weight.0.{half}"
+
+
+def test_variant_of_a_few_layers_grows_all_alike_and_goes_back_with_its_sizes(tiles, tmp_path: Path) -> None:
+    out_proj = {pair(layer, "mixer.out_proj", half): None for layer in (1, 2) for half in "AB"}
+    variant = variant_of(tiles, tmp_path / "final.pt", out_proj)
+    rank = torch.load(variant, weights_only=True)[pair(0, "mixer.out_proj", "A")].shape[0]
+    done = convert({"checkpoint": tiles.folder, "variant": variant}, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["text_config"]["intermediate_size"] == 200 + 2 * rank
+    made = load_file(tmp_path / "out/model.safetensors")
+    further = made["model.language_model.layers.1.mlp.fc2.weight"][:, 200:]
+    assert made["lm_head.weight"].dtype == further.dtype == torch.bfloat16 and not further.any()
+    assert "2 * rank" not in done.model.notes[1] and f"{2 * rank} further units" in done.model.notes[1]
+    assert done.record["sources"]["variant"]["files"][0]["name"] == "final.pt"
+    # The way back is a model of 2025 that is wider, under the original's names, and converts to the same.
+    export(tmp_path / "out", tmp_path / "back")
+    assert json.loads((tmp_path / "back/config.json").read_text())["config"]["text"]["ff_dim"] == 200 + 2 * rank
+    convert(tmp_path / "back", tmp_path / "again", revision="2025-06-21")
+    again = load_file(tmp_path / "again/model.safetensors")
+    assert again.keys() == made.keys() and all(torch.equal(again[name], made[name]) for name in made)
+
+
+def test_variant_without_pairs_of_out_proj_keeps_the_models_sizes(tiles, tmp_path: Path) -> None:
+    out_proj = {pair(layer, "mixer.out_proj", half): None for layer in range(3) for half in "AB"}
+    variant = variant_of(tiles, tmp_path / "final.pt", out_proj)
+    convert({"checkpoint": tiles.folder, "variant": variant}, tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["text_config"]["intermediate_size"] == 200
+    a, b = (torch.load(variant, weights_only=True)[pair(2, "mixer.Wqkv", half)].double() for half in "AB")
+    fused = tiles.state()["model.text.blocks.2.attn.qkv.weight"].double() + b @ a
+    made = load_file(tmp_path / "out/model.safetensors")["model.language_model.layers.2.self_attn.k_proj.weight"]
+    assert torch.equal(made, fused[128:256].bfloat16())
+
+
+BAD_VARIANTS = {
+    "no variant": (
+        {"lm_head.weight": torch.zeros(2, 2)},
+        CheckpointError,
+        "is no variant of moondream2: it holds lm_",
+    ),
+    "half a pair": ({pair(1, "mlp.fc1", "B"): None}, CheckpointError, "layer 1, mlp.fc1 lacks B"),
+    "one more layer": (
+        {pair(3, "mlp.fc1", "A"): torch.zeros(2, 128), pair(3, "mlp.fc1", "B"): torch.zeros(200, 2)},
+        ConfigurationError,
+        "layer 3, mlp.fc1: the model has 3 layers",
+    ),
+    "another width": (
+        {pair(0, "mixer.out_proj", "A"): torch.zeros(4, 64)},
+        ConfigurationError,
+        r"layer 0, mixer.out_proj: A is \[4, 64\] and B .* for a weight of \[128, 128\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_VARIANTS)
+def test_variant_that_does_not_fit_is_refused(tiles, tmp_path: Path, kind: str) -> None:
+    change, error, said = BAD_VARIANTS[kind]
+    variant = variant_of(tiles, tmp_path / "final.pt", change)
+    with pytest.raises(error, match=said):
+        convert({"checkpoint": tiles.folder, "variant": variant}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_variant_of_a_model_of_2024_is_refused(one_view, tiles, tmp_path: Path) -> None:
+    sources = {"checkpoint": one_view.folder, "variant": tiles.folder / "lora_final.pt"}
+    with pytest.raises(ConfigurationError, match="is a variant of a model of 2025; this checkpoint's tensors"):
+        convert(sources, tmp_path / "out", revision="2024-04-02")

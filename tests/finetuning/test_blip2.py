@@ -13,6 +13,7 @@ from drawn_data import draw
 from tiny_runs import FIXED_RATE, GOLDEN, convert_case, losses, run, still
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from weightport.api import export
 from weightport.errors import RecipeError
 from weightport.families.registry import registry
 from weightport.finetuning.data.samples import Sample
@@ -175,3 +176,27 @@ def test_lora_changes_the_modules_that_the_guide_names(tiny: Callable[[str], Pat
         assert f"base_model.model.{expected}.lora_A.weight" in keys
         ends = {key.split(".lora_")[0].rpartition(".")[2] for key in keys}
         assert ends == ({"q_proj", "v_proj"} if name == "blip2" else {"q", "v"})
+
+
+def exported(directory: Path, target: Path) -> dict[str, torch.Tensor]:
+    return torch.load(export(directory, target).path, weights_only=True)["model"]
+
+
+def test_what_a_run_trained_is_exported_whichever_source_it_came_from(
+    tiny: Callable[[str], Path], pairs: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    first = run(tiny("blip2"), "lavis-caption", pairs, tmp_path / "first", more=STEPS).directory
+    before, after = (exported(each, tmp_path / f"{n}.pth") for n, each in enumerate((tiny("blip2"), first)))
+    assert not any(name.startswith("visual_encoder.") for name in before)
+    bias = load_file(first / "model.safetensors")["vision_model.encoder.layers.0.self_attn.qkv.bias"]
+    assert torch.equal(after["visual_encoder.blocks.0.attn.q_bias"], bias[: len(bias) // 3])
+    assert not any(name.startswith("opt_model.") for name in after)
+    # A second run that leaves the encoder alone does not make it what it was.
+    more = {**STEPS, "model.freeze": ["vision", "language"]}
+    second = run(first, "lavis-caption", pairs, tmp_path / "second", more=more).directory
+    again = exported(second, tmp_path / "again.pth")
+    assert again.keys() == after.keys()
+    assert torch.equal(again["visual_encoder.cls_token"], after["visual_encoder.cls_token"])
+    assert not torch.equal(again["query_tokens"], after["query_tokens"])

@@ -196,7 +196,7 @@ def test_what_is_no_coco_file_is_said_to_be_none(tmp_path: Path, content: str | 
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ({"reader": "csv"}, "data.reader is 'csv'. It is one of auto, jsonl"),
+        ({"reader": "xml"}, "data.reader is 'xml'. It is one of auto, jsonl"),
         ({"form": "boxes"}, "data.form"),
         ({"answer": "last"}, "data.answer"),
         ({"classes": ("a", "a")}, "data.classes"),

@@ -16,6 +16,11 @@ from weightport.finetuning.data.recognition import Layout, recognise
 PLAIN = DataSettings()
 
 
+def reader_of(path: Path) -> str:
+    (layout,) = recognise(str(path), PLAIN)
+    return layout.reader
+
+
 def test_files_are_told_apart_by_what_they_hold(tmp_path: Path) -> None:
     draw_jsonl(tmp_path / "a", 1)
     draw_muge(tmp_path / "b")
@@ -28,7 +33,7 @@ def test_files_are_told_apart_by_what_they_hold(tmp_path: Path) -> None:
         tmp_path / "c": "coco",
         tmp_path / "c" / "_annotations.coco.json": "coco",
     }
-    assert {path: recognise(str(path), PLAIN).reader for path in readers} == readers
+    assert {path: reader_of(path) for path in readers} == readers
 
 
 def test_json_lines_and_coco_documents_may_both_be_called_json(tmp_path: Path) -> None:
@@ -36,11 +41,11 @@ def test_json_lines_and_coco_documents_may_both_be_called_json(tmp_path: Path) -
     lines = write_lines(tmp_path / "lines.json", [{"image": "0.png", "suffix": "a"}] * 2)
     assert len(open_data(lines, PLAIN)) == 2
     one_line = write_lines(tmp_path / "one.json", [{"image": "0.png", "suffix": "a"}])
-    assert recognise(str(one_line), PLAIN).reader == "jsonl"
+    assert reader_of(one_line) == "jsonl"
     for indent in (None, 1):
         coco = tmp_path / "coco.json"
         coco.write_text(json.dumps(coco_document(), indent=indent), "utf-8")
-        assert recognise(str(coco), PLAIN).reader == "coco"
+        assert reader_of(coco) == "coco"
 
 
 def test_roboflow_folders_open_by_split(tmp_path: Path) -> None:
@@ -75,9 +80,12 @@ def test_a_folder_without_data_says_what_was_looked_for_and_found(tmp_path: Path
 
 
 def test_a_file_of_another_kind_says_what_is_read(tmp_path: Path) -> None:
-    (tmp_path / "data.csv").write_text("a,b\n")
-    with pytest.raises(DataError, match=r"data\.csv is no data set that is known by its name.*\*\.jsonl"):
-        open_data(tmp_path / "data.csv", PLAIN)
+    (tmp_path / "data.xlsx").write_text("a,b\n")
+    with pytest.raises(DataError, match=r"data\.xlsx is no data set that is known by its name.*\*\.csv.*\*\.jsonl"):
+        open_data(tmp_path / "data.xlsx", PLAIN)
+    (tmp_path / "train.tar.gz").write_bytes(b"")
+    with pytest.raises(DataError, match=r"It is compressed: unpack it"):
+        open_data(tmp_path / "train.tar.gz", PLAIN)
     (tmp_path / "train.tsv").write_text("1\tAAAA\n")
     with pytest.raises(DataError, match=r"give the captions' JSONL, and this as data\.images"):
         open_data(tmp_path / "train.tsv", PLAIN)
@@ -89,7 +97,7 @@ def test_a_path_that_does_not_exist_is_no_hub_id_unless_it_looks_like_one(tmp_pa
             open_data(path, PLAIN)
     with pytest.raises(DataError, match="does not exist"):
         open_data("owner/name", DataSettings(reader="jsonl"))
-    assert recognise("owner/name", PLAIN) == Layout("table", "owner/name")
+    assert recognise("owner/name", PLAIN) == [Layout("table", "owner/name")]
 
 
 def test_a_folder_here_makes_a_missing_path_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

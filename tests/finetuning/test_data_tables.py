@@ -176,7 +176,7 @@ def test_a_bad_row_is_named_or_skipped(tmp_path: Path, change: dict[str, Any], r
     [
         ({"image": [1], "text": ["a"]}, "'image' holds int64. Images were expected"),
         ({"image": [cells(0)], "text": ["a"]}, "'image' holds list.*Images were expected"),
-        ({"image": cells(0), "label": [3]}, "'label' holds a number where a text was expected"),
+        ({"image": cells(0), "label": [True]}, "'label' holds true or false where a text was expected"),
     ],
 )
 def test_columns_of_another_kind_are_refused(tmp_path: Path, columns: dict[str, list[Any]], reason: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from drawn_data import draw_coco
 from PIL import Image
 from tiny_runs import FIXED_RATE, GOLDEN, MODELS, losses, run
-from transformers import AutoModelForImageTextToText, AutoProcessor, get_scheduler
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from weightport.checkpoints import open_checkpoint
 from weightport.errors import DataError, RecipeError
@@ -23,6 +23,7 @@ from weightport.finetuning.data.samples import Objects, Sample
 from weightport.finetuning.recipes.recipe import for_family, load_recipe
 from weightport.finetuning.recipes.settings import BatchSettings
 from weightport.finetuning.setup.freezing import frozen_parts, shares
+from weightport.finetuning.training.schedules import own_schedule
 
 SHORT = {
     "training.learning_rate": 1e-2,
@@ -32,7 +33,6 @@ SHORT = {
     "training.eval_strategy": "no",
     "training.dataloader_num_workers": 0,
     **FIXED_RATE,
-    "training.lr_scheduler_kwargs": {},
 }
 PICTURE = Image.new("RGB", (60, 40), "red")
 
@@ -139,32 +139,39 @@ def test_recipe_trains_what_the_notebook_trains(model: Any) -> None:
     assert {share.part for share in shares(model, TRAINING.parts)} - frozen == {"embeddings", "decoder", "head"}
 
 
-def rates(steps: int, **settings: Any) -> list[float]:
-    weight = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.AdamW([weight], lr=3e-5)
-    schedule = get_scheduler(
-        "cosine_warmup_with_min_lr", optimizer, math.ceil(0.1 * steps), steps, scheduler_specific_kwargs=settings
-    )
-    found = []
-    for _ in range(steps):
-        found.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    return found
+def notebook_rates(steps: int, end: float) -> list[float]:
+    """Rates of the notebook's optimizer steps: it begins at a tenth, and sets the next step's rate after each one. Its
+    cosine's argument ends at 0.9 π; with `end` at 1.0 it reaches π."""
+    rates = [0.1 * 3e-5]
+    for done in range(1, steps):
+        x = done / steps
+        if x < 0.1:
+            rates.append(0.1 * 3e-5 + 0.9 * 3e-5 * x / 0.1)
+        else:
+            rates.append(0.1 * 3e-5 + 0.9 * 3e-5 * (1 + math.cos(math.pi * (x - 0.1) * end / 0.9)) / 2)
+    return rates
 
 
-def test_rate_ends_at_a_tenth_and_as_published_where_the_guides_code_ends() -> None:
-    recipe = load_recipe("count-json")
-    for published, last in ((False, 0.1), (True, 0.122)):
-        chosen = for_family(recipe, "moondream2", as_published=published)
-        found = rates(1000, **chosen.training["lr_scheduler_kwargs"])
-        assert found[0] == pytest.approx(0.1 * 3e-5) and max(found) == pytest.approx(3e-5)
-        assert found[-1] == pytest.approx(last * 3e-5, rel=2e-3)
-    # The notebook's rates, up to the step by which the two count apart.
-    for step, rate in enumerate(found):
-        x = step / 1000
-        notebook = x / 0.1 if x < 0.1 else (1 + math.cos(math.pi * (x - 0.1))) / 2
-        assert rate == pytest.approx(3e-5 * (0.1 + 0.9 * notebook), rel=0.02)
+@pytest.mark.parametrize("steps", [1, 7, 25, 1000])
+@pytest.mark.parametrize(("published", "end", "last"), [(False, 1.0, 0.1), (True, 0.9, 0.122)])
+def test_rate_of_every_step_is_the_notebooks(steps: int, published: bool, end: float, last: float) -> None:
+    training = for_family(load_recipe("count-json"), "moondream2", as_published=published).training
+    schedule = own_schedule(training)
+    assert schedule is not None
+    share = schedule.over(steps, training["warmup_steps"])
+    found = [3e-5 * share(step) for step in range(steps)]
+    assert found == pytest.approx(notebook_rates(steps, end), rel=1e-12)
+    assert share(steps) == pytest.approx(last, rel=3e-3)
+
+
+def test_rates_of_a_run_are_those_of_the_schedule(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    schedule = ("lr_scheduler_type", "warmup_steps")
+    more = {name: value for name, value in SHORT.items() if not name.endswith(schedule)}
+    settings = {**more, "training.max_steps": 12, "training.learning_rate": 3e-5, "training.logging_steps": 1}
+    out = run(tiny("moondream2"), "count-json", coins(tmp_path / "coins"), tmp_path / "run", more=settings)
+    # What Trainer logs at a step is the rate that it was taken with.
+    found = [each["learning_rate"] for each in out.history if "learning_rate" in each]
+    assert found == pytest.approx(notebook_rates(12, 1.0), rel=1e-9)
 
 
 def coins(folder: Path) -> Path:
@@ -211,7 +218,28 @@ def test_run_as_published_says_what_the_guide_does_wrong(tiny: Callable[[str], P
     more = {name: value for name, value in SHORT.items() if "lr_scheduler" not in name and "warmup" not in name}
     out = run(tiny("moondream2"), "count-json", data, tmp_path / "run", as_published=True, more=more)
     assert json.loads((out.directory / "training.json").read_text())["as_published"]
-    assert "0.122" in (tmp_path / "run" / "report.html").read_text()
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "0.122" in report and "never divides the loss by GRAD_ACCUM_STEPS" in report
+
+
+def test_accumulated_steps_are_divided_unless_as_published(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    """SGD on the sum of two batches' means moves twice as far as on their mean."""
+    data, base = coins(tmp_path / "coins"), tiny("moondream2")
+    more = {
+        **SHORT, "training.max_steps": 1, "training.per_device_train_batch_size": 2,
+        "training.gradient_accumulation_steps": 2, "training.optim": "sgd", "training.learning_rate": 1.0,
+        "training.logging_steps": 1,
+    }  # fmt: skip
+    moved, seen = [], []
+    for published in (False, True):
+        out = run(base, "count-json", data, tmp_path / str(published), as_published=published, more=more)
+        name = "lm_head.bias"
+        change = open_checkpoint(out.directory)[name].read().double() - open_checkpoint(base)[name].read().double()
+        moved.append(change)
+        seen.append(losses(out.history)[1])
+    ratio = float((moved[0] * moved[1]).sum() / (moved[0] ** 2).sum())
+    # Means of batches and of tokens weigh answers of other lengths differently.
+    assert ratio == pytest.approx(2, rel=0.05) and seen[1] == pytest.approx(2 * seen[0], rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["moondream2-crops", "moondream2-tiles"])

@@ -67,6 +67,14 @@ USAGE = {
     "yaml": (["--set", "batch.prompt=[a"], ["no YAML"]),
     "choice": (["--set", "model.dtype=float8"], ["model.dtype", "float32"]),
     "scheduler": (["--set", "lr_scheduler_type=zigzag"], ["zigzag", "cosine"]),
+    "own scheduler": (
+        ["--set", "lr_scheduler_type=progress_cosine", "--set", "lr_scheduler_kwargs={num_cycles: 1}"],
+        ["progress_cosine", "min_lr_rate, warmup_lr_rate, cosine_share"],
+    ),
+    "own scheduler's rate": (
+        ["--set", "lr_scheduler_type=progress_cosine", "--set", "lr_scheduler_kwargs={min_lr_rate: 3}"],
+        ["lr_scheduler_kwargs.min_lr_rate is 3", "from 0 to 1"],
+    ),
     "reporting": (["--set", "report_to=telegraph"], ["training.report_to", "telegraph"]),
     "optimizer": (["--set", "optim=magic"], ["magic"]),
     "freeze target": (["--freeze", "tower"], ["no freeze target 'tower'", "vision"]),
@@ -429,9 +437,10 @@ def test_loss_that_is_no_number_offers_the_checkpoint_that_there_is(
 
 def test_header_says_what_the_run_will_do(finetune: Callable[..., Result], pairs: Path) -> None:
     short = finetune("--eval-data", pairs, "--set", "evaluation.samples=2")
-    assert "steps    3, of up to 2 samples each" in short.output and "epoch" not in short.output.split("train ")[0]
+    assert "steps    3 · learning rate" in short.output and "epoch" not in short.output.split("train ")[0]
     assert "measured on 2 of 4" in short.output
     steps = [each for each in FEW if not each.startswith("max_steps")]
     whole = finetune("--overwrite", "--set", "num_train_epochs=2", steps=steps)
-    assert "steps    4 in 2 epochs, of up to 2 samples each" in whole.output
-    assert "nothing is measured (--eval-data)" in whole.output
+    assert "steps    4 in 2 epochs · learning rate" in whole.output
+    assert "batch    2 samples a step · 1 process on cpu" in whole.output
+    assert "nothing is measured (--eval-data, --eval-fraction)" in whole.output

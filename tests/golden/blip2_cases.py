@@ -41,8 +41,8 @@ INPUTS = re.compile(
 )
 NOT_PORTED = re.compile(
     # Of rounded weights, which another conversion gives. Of pairs, which `itm` and `itc` hold too, and of the text's
-    # own pass. Losses of stage 1 need the captioning head and the temperature, which the native model has not.
-    r".+\.bf16_weights|itm_forward|compute_itm|qformer_text_cls|qformer_multimodal\..+|train\.loss.*"
+    # own pass.
+    r".+\.bf16_weights|itm_forward|compute_itm|qformer_text_cls|qformer_multimodal\..+"
 )
 
 
@@ -155,7 +155,10 @@ def _kept(texts: dict[str, str], value: str) -> list[Any] | None:
 def _place_stage_1(builder: Builder, name: str) -> bool:
     case = builder.case
     value, f64, tensor = name.removesuffix(".f64"), name.endswith(".f64"), case.tensors[name]
-    if INPUTS.fullmatch(value) or NOT_PORTED.fullmatch(value) or value == "grad_norm":
+    if value.startswith("train.loss") or value == "grad_norm":
+        _stage_1_training(builder, value, tensor, f64)
+        return True
+    if INPUTS.fullmatch(value) or NOT_PORTED.fullmatch(value):
         return True
     if value not in STAGE_1:
         return False
@@ -172,6 +175,21 @@ def _place_stage_1(builder: Builder, name: str) -> bool:
     builder.run(run, "forward", given, head=run)
     builder.expect(run, seam, tensor, f64)
     return True
+
+
+def _stage_1_training(builder: Builder, value: str, tensor: torch.Tensor, f64: bool) -> None:
+    """Losses and gradients of the first two pairs: with two, nothing is drawn by chance."""
+    case = builder.case
+    given = {
+        "image": pixels(case),
+        **{name: case.tensors[f"train_{name}"] for name in ("input_ids", "attention_mask")},
+    }
+    builder.run("train", "train", {name: each[:2] for name, each in given.items()}, mode="eval")
+    if value == "grad_norm":
+        for parameter, norm in zip(case.spec["reference"]["grad_names"], tensor, strict=True):
+            builder.expect("train", f"grad_norm.{parameter}", norm, f64)
+    else:
+        builder.expect("train", value.removeprefix("train."), tensor, f64)
 
 
 def _generation(builder: Builder, value: str, ids: torch.Tensor) -> None:

@@ -16,7 +16,8 @@ from needs import has_checkpoint, has_data, judges, of_family
 from transformers import AutoProcessor, pipeline
 
 from weightport import modeling  # noqa: F401 - registers the classes
-from weightport.api import load_native
+from weightport.api import convert, load_native
+from weightport.modeling.moondream.generation_moondream import MoondreamReasoning
 from weightport.modeling.moondream.image_processing_moondream import crop_grid, tile_grid
 
 MOONDREAM = of_family(moondream2_cases.FAMILY)
@@ -39,6 +40,10 @@ def has_crops(case: Case) -> bool:
 
 def has_one_view(case: Case) -> bool:
     return of_2024(case) and "pixel_values" in case.tensor_names
+
+
+def has_variant(case: Case) -> bool:
+    return "lora.logits" in case.tensor_names
 
 
 def has_tiles(case: Case) -> bool:
@@ -238,6 +243,55 @@ def test_boxes_and_points_are_the_originals(case: Case, processor: Any, model: A
         assert len(found) == len(wanted)
         for own, theirs in zip(found, wanted):
             assert own == pytest.approx(theirs, abs=TINY_DIFFERENCE)
+
+
+@judges(MOONDREAM, of_2025)
+def test_reasoned_query_has_the_thinking_token_and_thoughts_point_at_places(
+    case: Case, processor: Any, model: Any
+) -> None:
+    ids = case.spec["config"]["tokenizer"]
+    prompt = processor.prompt("query", case.spec["reference"]["prompts"][0], reasoning=True)
+    inputs = processor(images=pictures(case)[0], text=prompt, return_tensors="pt")
+    # The suffix stands once there, and again before the answer; without reasoning it stands twice.
+    asked = case.tensors["query.tokens.0"].tolist()[: -len(ids["templates"]["query"]["suffix"])]
+    assert inputs["input_ids"][0].tolist()[-len(asked) - 1 :] == [*asked, ids["thinking_id"]]
+    found = model.reason(**inputs, do_sample=False, max_new_tokens=10)
+    assert not {ids["eos_id"], ids["size_id"]} & set(found.reasoning_ids[1:])
+    assert ids["answer_id"] not in found.answer_ids[1:] and processor.reasoned(found)["answer"]
+
+    words = [processor.text_ids(text) for text in ("one", " two", " three")]
+    start, end, coord = ids["start_ground_points_id"], ids["end_ground_id"], ids["coord_id"]
+    said = MoondreamReasoning(
+        [*words[0], start, *words[1], coord, coord, coord, coord, end, coord, *words[2]],
+        [0.25, 0.5, 0.75, 0.125, 0.9],
+        processor.text_ids(" yes"),
+    )
+    assert processor.reasoned(said) == {
+        "reasoning": {
+            "text": "one two three",
+            "grounding": [{"start_idx": 3, "end_idx": 7, "points": [(0.25, 0.5), (0.75, 0.125)]}],
+        },
+        "answer": " yes",
+    }
+
+
+@judges(MOONDREAM, has_variant)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_merged_variant_computes_what_the_original_did_with_it(
+    case: Case, rebuilt: Callable[[Case], Path], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """Merged as usual, with `out_proj`'s pair in the projection, the logits are 3.3 off."""
+    original, out = rebuilt(case), tmp_path / "out"
+    convert({"checkpoint": original, "variant": original.parent / "lora_final.pt"}, out, dtype=dtype)
+    processor, model = AutoProcessor.from_pretrained(out), load_native(out, dtype)
+    text = processor.prompt("query", case.spec["reference"]["prompts"][0])
+    inputs = processor(images=pictures(case)[0], text=text, return_tensors="pt")
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    with torch.no_grad():
+        found = model(**inputs).logits[0, -4:]
+    # Rotary tables differ by their last float32 bits, in a run of float64 too.
+    suffix, allowed = (".f64", 1e-7) if dtype == torch.float64 else ("", TINY_DIFFERENCE)
+    assert float((found - case.tensors[f"lora.logits{suffix}"].reshape(found.shape)).abs().max()) <= allowed
 
 
 @judges(MOONDREAM, of_2025)

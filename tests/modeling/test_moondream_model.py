@@ -13,6 +13,7 @@ from weightport import modeling  # noqa: F401 - registers the classes
 from weightport.modeling.moondream.configuration_moondream import MoondreamConfig
 from weightport.modeling.moondream.generation_moondream import bidirectional_prefix
 from weightport.modeling.moondream.modeling_moondream import MoondreamForConditionalGeneration, MoondreamModel
+from weightport.modeling.moondream.region_moondream import MoondreamBinRegionHead
 from weightport.modeling.moondream.views_moondream import merge_views, stitch
 
 IMAGE, ROWS, PATCHES, SIDE = 90, 96, 4, 28
@@ -26,7 +27,7 @@ PERIODS: dict[str, dict[str, Any]] = {
     "crops": {"feature_merge": "grid", "region_config": {"kind": "points", "feature_dim": 8}},
     "tiles": {
         "feature_merge": "tiles", "overlap_margin": 0, "prefix_bidirectional": True, "region_config": REGION,
-        "answer_token_id": 7,
+        "answer_token_id": 7, "reasoning_config": {"coord_token_id": 9, "size_token_id": 8, "answer_prefix": [7]},
     },
 }  # fmt: skip
 
@@ -328,7 +329,7 @@ def test_boxes_are_read_where_there_is_a_head_for_them(model, period: str) -> No
         return
     boxes = model.detect(**inputs, max_objects=2)
     assert len(boxes) <= 2 and all(set(box) == {"x_min", "y_min", "x_max", "y_max"} for box in boxes)
-    with pytest.raises(ValueError, match="one prompt at a time"):
+    with pytest.raises(ValueError, match="one prompt at a time, found 2"):
         model.point(**inputs_of(period))
 
 
@@ -347,6 +348,11 @@ def test_attention_that_cannot_see_an_image_in_both_directions_is_refused(period
         ({"feature_merge": "pool"}, "feature_merge is 'pool'"),
         ({"feature_merge": "tiles", "overlap_margin": 1}, "leaves nothing of a grid of 2"),
         ({"region_config": {"kind": "boxes"}}, "region_config.kind is 'boxes'"),
+        ({"reasoning_config": {"coord_token_id": 5}}, "reasoning_config lacks answer_prefix, size_token_id"),
+        (
+            {"reasoning_config": {"coord_token_id": 9, "size_token_id": 8, "answer_prefix": [7]}},
+            "needs answer_token_id beside it",
+        ),
     ],
 )
 def test_configuration_that_cannot_be_is_refused(changes: dict[str, Any], says: str) -> None:
@@ -362,3 +368,102 @@ def test_answer_token_may_only_come_first(model, period: str) -> None:
         model.lm_head.bias[7] += 100
     found = model.generate(**inputs_of(period), max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=1)
     assert (found[:, -4] == 7).all() and not (found[:, -3:] == 7).any()
+
+
+# Regions and thoughts.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_bin_is_its_own_number_in_half_precision_too(dtype: torch.dtype) -> None:
+    sizes = {"coord_feat_dim": 8, "coord_out_dim": 1024, "size_feat_dim": 8, "size_out_dim": 2048, "inner_dim": 4}
+    head = MoondreamBinRegionHead(6, sizes)
+    for each in (head.coord_decoder, head.size_decoder):
+        torch.nn.init.zeros_(each.fc2.weight)
+        torch.nn.init.zeros_(each.fc2.bias)
+    head.coord_decoder.fc2.bias.data[733] = 1
+    head.size_decoder.fc2.bias.data[[701, 1024 + 335]] = 1
+    head, state = head.to(dtype), torch.zeros(1, 1, 6, dtype=dtype)
+    with torch.no_grad():
+        assert head.decode_coordinate(state).item() == 733 / 1024
+        wanted = [2 ** (place / 1023 * 10 - 10) for place in (701, 335)]
+        assert head.decode_size(state).flatten().tolist() == pytest.approx(wanted, rel=1e-6)
+        assert head.encode_coordinate(head.decode_coordinate(state)[..., None]).dtype == dtype
+
+
+POINTS_OFTEN = 5.5
+
+
+def thinking(period: str, model: MoondreamForConditionalGeneration) -> dict[str, torch.Tensor]:
+    """A prompt, and a head that points now and then, never answers by itself, and would often say sizes and ends
+    where it may."""
+    with torch.no_grad():
+        model.lm_head.weight *= 20
+        model.lm_head.bias[[1, 8]] += 4.5
+        model.lm_head.bias[9] += POINTS_OFTEN
+        model.lm_head.bias[7] -= 50
+    model.generation_config.suppress_tokens = [IMAGE]
+    return inputs_of(period, (4,))
+
+
+@pytest.mark.parametrize("period", ["tiles"], indirect=True)
+def test_thoughts_are_those_of_whole_passes(model, period: str) -> None:
+    """Without a cache: every token from a pass over all that stands before it, coordinates by their embeddings."""
+    inputs = thinking(period, model)
+    found = model.reason(**inputs, do_sample=False, max_new_tokens=12)
+    head, table = model.region_head, model.get_input_embeddings()
+    with torch.no_grad():
+        features = model.get_image_features(inputs["pixel_values"], inputs["image_grids"]).pooler_output
+        embeds, ids = model.model._embed(inputs["input_ids"], features)[0], inputs["input_ids"]
+
+        def following() -> tuple[torch.Tensor, torch.Tensor]:
+            with model.states_before_last_norm() as states:
+                last = model.model(input_ids=ids, inputs_embeds=embeds, use_cache=False).last_hidden_state[:, -1]
+            scores = model.lm_head(last)[0]
+            scores[IMAGE] = -torch.inf
+            return scores, states[0][:, -1:]
+
+        thoughts, numbers = [], []
+        scores, state = following()
+        while len(thoughts) < 12:
+            token = int(scores.argmax())
+            thoughts.append(token)
+            embedding = table(torch.tensor([[token]]))
+            if token == 9:
+                numbers.append(float(head.decode_coordinate(state)))
+                embedding = head.encode_coordinate(torch.tensor([[[numbers[-1]]]]))
+            embeds, ids = torch.cat([embeds, embedding], 1), torch.cat([ids, torch.tensor([[token]])], 1)
+            scores, state = following()
+            scores[[1, 8]] = -torch.inf
+        embeds, ids = torch.cat([embeds, table(torch.tensor([[7]]))], 1), torch.cat([ids, torch.tensor([[7]])], 1)
+        answer: list[int] = []
+        scores, _ = following()
+        while (token := int(scores.argmax())) != 1 and len(answer) < 12:
+            answer.append(token)
+            embeds = torch.cat([embeds, table(torch.tensor([[token]]))], 1)
+            ids = torch.cat([ids, torch.tensor([[token]])], 1)
+            scores, _ = following()
+            scores[7] = -torch.inf
+    assert found.reasoning_ids == thoughts and found.answer_ids == answer
+    assert found.coordinates == pytest.approx(numbers) and 0 < len(numbers) < 12
+
+
+@pytest.mark.parametrize("period", ["tiles"], indirect=True)
+def test_thoughts_end_where_the_answer_begins_and_sampling_is_seeded(model, period: str) -> None:
+    inputs = thinking(period, model)
+    model.lm_head.bias.data[7] += 200
+    assert model.reason(**inputs, do_sample=False, max_new_tokens=5).reasoning_ids == []
+    model.lm_head.bias.data[7] -= 200
+    seen = []
+    for seed in (0, 0, 1, 2, 3):
+        torch.manual_seed(seed)
+        seen.append(model.reason(**inputs, do_sample=True, temperature=2.0, top_p=0.9, max_new_tokens=6))
+    assert seen[0] == seen[1] and any(each != seen[0] for each in seen[2:])
+    nearly_greedy = model.reason(**inputs, do_sample=True, temperature=2.0, top_p=1e-6, max_new_tokens=6)
+    assert nearly_greedy == model.reason(**inputs, do_sample=False, max_new_tokens=6)
+
+
+def test_revision_that_does_not_reason_is_asked_in_vain(model, period: str) -> None:
+    if period == "tiles":
+        model.config.reasoning_config = None
+    with pytest.raises(ValueError, match="This revision does not reason"):
+        model.reason(**inputs_of(period, (3,)))

@@ -5,6 +5,7 @@ In float64, where the references are and where an epsilon shows.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -18,6 +19,9 @@ from reference_subsets import subset
 from test_planted_mistakes import Mistake, attribute, on, roll, scale, swap
 
 from weightport.api import check_parity, convert
+from weightport.converters.side_file import SIDE_FILE
+from weightport.errors import ReferenceFileError
+from weightport.families.blip2 import stage_one
 from weightport.families.registry import registry
 from weightport.parity import ParityReport
 
@@ -112,7 +116,7 @@ def test_mistake_in_t5_is_found_where_it_begins(plant_it, first: str, module: st
 
 @pytest.mark.parametrize("case", ["opt-tiny", "t5-coco-tiny", "itm-tiny"])
 def test_the_same_runs_agree_without_a_mistake(case: str, judged) -> None:
-    runs = ("itm", "itc") if case == "itm-tiny" else ("forward", "train")
+    runs = ("itm", "itc", "train") if case == "itm-tiny" else ("forward", "train")
     report = judged(*runs, case=case)
     assert report.passed, report.departures
     assert report.localisation is None
@@ -145,6 +149,50 @@ def test_padding_that_is_seen_shows_in_the_matching_head(judged, monkeypatch) ->
     changed(monkeypatch, attention_mask=torch.ones_like)
     report = judged("itm", case="itm-tiny")
     assert report.first_departure.seam == "itm"
+
+
+def words_that_see_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = stage_one._captions_mask
+    monkeypatch.setattr(stage_one, "_captions_mask", lambda *args: torch.zeros_like(own(*args)))
+
+
+def no_smoothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage_one, "SMOOTHING", 0.0)
+
+
+def matching_alone_with_other_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pair is its own hard negative."""
+    monkeypatch.setattr(stage_one, "_others", lambda similarity: torch.eye(len(similarity), dtype=similarity.dtype))
+
+
+@pytest.mark.parametrize(
+    ("mistake", "first"),
+    [
+        (words_that_see_what_follows, "loss_lm"),
+        (no_smoothing, "loss_itc"),
+        (matching_alone_with_other_texts, "loss_itm"),
+    ],
+)
+def test_mistake_in_stage_1_shows_in_the_loss_that_it_is_of(mistake, first: str, judged, monkeypatch) -> None:
+    mistake(monkeypatch)
+    report = judged("train", case="itm-tiny")
+    assert report.first_departure.seam == first
+
+
+def test_stage_1s_own_parameters_have_their_gradients_and_come_from_the_side_file(judged, plant) -> None:
+    plant(lambda model: model.temp.mul_(1.01))
+    report = judged("train", case="itm-tiny")
+    assert report.first_departure.seam == "loss_itc"
+    assert {"grad_norm.temp", "grad_norm.Qformer.cls.predictions.bias"} <= {each.seam for each in report.comparisons}
+
+
+def test_without_the_side_file_stage_1_has_no_losses(made, tmp_path: Path) -> None:
+    native, whole = made("itm-tiny")
+    bare = Path(shutil.copytree(native, tmp_path / "bare"))
+    (bare / SIDE_FILE).unlink()
+    reference = subset(whole, tmp_path / "some.safetensors")("train")
+    with pytest.raises(ReferenceFileError, match=r"it computes no loss: .* unconverted\.sft"):
+        check_parity(bare, reference, dtypes=[torch.float64])
 
 
 def test_the_native_class_alone_departs_at_its_norm_behind_the_vision_encoder(judged, monkeypatch) -> None:

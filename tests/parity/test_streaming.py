@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedModel
 
 from weightport.api import check_parity, load_native
 from weightport.parity import training
+from weightport.parity.loading import _narrower
 from weightport.parity.streaming import Residence, WideWeight, resident_weights, stream_weights
 
 
@@ -54,6 +56,14 @@ def test_weights_stay_as_stored_and_tied_ones_stay_one(tmp_path) -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
     model(IDS)
     assert all(each.resident is None for each in model.parameters())
+
+
+def test_a_wider_file_beside_the_weights_widens_none(tmp_path) -> None:
+    directory = tiny_phi(tmp_path, torch.float16)
+    save_file({"forward/out/logits@float64": torch.zeros(2, dtype=torch.float64)}, directory / "reference.safetensors")
+    assert _narrower(directory, torch.float64) is torch.float16
+    assert _narrower(directory, torch.float32) is torch.float16
+    assert _narrower(directory, torch.bfloat16) is torch.bfloat16
 
 
 def test_weights_stay_widened_while_generating_and_only_then(tmp_path) -> None:

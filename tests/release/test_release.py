@@ -171,13 +171,16 @@ def test_names_that_the_hub_does_not_take_are_refused(
 
 def test_licence_is_asked_for_where_the_family_has_none(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     config = LlamaConfig(
         vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
+    words = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="--licence"):
         release(tmp_path, ReleaseOptions(REPO, dry_run=True))
     found = release(tmp_path, ReleaseOptions(REPO, licence="mit", dry_run=True))

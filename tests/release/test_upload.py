@@ -17,8 +17,10 @@ from hub_server import DROP, TOKEN, HubServer
 from safetensors.torch import load_file, save_file
 
 from weightport import cli
-from weightport.api import release
-from weightport.errors import CheckpointError, OutputError
+from weightport.api import release, verify
+from weightport.errors import CheckpointError, CoverageError, OutputError, UsageError
+from weightport.integrity.file_hashes import check_hashes
+from weightport.integrity.recorded_hashes import recorded_hashes
 from weightport.release import ReleaseOptions
 from weightport.release.publishing import command
 
@@ -57,6 +59,59 @@ def test_upload_is_one_commit_of_exactly_what_the_dry_run_lists(model: Path, hub
     assert len(hub.asked("POST", "/commit/")) == 1 and hub.asked("POST", "/branch/v1")
     assert done.url == f"{hub.url}/{REPO}/tree/v1"
     assert {name: (model / name).read_bytes() for name in stored} == stored
+
+
+def test_what_was_published_is_verified_after_its_download_to_the_last_bit(
+    model: Path, hub: HubServer, tmp_path: Path
+) -> None:
+    (model / "training.json").write_text(json.dumps({"data": {"path": "/home/me/data/train.jsonl"}}))
+    release(model, ReleaseOptions(REPO))
+    assert verify(model).passed
+    download = tmp_path / "download"
+    download.mkdir()
+    stored = hub.files[(REPO, "main")]
+    for name, content in stored.items():
+        (download / name).write_bytes(content)
+    assert "/home/me" not in (download / "training.json").read_text()
+    found = verify(download)
+    assert found.passed and set(found.hashed) == set(stored) - {"SHA256SUMS"} and not found.findings
+    done = subprocess.run(
+        ["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=download, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for name in stored:
+        content = bytearray(stored[name])
+        content[len(content) // 2] ^= 4
+        (download / name).write_bytes(content)
+        recorded, findings = recorded_hashes(download)
+        findings += check_hashes(download, recorded, {}, lambda amount: None)
+        assert name in {each.subject for each in findings} or (name == "SHA256SUMS" and findings)
+        (download / name).write_bytes(stored[name])
+
+
+def test_sums_of_somebody_else_s_are_not_replaced(model: Path) -> None:
+    (model / "SHA256SUMS").write_text("mine\n")
+    with pytest.raises(UsageError, match="SHA256SUMS is not one that port-release wrote"):
+        release(model, ReleaseOptions(REPO, dry_run=True))
+
+
+def test_what_changed_since_it_was_written_is_said_before_it_is_public(model: Path) -> None:
+    settings = model / "generation_config.json"
+    settings.write_text(settings.read_text().replace("{", '{"max_new_tokens": 7,', 1))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "transformers_version": "5.0.0"}))
+    found = release(model, ReleaseOptions(REPO, dry_run=True)).checked.warnings
+    assert [each.partition(":")[0] for each in found] == ["config.json", "generation_config.json"]
+    assert "warning  generation_config.json: was changed" in port_release(model, "--repo", REPO, "--dry-run").output
+
+
+def test_a_processor_of_another_model_is_not_published(model: Path) -> None:
+    path = model / "processor_config.json"
+    settings = json.loads(path.read_text())
+    settings["image_processor"]["size"] = {"height": 4096, "width": 4096}
+    path.write_text(json.dumps(settings))
+    with pytest.raises(CoverageError, match="processor: Pictures of 4096 × 4096 pixels give"):
+        release(model, ReleaseOptions(REPO, dry_run=True))
 
 
 def test_weights_are_hashed_once(model: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from weightport.cli.inspection import inspect_command
 from weightport.cli.merging import extract_lora_command, merge_lora_command
 from weightport.cli.parity import parity_command
 from weightport.cli.releasing import release_command
+from weightport.cli.verifying import verify_command
 from weightport.version import __version__
 
 
@@ -54,5 +55,6 @@ for command in (
     merge_lora_command,
     extract_lora_command,
     release_command,
+    verify_command,
 ):
     main.add_command(command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,6 +12,7 @@ from weightport.cli.display import Lines, echo, names_in
 from weightport.cli.finetuning import DEFAULT_RECIPE, require_extra
 from weightport.cli.paths import ExistingPath
 from weightport.cli.running import command_body, json_option, quiet_option, uncollected
+from weightport.errors import UsageError
 from weightport.families.registry import registry
 from weightport.formatting import samples
 
@@ -18,7 +20,17 @@ from weightport.formatting import samples
 @click.command("evaluate")
 @click.argument("model", type=ExistingPath())
 @click.option(
-    "--data", required=True, metavar="PATH[:SPLIT]", help="Data to measure on: a file, a folder or a Hub data set."
+    "--data",
+    required=True,
+    multiple=True,
+    metavar="PATH[:SPLIT]",
+    help="Data to measure on: a file, a folder, a pattern or a Hub data set. Repeatable.",
+)
+@click.option(
+    "--eval-fraction",
+    type=float,
+    metavar="SHARE",
+    help="Measure on this share of the data alone: what a run with the same --eval-fraction did not train on.",
 )
 @click.option(
     "--metric",
@@ -51,7 +63,8 @@ from weightport.formatting import samples
 @command_body
 def evaluate_command(
     model: Path,
-    data: str,
+    data: tuple[str, ...],
+    eval_fraction: float | None,
     metrics: tuple[str, ...],
     recipe_name: str,
     adapter: Path | None,
@@ -68,29 +81,43 @@ def evaluate_command(
     with uncollected():
         from weightport.finetuning.display.previews import preview_lines
         from weightport.finetuning.evaluation.evaluate import evaluate
+        from weightport.finetuning.evaluation.retrieval import evaluate_retrieval
+        from weightport.finetuning.metrics import headline
         from weightport.finetuning.recipes.recipe import load_recipe, parse_assignments, with_settings
         from weightport.finetuning.setup.preparing import resolved
 
-    family = registry().training_of(model)
-    recipe, _ = resolved(load_recipe(recipe_name), family.name, as_published=False)
+    retrieval = registry().retrieval_of(model)
+    family = registry().training_of(model) if retrieval is None else None
+    listed_as = (family or retrieval).name  # type: ignore[union-attr]  # one of them is there
+    recipe, _ = resolved(load_recipe(recipe_name), listed_as, as_published=False)
     settings = parse_assignments(assignments)
     if metrics:
         settings["evaluation.metrics"] = list(metrics)
+    elif retrieval is not None:
+        settings.setdefault("evaluation.metrics", ["recall"])
     if skip_bad is not None:
         settings["data.skip_bad"] = skip_bad
+    # That of a run's recipe is a share of its training data, which is not what is measured on here.
+    recipe = with_settings(recipe, {"data.eval_fraction": eval_fraction}, "--eval-fraction")
     recipe = with_settings(recipe, settings, "--set")
+    if retrieval is not None and adapter is not None:
+        raise UsageError("--adapter: merge it into a model for retrieval first (port-merge-lora BASE ADAPTER OUT).")
     lines = Lines(quiet=quiet or as_json)
     with lines.progress("answer", samples) as (start, advance):
-        result = evaluate(
-            model, family, data, recipe, adapter=adapter, output=output, device=device, overwrite=overwrite,
-            announce=start, advance=advance,
-        )  # fmt: skip
+        common: dict[str, Any] = {
+            "output": output, "device": device, "overwrite": overwrite, "held_out": recipe.data.eval_fraction,
+            "announce": start,
+        }  # fmt: skip
+        if retrieval is not None:
+            result = evaluate_retrieval(model, retrieval, data, recipe, advance=advance, **common)
+        elif family is not None:
+            result = evaluate(model, family, data, recipe, adapter=adapter, advance=advance, **common)
     if as_json:
         echo(json.dumps({"metrics": dict(result.metrics), "samples": len(result.predictions)}))
         return
     for line in preview_lines(result.predictions, recipe.evaluation.previews):
         lines.line("", line)
-    for name, value in result.metrics.items():
+    for name, value in headline(result.metrics).items():
         lines.line("measured", f"{name} {value:.4g}")
     if output is not None:
         lines.line(f"{output}/", names_in(output))

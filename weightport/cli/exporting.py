@@ -19,7 +19,10 @@ SHOWN = 8
 @click.command("export")
 @click.argument("directory", type=ExistingPath())
 @click.argument("target", type=click.Path(path_type=Path))
-@click.option("--part", help="Which source to write, where the model was made of several; by default the main one.")
+@click.option(
+    "--part",
+    help="Which source to write, where the model was made of several; by default the main one; all: every one.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace TARGET if it exists.")
 @quiet_option
 @json_option
@@ -41,9 +44,12 @@ def export_command(
                     "tensors": result.tensors,
                     "bytes": result.nbytes,
                     "lost": dict(result.lost),
+                    "left_out": dict(result.left_out),
                 }
             )
         )
     for name, what in list(result.lost.items())[:SHOWN]:
         lines.line("lost", f"{name}: {what}")
+    for beginning, why in result.left_out.items():
+        lines.line("left out", f"{beginning}*: {why} (--part all writes it too)")
     lines.line(str(target), f"{result.tensors} tensors · {size(result.nbytes)}")

@@ -37,10 +37,19 @@ def inspect_command(source: Path, tensors: bool, as_json: bool) -> None:
     found = describe(checkpoint, family.name if family else None, registry().looks_like(checkpoint), tensors=tensors)
     if family is not None and (about := family.about(checkpoint)):
         found["about"] = list(about)
+    found |= _directory(source)
     if as_json:
         echo(json.dumps(found, ensure_ascii=False))
         return
     _show(found)
+
+
+def _directory(source: Path) -> dict[str, Any]:
+    """Of a model directory: what is known of the versions that made it, and what changed since weightport wrote it,
+    by size and time. No file's bytes are read but those of configurations."""
+    from weightport.integrity.notices import noticed
+
+    return {key: list(texts) for key, texts in noticed(source).items() if texts} if source.is_dir() else {}
 
 
 def describe(checkpoint: Checkpoint, family: str | None, kind: str | None, *, tensors: bool) -> dict[str, Any]:
@@ -79,6 +88,9 @@ def _show(found: Mapping[str, Any]) -> None:
     lines.line("family", found["looks_like"] or "not one that weightport knows")
     for text in found.get("about", ()):
         lines.line("about", text)
+    for key in ("warning", "changed"):
+        for text in found.get(key, ()):
+            lines.line(key, text)
     for name, section in found["sections"].items():
         dtypes = ", ".join(f"{dtype} × {number}" for dtype, number in section["dtypes"].items())
         lines.line(

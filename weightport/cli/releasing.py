@@ -64,9 +64,11 @@ def port_release(
         dtype = str(checked.dtype).removeprefix("torch.")
         total = size(sum(file.size for file in files))
         lines.heading(f"{directory} · {count(checked.parameters)} parameters · {dtype} · {total}")
-        lines.line("checked", "config, tensors on the meta device, tokenizer, index, hashes")
+        lines.line("checked", "config, tensors on the meta device, tokenizer, processor, index, hashes")
+        for text in checked.warnings:
+            lines.line("warning", text)
         if checked.needs_code:
-            lines.line("code", "transformers has no class for this family: its modeling code goes along")
+            lines.line("code", "transformers has no class for this model: its modeling code goes along")
         for file in files:
             lines.line("file", f"{file.name} · {size(file.size)}" + (f" · {file.note}" if file.note else ""))
         if checked.left_out:
@@ -80,6 +82,7 @@ def port_release(
         found = {
             "files": [file.name for file in result.files],
             "left_out": list(result.checked.left_out),
+            "warnings": list(result.checked.warnings),
             "card": result.card,
             "url": result.url,
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from weightport.checkpoints.json_text import parse_json
 from weightport.checkpoints.sources import MAIN
 from weightport.converters.family import ConversionStage, OriginalForm
 from weightport.converters.patterns import Capture
-from weightport.converters.record import read_record
+from weightport.converters.record import CHANGED, read_record
 from weightport.converters.rules import Claim, RuleTable
 from weightport.converters.side_file import read_side_file
 from weightport.errors import CheckpointError, CoverageError, UsageError
@@ -32,16 +32,20 @@ if TYPE_CHECKING:
 
 
 MERGE_RECORD = "merge.json"
+ALL = "all"
+"""As a part: the tensors of every source."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """A finished export. `lost` are the operations that could not be undone exactly, by the tensor they made."""
+    """A finished export. `lost` are the operations that could not be undone exactly, by the tensor they made.
+    `left_out` says of tensors, by how their names begin, why they were not written where no record told of them."""
 
     path: Path
     tensors: int
     nbytes: int
     lost: Mapping[str, str]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 def export(
@@ -58,8 +62,9 @@ def export(
     """Write the model in `directory`, of this `config`, to `target` in its family's original format.
 
     With a conversion.json the original's tensors come back under the same names in the same order, derived and tied
-    ones included; without one (a directory that a trainer saved) the layout's full set is written. `part` is the
-    source whose tensors are written, where there were several. Nothing is written on failure.
+    ones included; without one (a directory that a trainer saved) the layout's full set is written, but for what the
+    original's trainer never trains. `part` is the source whose tensors are written, where there were several, or
+    "all". Nothing is written on failure.
     """
     require = require_directory if family.original_form == "folder" else require_file
     require(target, overwrite=overwrite, inputs=[directory])
@@ -67,16 +72,18 @@ def export(
     source = _source_of(record, part, directory)
     checkpoint = open_checkpoint(directory)
     rules = family.rules_of(config, record.get("layout", ""))
-    beside = read_side_file(directory) if part == MAIN else {}
-    changed = changed_by_merges(directory)
-    tensors, lost = original_tensors(checkpoint, rules, config, record, part, beside, changed)
+    beside = read_side_file(directory) if part in (MAIN, ALL) else {}
+    changed = changed_by_merges(directory) | set(record.get(CHANGED, ()))
+    frozen = getattr(family, "frozen", {}) if part == MAIN and not record else {}
+    tensors, lost = original_tensors(checkpoint, rules, config, record, part, beside, changed, frozen)
+    left_out = _left_out(checkpoint, rules, tensors, frozen)
     total = sum({tensor.storage_key: tensor.nbytes for tensor in tensors}.values())
     announce(total)
     job = _Job(
         directory, target, family, config, record.get("options", {}), source, tensors, total, overwrite, advance
     )
     _WRITERS[family.original_form](job)
-    return Export(target, len(tensors), total, lost)
+    return Export(target, len(tensors), total, lost, left_out)
 
 
 @dataclass(frozen=True)
@@ -131,9 +138,10 @@ _WRITERS: Mapping[OriginalForm, Callable[[_Job], None]] = {
 def _source_of(record: Mapping[str, Any], part: str, directory: Path) -> Mapping[str, Any]:
     """What the record says of the source `part`. Raises UsageError for one that it does not know."""
     sources = record.get("sources", {})
-    if sources and part not in sources:
-        raise UsageError(f"{directory} was not made of a source {part!r}; it was made of {', '.join(sources)}.")
-    found: Mapping[str, Any] = sources.get(part, {})
+    if part != ALL and sources and part not in sources:
+        known = ", ".join(sources)
+        raise UsageError(f"{directory} was not made of a source {part!r}; it was made of {known} (or say {ALL}).")
+    found: Mapping[str, Any] = sources.get(MAIN if part == ALL else part, {})
     return found
 
 
@@ -145,14 +153,17 @@ def original_tensors(
     part: str = MAIN,
     beside: Mapping[str, TensorRef] | None = None,
     changed: Set[str] = frozenset(),
+    frozen: Mapping[str, str] | None = None,
 ) -> tuple[list[Outgoing], dict[str, str]]:
     """(the original's tensors, in the original's order where a record tells it; what is lost by tensor). `beside` are
-    those that stand in the side file. What another source than `part` gave is left out, unless it is among the native
-    tensors that were `changed` since. Raises CoverageError."""
+    those that stand in the side file. What another source than `part` gave, and what has a name that begins as one of
+    `frozen`, is left out, unless it is among the native tensors that were `changed` since. Raises CoverageError."""
     filled = {name for step in record.get("steps", ()) if not step["from"] for name in step["to"]}
     found, lost = _reversed_rules(checkpoint, rules, filled)
     found |= {name: Outgoing.of(name, ref, storage=name) for name, ref in (beside or {}).items()}
     recorded = {name: source["tensors"] for name, source in record.get("sources", {}).items()}
+    if part == ALL:
+        recorded = {ALL: {name: dtype for tensors in recorded.values() for name, dtype in tensors.items()}}
     dtypes: Mapping[str, str] = recorded.get(part, {})
     names = list(dtypes) or None
     derived = _derived_names(rules, names)
@@ -169,11 +180,12 @@ def original_tensors(
             continue
         tensor = value.compute(config, name)
         found[name] = Outgoing.of(name, tensor, getattr(torch, dtypes[name]) if name in dtypes else None)
-    order = [name for name in names or found if name in found]
-    written = {found[name].storage_key for name in order}
     elsewhere = {name for source, tensors in recorded.items() if source != part for name in tensors}
+    elsewhere |= {name for name in found if name.startswith(tuple(frozen or ()))}
     if part == MAIN:
         elsewhere -= _sources_of(changed, rules)
+    order = [name for name in names or found if name in found and (names or name not in elsewhere)]
+    written = {found[name].storage_key for name in order}
     # What a fine-tune added stands behind what the original had; a further name of a tied tensor is nothing new.
     known = set(order) | elsewhere
     added = [name for name in found if name not in known and found[name].storage_key not in written]
@@ -197,6 +209,18 @@ def changed_by_merges(directory: Path) -> frozenset[str]:
         base = record.get("base")
         record = base.get("merged") if isinstance(base, Mapping) else None
     return frozenset(found)
+
+
+def _left_out(
+    checkpoint: Checkpoint, rules: RuleTable, tensors: Sequence[Outgoing], frozen: Mapping[str, str]
+) -> dict[str, str]:
+    """Why tensors whose names begin as one of `frozen` are not among those that are written, where some are not."""
+    own, written = _sources_of(set(checkpoint), rules), {tensor.name for tensor in tensors}
+    return {
+        start: why
+        for start, why in frozen.items()
+        if any(name.startswith(start) and name not in written for name in own)
+    }
 
 
 def _sources_of(native: Set[str], rules: RuleTable) -> set[str]:

@@ -62,7 +62,9 @@ class SourceModel:
 class ConversionStage(Protocol):
     """One family's knowledge of its checkpoints. Implementations hold no state.
 
-    `original_form` is what exports are.
+    `original_form` is what exports are. A stage may also have `frozen`: beginnings of original names that the
+    original's trainer never trains nor saves, with where the original takes these tensors from. An export of a
+    directory without a record leaves them out.
     """
 
     name: str

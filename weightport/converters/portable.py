@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
 class AutoMap:
-    """Where `trust_remote_code` finds a class: an `auto_map` entry of a settings file, or of an object inside it."""
+    """Where `trust_remote_code` finds a class: an `auto_map` entry of a settings file, or of an object inside it.
+
+    `architectures`: the entry is for models whose config.json names one of them; empty for every model of the family.
+    """
 
     file: str
     within: str | None
     auto_class: str
     reference: str
+    architectures: tuple[str, ...] = ()
+
+
+def entries_for(config: Mapping[str, Any], entries: Sequence[AutoMap]) -> tuple[AutoMap, ...]:
+    """The entries that a model of this config.json needs; none where transformers has its class."""
+    own = set(config.get("architectures") or ())
+    return tuple(entry for entry in entries if not entry.architectures or own & set(entry.architectures))
 
 
 def write_portable_code(folder: Path, package: str, entries: Sequence[AutoMap]) -> None:

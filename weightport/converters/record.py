@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,6 @@ from weightport.converters.family import SourceModel
 from weightport.converters.plan import Plan
 from weightport.errors import CheckpointError
 from weightport.hashing import FileDigest
-from weightport.tokenizers.provenance import Provenance
 from weightport.version import __version__
 from weightport.writing import own_file
 from weightport.writing.safetensors_shards import WrittenFile
@@ -24,8 +23,11 @@ from weightport.writing.safetensors_shards import WrittenFile
 if TYPE_CHECKING:
     import torch
 
+    from weightport.tokenizers.provenance import Provenance
+
 FILE = "conversion.json"
 FORMAT = 2
+CHANGED = "changed"
 
 
 def conversion_record(
@@ -101,6 +103,18 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
 
 def _text(record: Mapping[str, Any]) -> str:
     return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+
+
+def note_changes(folder: Path, names: Iterable[str]) -> None:
+    """Note in a directory's record which of its tensors are no longer those that the conversion wrote, beside those
+    noted before: an export of one source takes them along, whichever source gave them. Nothing where there is no
+    record, or one source."""
+    record = read_record(folder)
+    if record is None or len(record["sources"]) < 2:
+        return
+    record[CHANGED] = sorted({*record.get(CHANGED, ()), *names})
+    with own_file(folder / FILE) as path:
+        path.write_text(_text(record), encoding="utf-8")
 
 
 def link_parity(folder: Path, passed: bool, verdict: str, files: Mapping[str, Path]) -> None:

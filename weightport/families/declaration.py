@@ -19,6 +19,7 @@ from weightport.families.signature import Signature
 if TYPE_CHECKING:
     from weightport.checkpoints import Checkpoint
     from weightport.converters.family import ConversionStage
+    from weightport.finetuning.evaluation.retrieval import RetrievalStage
     from weightport.finetuning.family import Family as TrainingStage
     from weightport.parity.family import Family as ParityTable
 
@@ -53,7 +54,8 @@ class Family:
 
     What it takes: `options` (its own type), `sources` beside the main checkpoint.
 
-    Its stages, as `module:attribute`: `conversion`, `parity`, `training`; None where it has none. `about_stage` is a
+    Its stages, as `module:attribute`: `conversion`, `parity`, `training`; None where it has none. `retrieval_stage` is
+    a function (config.json) → the stage of models for image-text retrieval, None for others. `about_stage` is a
     function (checkpoint) → sentences on which of the family's releases it is, for `weightport inspect`.
 
     What engines need of it as data: `bare` (options with which a checkpoint is only looked at), `portable` (auto_map
@@ -71,6 +73,7 @@ class Family:
     conversion_stage: str
     parity_stage: str | None = None
     training_stage: str | None = None
+    retrieval_stage: str | None = None
     about_stage: str | None = None
     signatures: tuple[Signature, ...] = ()
     options: type[ConversionOptions] = ConversionOptions
@@ -117,6 +120,12 @@ class Family:
         has a method `of` that gives the one. Raises FamilyError where the family has none."""
         stage: Any = self.training
         return cast("TrainingStage", stage.of(config) if hasattr(stage, "of") else stage)
+
+    def retrieval_of(self, config: Mapping[str, Any]) -> RetrievalStage | None:
+        """The stage of a native model of this config.json that finds texts by pictures; None for other models."""
+        if self.retrieval_stage is None:
+            return None
+        return cast("RetrievalStage | None", self._stage("retrieval", self.retrieval_stage)(config))
 
     def about(self, checkpoint: Checkpoint) -> tuple[str, ...]:
         """What the family says of a checkpoint that it recognises."""

@@ -21,6 +21,7 @@ from weightport.model_directory import check_model_directory
 
 if TYPE_CHECKING:
     from weightport.checkpoints import Checkpoint
+    from weightport.finetuning.evaluation.retrieval import RetrievalStage
     from weightport.finetuning.family import Family as TrainingStage
 
 GROUP = "weightport.families"
@@ -41,9 +42,9 @@ STRANGERS = (
     Signature("BART (fairseq)", r"(model\.)?encoder\.sentence_encoder\..+|(model\.)?encoder\.layers\.0\.fc1\.weight"),
     Signature("a LoRA adapter", r".+\.lora_A\.(.+\.)?weight"),
     Signature(
-        "a variant of moondream2 (2025), whose out_proj matrices read what goes into attention instead of what comes "
-        "out of it, so that no merged weight computes the same",
-        r".+\.mixer\.out_proj\.parametrizations\.weight\.0\.A",
+        "a variant of moondream2 (2025), which is no model by itself: port-moondream2 SOURCE OUT --variant FILE "
+        "merges it into its base",
+        r"text_model\.transformer\.h\.\d+\.(mixer|mlp)\..+\.parametrizations\.weight\.0\.A",
     ),
 )
 """Checkpoints that people hand over and no family converts: for error messages."""
@@ -101,9 +102,7 @@ class FamilyRegistry:
         """Raise CheckpointError, saying what to do, unless `directory` can be a native model: it is not there, an
         adapter, an original checkpoint that is not converted yet, or has no config.json. No weights are read, and of a
         directory with a record of its conversion no family is asked whether it is an original."""
-        from weightport.converters.record import FILE
-
-        known = not directory.exists() or (directory / FILE).is_file()
+        known = not directory.exists() or self.is_recorded(directory)
         family = None if known else self.original(directory)
         if family is not None:
             raise CheckpointError(
@@ -111,6 +110,13 @@ class FamilyRegistry:
                 f"{family.command} {directory} OUT"
             )
         check_model_directory(directory)
+
+    @staticmethod
+    def is_recorded(directory: Path) -> bool:
+        """Whether the directory has a record of its conversion."""
+        from weightport.converters.record import FILE
+
+        return (directory / FILE).is_file()
 
     def original(self, path: Path) -> Family | None:
         """The family of an original checkpoint; None for anything else."""
@@ -126,6 +132,13 @@ class FamilyRegistry:
         from weightport.checkpoints.formats.sharded import read_json
 
         return self.of_directory(directory).training_of(read_json(directory / "config.json"))
+
+    def retrieval_of(self, directory: Path) -> RetrievalStage | None:
+        """The stage for a model in `directory` that finds texts by pictures; None for other models. Raises as
+        `of_directory`."""
+        from weightport.checkpoints.formats.sharded import read_json
+
+        return self.of_directory(directory).retrieval_of(read_json(directory / "config.json"))
 
     def of_directory(self, directory: Path) -> Family:
         """The family of a native model directory, by its config.json. Raises CheckpointError for what is none,

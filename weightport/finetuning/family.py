@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel
 
+from weightport.errors import DataError
 from weightport.finetuning.data.samples import Objects, Sample
 from weightport.finetuning.features.cached_part import CachedPart
 from weightport.finetuning.recipes.settings import BatchSettings
@@ -72,7 +73,8 @@ class Family(Protocol):
     A family may also have: `of`, which takes a config.json and gives the stage for its model, where models of the
     family differ; `counts_padding`, that it makes labels of padding itself where `batch.count_padding` asks for it,
     causal or not; `mean_of_batch`, that the model's own loss is the mean of one batch whatever makes a step, so that
-    Trainer has to compute it.
+    Trainer has to compute it; `text_only`, True where a sample may have no picture; `holds_turns`, which takes the
+    processor and says whether its prompts hold the earlier questions and answers of a chat.
     """
 
     name: str
@@ -118,6 +120,20 @@ class Family(Protocol):
 
     def read(self, processor: Any, batch: BatchSettings, ids: torch.Tensor, size: tuple[int, int] | None) -> Answer:
         """The answer in generated ids [length], without the prompt's, about an image of `size` (width, height)."""
+
+
+def prompt_of(family: Family, processor: Any, batch: BatchSettings, sample: Sample) -> str:
+    """What the model is asked. Raises DataError, naming the sample's place, for one that the family's prompts cannot
+    hold: text alone, or a chat of several turns."""
+    if sample.picture is None and not getattr(family, "text_only", False):
+        raise DataError(f"{sample.place}: a sample without a picture, and {family.name} is asked about pictures.")
+    holds_turns = getattr(family, "holds_turns", None)
+    if sample.history and not (holds_turns is not None and holds_turns(processor)):
+        raise DataError(
+            f"{sample.place}: an answer after {len(sample.history)} others of a chat, and the prompts of this "
+            f"{family.name} model hold one question. Ask each question by itself with data.turns=alone."
+        )
+    return family.prompt(processor, batch, sample)
 
 
 def shortened(tokenizer: Any, text: str, tokens: int | None) -> str:

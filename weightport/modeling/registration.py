@@ -7,12 +7,13 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForZeroShotImageClassification,
     AutoProcessor,
     Blip2Processor,
 )
 
 from .blip2_lavis.configuration_blip2_lavis import Blip2LavisConfig
-from .blip2_lavis.modeling_blip2_lavis import Blip2LavisForConditionalGeneration
+from .blip2_lavis.modeling_blip2_lavis import Blip2LavisForConditionalGeneration, Blip2LavisForImageTextRetrieval
 from .florence2.chat_templates import accept_chat_templates
 from .moondream.configuration_moondream import MoondreamConfig
 from .moondream.image_processing_moondream import MoondreamImageProcessor
@@ -37,6 +38,7 @@ MODELS = (
     (AutoModelForMultimodalLM, MoondreamConfig, MoondreamForConditionalGeneration),
     (AutoModelForImageTextToText, Blip2LavisConfig, Blip2LavisForConditionalGeneration),
     (AutoModelForMultimodalLM, Blip2LavisConfig, Blip2LavisForConditionalGeneration),
+    (AutoModelForZeroShotImageClassification, Blip2LavisConfig, Blip2LavisForImageTextRetrieval),
 )
 
 IMAGE_PROCESSORS = ((OFAConfig, OFAImageProcessor), (MoondreamConfig, MoondreamImageProcessor))

@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from weightport.checkpoints import open_checkpoint
 from weightport.errors import CheckpointError, ConfigurationError, CoverageError
 from weightport.parity.family import Family
 from weightport.parity.streaming import stream_weights
-
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Floating-point types by their names in a safetensors header."""
 
 
 def load_native(
@@ -81,15 +79,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _narrower(directory: Path, dtype: torch.dtype) -> torch.dtype:
-    """The type that holds every floating-point tensor of the directory's safetensors files, by their headers: `dtype`
-    itself where that is no narrower."""
-    stored: set[torch.dtype] = set()
-    for path in sorted(directory.glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt") as file:
-                names = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is not a readable safetensors file: {error}.") from error
-        stored |= {FLOATS[name] for name in names if name in FLOATS}
+    """The type that holds every floating-point tensor of the model in `directory`: `dtype` itself where that is no
+    narrower. Files beside the weights (a reference, an adapter) are none of it."""
+    stored = {ref.dtype for ref in open_checkpoint(directory).values() if ref.dtype.is_floating_point}
     widest = reduce(torch.promote_types, stored) if stored else dtype
     return widest if widest != dtype and torch.promote_types(widest, dtype) == dtype else dtype

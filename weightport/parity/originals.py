@@ -39,7 +39,8 @@ class Originals:
         shorter = (name.removeprefix(f"{section}.") for section in self.sections)
         claim = next((claim for each in (name, *shorter) for claim in self.rules.of_source(each)), None)
         if claim is None:
-            return None
+            # What the native model has no place for, and the family computes with all the same.
+            return native.get(name)
         rule, layers = claim.rule, 1
         if rule.stacked == "targets":
             # As many layers as the model has.

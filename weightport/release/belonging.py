@@ -10,6 +10,7 @@ from typing import Any
 
 from weightport.converters.side_file import SIDE_FILE
 from weightport.errors import CheckpointError, UsageError
+from weightport.integrity.recorded_hashes import SUMS
 from weightport.local_paths import target_outside
 
 CONFIGURATION = frozenset({
@@ -67,7 +68,7 @@ def belonging(folder: Path, weights: Sequence[Path], include: Sequence[str] = ()
 
 def left_out(folder: Path, published: Mapping[str, Path]) -> tuple[str, ...]:
     """What lies in the folder and is not published; folders end with a slash."""
-    inside = {name.partition("/")[0] for name in published} | {"README.md"}
+    inside = {name.partition("/")[0] for name in published} | {"README.md", SUMS}
     return tuple(
         f"{path.name}/" if path.is_dir() else path.name for path in sorted(folder.iterdir()) if path.name not in inside
     )

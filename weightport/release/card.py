@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightport.release.checking import CheckedDirectory
-from weightport.release.usage import usage
+from weightport.release.usage import hub_task, usage
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
 
@@ -51,7 +51,7 @@ def _metadata(found: CheckedDirectory, options: CardOptions) -> str:
     fields: dict[str, Any] = {
         "license": options.licence,
         "library_name": "transformers",
-        "pipeline_tag": found.family.hub_task if found.family else None,
+        "pipeline_tag": hub_task(found),
         "base_model": base,
         "base_model_relation": ("merge" if merged else "finetune") if base else None,
         "language": list(options.language) or None,
@@ -70,7 +70,7 @@ def _model_index(found: CheckedDirectory, repo: str) -> list[dict[str, Any]] | N
     if not data or not metrics:
         return None
     result = {
-        "task": {"type": found.family.hub_task if found.family else "image-text-to-text"},
+        "task": {"type": hub_task(found) or "image-text-to-text"},
         "dataset": {"name": data["name"], "type": data["name"]},
         "metrics": [{"type": name, "value": value} for name, value in metrics.items() if name != "eval_loss"],
     }
@@ -156,7 +156,7 @@ def _merge(found: CheckedDirectory) -> str:
     if not record:
         return ""
     rows = [
-        (str(a.get("name")), f"{a.get('weight'):g}", str(a.get("rank")), f"{a.get('alpha'):g}", str(a.get("modules")))
+        (str(a.get("name")), *(_stated(a.get(key)) for key in ("weight", "rank", "alpha", "modules")))
         for a in record.get("adapters", ())
     ]
     text = (
@@ -172,6 +172,10 @@ def _merge(found: CheckedDirectory) -> str:
             [(seam["seam"], f"{seam['difference']:.1e}", f"{seam['scale']:.1e}") for seam in shown],
         )
     return text
+
+
+def _stated(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, (int, float)) else "–"
 
 
 CARD_SEAMS = ("vision", "projector", "encoder", "logits", "loss", "sequences", "scores")

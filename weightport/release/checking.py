@@ -10,12 +10,18 @@ from typing import Any
 import torch
 
 from weightport.adapters.base.base_model import Base
-from weightport.checkpoints import open_checkpoint
+from weightport.checkpoints import Checkpoint, open_checkpoint
 from weightport.checkpoints.formats.sharded import read_json
 from weightport.converters.native import loadable_tensors
+from weightport.converters.portable import AutoMap, entries_for
 from weightport.converters.record import read_record
 from weightport.errors import CheckpointError, ConfigurationError, CoverageError
 from weightport.hashing import BackgroundDigests
+from weightport.integrity.companions import check_companions
+from weightport.integrity.file_hashes import require_recorded
+from weightport.integrity.findings import Severity
+from weightport.integrity.known_faults import known_faults
+from weightport.integrity.structure import load_on_meta
 from weightport.local_paths import shortened_values
 from weightport.release.belonging import RECORDS, belonging, left_out
 from weightport.release.family import PublishedFamily
@@ -28,7 +34,7 @@ class CheckedDirectory:
     """A directory that may be published. `published` are the files that belong to the model by their names on the
     Hub, `left_out` what lies there beside them. `dtype` holds most bytes; `hashes` are the weights' SHA-256 and
     `stamps` tell whether they changed since; `records` are its JSON records by file
-    name, without paths of this machine."""
+    name, without paths of this machine; `warnings` say what a reader should know before it is public."""
 
     path: Path
     config: Mapping[str, Any]
@@ -40,11 +46,17 @@ class CheckedDirectory:
     stamps: Mapping[Path, Stamp]
     records: Mapping[str, Any]
     family: PublishedFamily | None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def code(self) -> tuple[AutoMap, ...]:
+        """Which modeling code the model needs beside the weights; empty where transformers has its class."""
+        return () if self.family is None else entries_for(self.config, self.family.portable)
 
     @property
     def needs_code(self) -> bool:
         """Whether transformers has no class of its own for the model."""
-        return self.family is not None and bool(self.family.portable)
+        return bool(self.code)
 
 
 def stamp(path: Path) -> Stamp:
@@ -94,11 +106,14 @@ def check_directory(
     if (conversion := read_record(directory)) is not None:
         records["conversion.json"] = shortened_values(conversion)
     _require_tokenizer(directory, config)
+    _require_fitting(directory, config, checkpoint, family)
     weights = [file for file in checkpoint.files if file.suffix == ".safetensors"]
     stamps = {file: stamp(file) for file in weights}
     with BackgroundDigests(weights) as digests:
         hashes = {digest.name: digest.sha256 for digest in digests.result(checkpoint.states)}
-    _require_recorded(directory, hashes, records)
+    changed = require_recorded(directory, hashes, published)
+    warnings = [f"{name}: was changed since it was written, or is damaged" for name in changed]
+    warnings += [each.line for each in known_faults(config, records.get("training.json"))]
     sizes: dict[torch.dtype, int] = {}
     for ref in checkpoint.values():
         sizes[ref.dtype] = sizes.get(ref.dtype, 0) + ref.nbytes
@@ -113,6 +128,7 @@ def check_directory(
         stamps,
         records,
         family,
+        tuple(warnings),
     )
 
 
@@ -168,17 +184,13 @@ def _require_tokenizer(directory: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _require_recorded(directory: Path, hashes: Mapping[str, str], records: Mapping[str, Any]) -> None:
-    """The weights are those that the last record speaks of."""
-    name = "merge.json" if "merge.json" in records else "conversion.json"
-    record = records.get(name)
-    recorded = record.get("files") if isinstance(record, Mapping) else None
-    if "training.json" in records and name == "conversion.json":
-        # Training came after the conversion.
-        return
-    for entry in recorded if isinstance(recorded, list) else ():
-        if isinstance(entry, Mapping) and entry.get("file") in hashes and hashes[entry["file"]] != entry.get("sha256"):
-            raise CheckpointError(
-                f"{directory / entry['file']} has the SHA-256 {hashes[entry['file']][:12]}…, but {name} was written "
-                f"for {str(entry.get('sha256'))[:12]}…: the weights changed since. Remove {name} if that was meant."
-            )
+def _require_fitting(
+    directory: Path, config: Mapping[str, Any], checkpoint: Checkpoint, family: PublishedFamily | None
+) -> None:
+    """The model takes every tensor, and what the tokenizer and the processor make."""
+    loaded, findings = load_on_meta(directory, config, checkpoint)
+    if loaded is not None and not findings:
+        findings = check_companions(directory, loaded, family)[1]
+    wrong = [each.line for each in findings if each.severity is Severity.WRONG]
+    if wrong:
+        raise CoverageError(f"{directory}: its parts do not belong together:\n      " + "\n      ".join(wrong))

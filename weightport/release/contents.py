@@ -6,17 +6,19 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from weightport.converters.portable import write_portable_code
 from weightport.errors import CheckpointError, UsageError
 from weightport.hub import without_secrets
+from weightport.integrity.recorded_hashes import SUMS, sums
 from weightport.local_paths import shortened, shortened_values
 from weightport.release.belonging import CONFIGURATION, RECORDS, REPORTS
 from weightport.release.checking import CheckedDirectory
 from weightport.writing import own_file
+from weightport.writing.ownership import is_own_file
 
 CARD = "README.md"
 _SEAL = "<!-- Written by port-release; SHA-256 of the text above: {} -->"
@@ -26,7 +28,7 @@ _TEXTS = (*CONFIGURATION, *RECORDS, *REPORTS)
 @dataclass(frozen=True)
 class PublishedFile:
     """One file on the Hub: the bytes at `path`, or `content`. `sha256` where it is known; `note` says what differs
-    from the directory's file."""
+    from the directory's file; `made`: a release writes it, into the directory too."""
 
     name: str
     size: int
@@ -34,6 +36,7 @@ class PublishedFile:
     content: bytes | None = None
     sha256: str | None = None
     note: str | None = None
+    made: bool = False
 
 
 def contents(checked: CheckedDirectory, card: str) -> tuple[PublishedFile, ...]:
@@ -51,18 +54,27 @@ def contents(checked: CheckedDirectory, card: str) -> tuple[PublishedFile, ...]:
             if after != before:
                 content, note = after, "local paths shortened"
         if content is not None:
-            found.append(PublishedFile(name, len(content), content=content, note=note))
+            found.append(PublishedFile(name, len(content), content=content, note=note, made=name in made))
         elif path is not None:
             found.append(PublishedFile(name, path.stat().st_size, path=path, sha256=checked.hashes.get(name)))
-    return tuple(found)
+    hashes = sums({file.name: file.sha256 or _sha256(file) for file in found}).encode("utf-8")
+    found.append(PublishedFile(SUMS, len(hashes), content=hashes, made=True))
+    return tuple(sorted(found, key=lambda file: file.name))
 
 
-def write_into(checked: CheckedDirectory, card: str) -> None:
-    """Put the card and the code into the directory as well, so that it is what was published. Raises UsageError when a
-    card of the user's own stands there."""
-    for name, content in {**_code(checked), CARD: card.encode("utf-8")}.items():
-        with own_file(checked.path / name) as work:
-            work.write_bytes(content)
+def write_into(checked: CheckedDirectory, files: Sequence[PublishedFile]) -> None:
+    """Put what the release made (card, code, hashes) into the directory as well, so that it is what was published."""
+    for file in files:
+        if file.made and file.content is not None:
+            with own_file(checked.path / file.name) as work:
+                work.write_bytes(file.content)
+
+
+def _sha256(file: PublishedFile) -> str:
+    if file.content is not None:
+        return hashlib.sha256(file.content).hexdigest()
+    with Path(str(file.path)).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sealed(card: str) -> str:
@@ -83,18 +95,25 @@ def require_own_card(checked: CheckedDirectory) -> None:
         )
 
 
+def require_own_sums(checked: CheckedDirectory) -> None:
+    """Raises UsageError when the directory's SHA256SUMS is somebody else's: it would be lost."""
+    path = checked.path / SUMS
+    if path.exists() and not is_own_file(path):
+        raise UsageError(f"{path} is not one that port-release wrote, and would be replaced. Move it away.")
+
+
 def _code(checked: CheckedDirectory) -> Mapping[str, bytes]:
     """The modeling files that the release gets because transformers has none for the family, and the settings that
     name them."""
     family = checked.family
-    if family is None or family.portable_code is None:
+    if family is None or family.portable_code is None or not checked.code:
         return {}
     with tempfile.TemporaryDirectory(prefix="weightport-code-") as name:
         folder = Path(name)
-        for settings in {entry.file for entry in family.portable}:
+        for settings in {entry.file for entry in checked.code}:
             if (checked.path / settings).is_file():
                 shutil.copyfile(checked.path / settings, folder / settings)
-        write_portable_code(folder, family.portable_code, family.portable)
+        write_portable_code(folder, family.portable_code, checked.code)
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 

@@ -13,7 +13,7 @@ from weightport.errors import CheckpointError, OutputError, UsageError
 from weightport.hub import HUB_ERRORS, endpoint, reason, refused, scrubbed_logs, shareable
 from weightport.release.card import CardOptions, model_card
 from weightport.release.checking import CheckedDirectory, check_directory, require_unchanged
-from weightport.release.contents import PublishedFile, contents, require_own_card, sealed, write_into
+from weightport.release.contents import PublishedFile, contents, require_own_card, require_own_sums, sealed, write_into
 from weightport.release.family import PublishedFamily
 
 if TYPE_CHECKING:
@@ -68,11 +68,12 @@ def release(
     licence = _licence(checked, options)
     card = sealed(_card(checked, CardOptions(options.repo, licence, options.base_model, options.language)))
     require_own_card(checked)
+    require_own_sums(checked)
     files = contents(checked, card)
     announce(checked, files)
     if options.dry_run:
         return Release(checked, card, files, None)
-    write_into(checked, card)
+    write_into(checked, files)
     return Release(checked, card, files, _upload(checked, files, options, api))
 
 

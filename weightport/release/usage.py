@@ -9,8 +9,11 @@ _PROCESSORS = frozenset({"processor_config.json", "preprocessor_config.json"})
 # What to ask of a model whose family does not say, as Python.
 _WORDS = '"What is this?"'
 
+RETRIEVAL = "AutoModelForZeroShotImageClassification"
+"""Of models that say how well a picture and a text fit."""
+
 _CODE_NOTE = (
-    "\n\nTransformers has no class for this family: the modeling code is in the repository and is run with "
+    "\n\nTransformers has no class for this model: the modeling code is in the repository and is run with "
     "`trust_remote_code=True`. Read it first, or install weightport and leave the argument out."
 )
 
@@ -20,7 +23,7 @@ def usage(found: CheckedDirectory, repo: str) -> str:
     remote = ", trust_remote_code=True" if found.needs_code else ""
     automodel = auto_class(found)
     reader = "AutoProcessor" if _PROCESSORS & set(found.published) else "AutoTokenizer"
-    pictures = automodel == "AutoModelForImageTextToText"
+    pictures = automodel in ("AutoModelForImageTextToText", RETRIEVAL)
     lines = [
         *(["from PIL import Image"] if pictures else []),
         f"from transformers import {automodel}, {reader}",
@@ -30,14 +33,22 @@ def usage(found: CheckedDirectory, repo: str) -> str:
         "",
     ]
     prompt = (found.family.card_prompt if found.family else None) or _WORDS
-    if pictures:
+    if automodel == RETRIEVAL:
+        lines += [
+            'image = Image.open("image.jpg").convert("RGB")',
+            'texts = ["a photo of a cat", "a photo of a dog"]',
+            'inputs = processor(images=image, text=texts, padding=True, return_tensors="pt").to(model.dtype)',
+        ]
+    elif pictures:
         lines += [
             'image = Image.open("image.jpg").convert("RGB")',
             f'inputs = processor(images=image, text={prompt}, return_tensors="pt").to(model.dtype)',
         ]
     else:
         lines += [f'inputs = processor({_WORDS}, return_tensors="pt")']
-    if automodel == "AutoModel":
+    if automodel == RETRIEVAL:
+        lines += ["print(dict(zip(texts, model(**inputs).logits_per_image[0].tolist())))  # similarity of each text"]
+    elif automodel == "AutoModel":
         lines += ["outputs = model(**inputs)", "print({name: value.shape for name, value in outputs.items()})"]
     else:
         asked = [] if has_encoder(found) else ['ids = ids[:, inputs["input_ids"].shape[1] :]  # without the prompt']
@@ -48,6 +59,13 @@ def usage(found: CheckedDirectory, repo: str) -> str:
         ]
     note = _CODE_NOTE if found.needs_code else ""
     return "## Use\n\n```python\n" + "\n".join(lines) + f"\n```{note}"
+
+
+def hub_task(found: CheckedDirectory) -> str | None:
+    """What the Hub calls the model's task; None where the model is of no family."""
+    if auto_class(found) == RETRIEVAL:
+        return "zero-shot-image-classification"
+    return found.family.hub_task if found.family else None
 
 
 def has_encoder(found: CheckedDirectory) -> bool:
@@ -66,6 +84,8 @@ def has_encoder(found: CheckedDirectory) -> bool:
 def auto_class(found: CheckedDirectory) -> str:
     """The Auto class that loads the directory's architecture with what it generates by."""
     name = str((found.config.get("architectures") or [""])[0])
+    if name.endswith("ForImageTextRetrieval"):
+        return RETRIEVAL
     if "vision_config" in found.config or found.needs_code or _PROCESSORS & set(found.published):
         generates = name.endswith(("ForConditionalGeneration", "ForImageTextToText")) or found.needs_code
         return "AutoModelForImageTextToText" if generates else "AutoModel"

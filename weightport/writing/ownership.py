@@ -1,12 +1,13 @@
 """What weightport wrote and what is the user's: the record in every folder that it writes, the mark in single files.
 
-A folder's `.weightport.json` lists each file with its size and the time of its last change. A file that is not listed,
-or that changed since, is the user's. Files that stand alone (an exported checkpoint, a parity report) name their maker
-within.
+A folder's `.weightport.json` lists each file with its size, the time of its last change and its SHA-256, and ends with
+the hash of that list. A file that is not listed, or that changed since, is the user's. Files that stand alone (an
+exported checkpoint, a parity report) name their maker within.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -18,9 +19,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from weightport.version import __version__
+from weightport.writing.written_hashes import sha256_of
 
 RECORD = ".weightport.json"
 FORMAT = 1
+_SEAL = "sha256"
 MADE_BY = f"made by weightport {__version__}"
 """What a file that stands alone holds within its first or last LOOK bytes."""
 LOOK = 4096
@@ -32,7 +35,8 @@ _SECOND = 10**9
 
 @dataclass(frozen=True)
 class FolderRecord:
-    """What `.weightport.json` says. files: (bytes, nanoseconds of the last change) by path within the folder. also:
+    """What `.weightport.json` says. files: (bytes, nanoseconds of the last change) by path within the folder. hashes:
+    SHA-256 by path; records of earlier versions have none. also:
     patterns of paths that are weightport's whatever they hold, such as a run's checkpoints. replaces: the hidden name
     of the folder that stood here before and comes back unless this one gets as far as its first checkpoint; carried:
     folders within that go back with it."""
@@ -41,14 +45,16 @@ class FolderRecord:
     also: tuple[str, ...] = ()
     replaces: str = ""
     carried: tuple[str, ...] = ()
+    hashes: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Stranger:
-    """Something in a folder that weightport did not write, or not as it is now."""
+    """Something in a folder that weightport did not write, or, `recorded`, not as it is now."""
 
     path: str
     why: str
+    recorded: bool = False
 
 
 def is_working_name(name: str) -> bool:
@@ -63,17 +69,21 @@ def contents(folder: Path) -> list[Path]:
 
 def record_folder(folder: Path, also: Sequence[str] = (), replaces: str = "", carried: Sequence[str] = ()) -> None:
     """Write the record of a folder whose files are finished."""
-    files = {
-        str(path.relative_to(folder)): _state(path) for path in _files(folder) if path.relative_to(folder) != _OWN
-    }
-    write_record(folder, FolderRecord(files, tuple(also), replaces, tuple(carried)))
+    paths = {str(path.relative_to(folder)): path for path in _files(folder) if path.relative_to(folder) != _OWN}
+    files = {name: _state(path) for name, path in paths.items()}
+    hashes = {name: sha256_of(path) for name, path in paths.items() if files[name] != _IRREGULAR}
+    write_record(folder, FolderRecord(files, tuple(also), replaces, tuple(carried), hashes))
 
 
 def record_file(path: Path) -> None:
     """Note that weightport wrote this file, where the folder it stands in has a record."""
     record = read_record(path.parent)
     if record is not None:
-        write_record(path.parent, replace(record, files={**record.files, path.name: _state(path)}))
+        state = _state(path)
+        hashes = {name: value for name, value in record.hashes.items() if name != path.name}
+        if state != _IRREGULAR:
+            hashes[path.name] = sha256_of(path)
+        write_record(path.parent, replace(record, files={**record.files, path.name: state}, hashes=hashes))
 
 
 def is_edited(path: Path) -> bool:
@@ -96,6 +106,7 @@ def read_record(folder: Path) -> FolderRecord | None:
             tuple(map(str, content.get("also", ()))),
             str(content.get("replaces", "")),
             tuple(map(str, content.get("carried", ()))),
+            {str(name): str(state[2]) for name, state in content["files"].items() if len(state) > 2},
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError):
         return None
@@ -103,22 +114,52 @@ def read_record(folder: Path) -> FolderRecord | None:
 
 def write_record(folder: Path, record: FolderRecord) -> None:
     """Write the record in one step."""
-    content = {
-        "format": FORMAT,
-        "about": "What weightport wrote here: size and time of every file. --overwrite replaces nothing else.",
-        "files": {name: list(state) for name, state in sorted(record.files.items())},
-        **({"also": list(record.also)} if record.also else {}),
-        **({"replaces": record.replaces} if record.replaces else {}),
-        **({"carried": list(record.carried)} if record.carried else {}),
-    }
     work = folder / f"{RECORD}.new"
     try:
-        work.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        work.write_text(_sealed(record), encoding="utf-8")
         os.replace(work, folder / RECORD)
     except BaseException:
         with suppress(OSError):
             work.unlink()
         raise
+
+
+def is_intact(folder: Path) -> bool:
+    """Whether the folder's record is, to the byte, as it was written. Records of earlier versions, which hold no
+    hashes, are where they can be read."""
+    record = read_record(folder)
+    if record is None:
+        return False
+    text = (folder / RECORD).read_text(encoding="utf-8")
+    content = json.loads(text)
+    digest = content.pop(_SEAL, None)
+    if digest is None:
+        return not record.hashes
+    return bool(digest == _digest(content) and text == _text({**content, _SEAL: digest}))
+
+
+def _sealed(record: FolderRecord) -> str:
+    """The record as text, the SHA-256 of what stands before it last."""
+    content = {
+        "format": FORMAT,
+        "about": "What weightport wrote here: size, time, SHA-256 of every file. --overwrite replaces nothing else.",
+        "files": {
+            name: [*state, *([record.hashes[name]] if name in record.hashes else [])]
+            for name, state in sorted(record.files.items())
+        },
+        **({"also": list(record.also)} if record.also else {}),
+        **({"replaces": record.replaces} if record.replaces else {}),
+        **({"carried": list(record.carried)} if record.carried else {}),
+    }
+    return _text({**content, _SEAL: _digest(content)})
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("ascii")).hexdigest()
+
+
+def _text(content: object) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def strangers(folder: Path) -> Iterator[Stranger]:
@@ -132,10 +173,10 @@ def strangers(folder: Path) -> Iterator[Stranger]:
             if not any(fnmatchcase(name, pattern) for pattern in record.also):
                 yield Stranger(name, "is not weightport's")
         elif not _unchanged(record.files[name], _state(path)):
-            yield Stranger(name, "was changed since weightport wrote it")
+            yield Stranger(name, "was changed since weightport wrote it", recorded=True)
     for each in _recorded_folders(folder):
         inner = each.relative_to(folder)
-        yield from (Stranger(str(inner / found.path), found.why) for found in strangers(each))
+        yield from (replace(found, path=str(inner / found.path)) for found in strangers(each))
 
 
 def is_own_file(path: Path) -> bool:
@@ -151,6 +192,7 @@ def is_own_file(path: Path) -> bool:
 
 
 _OWN = Path(RECORD)
+_IRREGULAR = (-1, 0)
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -174,7 +216,7 @@ def _recorded_folders(folder: Path) -> Iterator[Path]:
 def _state(path: Path) -> tuple[int, int]:
     """(bytes, time of the last change in nanoseconds) of a regular file; of anything else what no record holds."""
     found = path.lstat()
-    return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else (-1, 0)
+    return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else _IRREGULAR
 
 
 def _unchanged(recorded: tuple[int, int], found: tuple[int, int]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from weightport.adapters.base.base_model import Base
@@ -12,11 +12,18 @@ from weightport.checkpoints.formats.sharded import read_json
 from weightport.errors import AdapterError, CheckpointError
 
 
-def identify(base: Base, adapter: LoraAdapter, hashes: Iterable[str] | None) -> str:
+def states_base(adapter: LoraAdapter) -> bool:
+    """Whether the adapter says anything of the base it was trained on."""
+    known = recorded_base(adapter.path) is not None or _trained_architecture(adapter) is not None
+    return known or adapter.settings.base_model is not None
+
+
+def identify(base: Base, adapter: LoraAdapter, hashes: Iterable[str] | None, earlier: Sequence[str]) -> str:
     """In words, how it is known that `adapter` belongs to `base`; its modules and shapes fit already.
 
-    hashes: SHA-256 of the base's weight files, where they are known. Raises AdapterError where the adapter names
-    another architecture, or has recorded other weights.
+    hashes: SHA-256 of the base's weight files, where they are known. earlier: the adapter's modules under names
+    that the files or an earlier transformers have, and today's model has not. Raises AdapterError where the adapter
+    names another architecture, has recorded other weights, or says nothing of its base and has such names.
     """
     expected = recorded_base(adapter.path)
     if expected is not None and hashes is not None:
@@ -32,12 +39,40 @@ def identify(base: Base, adapter: LoraAdapter, hashes: Iterable[str] | None) -> 
     trained = _trained_architecture(adapter)
     if trained is not None and trained not in _architectures(base):
         _require_type(base, adapter, _type_of_class(trained), trained)
-    folder = Path(named) if named else None
-    if folder is not None and (folder / "config.json").is_file():
+    if not states_base(adapter):
+        _require_todays_names(base, adapter, earlier)
+    folder = _configuration_folder(named)
+    if folder is not None:
         if folder.resolve() == base.path.resolve():
             return "the base by its folder, architecture and shapes"
         _require_type(base, adapter, _type_in(folder), str(folder))
     return f"the base by architecture and shapes{said}" if trained else f"the base by names and shapes{said}"
+
+
+def _require_todays_names(base: Base, adapter: LoraAdapter, earlier: Sequence[str]) -> None:
+    # One class's names of yesterday are another's of today (Qwen2-VL's and Llama's), and shapes may agree.
+    if earlier and adapter.ported is None:
+        raise AdapterError(
+            f"{adapter.path} says nothing of its base, and peft would not load it into {base.path}: expected names of "
+            f"today's {', '.join(_architectures(base)) or base.model_type}, found {earlier[0]}. If it was trained on "
+            "this model under an earlier transformers, set base_model_name_or_path in its adapter_config.json to the "
+            "model's directory."
+        )
+
+
+def _configuration_folder(named: str | None) -> Path | None:
+    """Where the configuration of the base that the adapter names is at hand: its folder, or the Hub's cache."""
+    if not named:
+        return None
+    if (Path(named) / "config.json").is_file():
+        return Path(named)
+    try:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(named, "config.json")
+    except ValueError:  # no name that the Hub could have
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def _trained_architecture(adapter: LoraAdapter) -> str | None:

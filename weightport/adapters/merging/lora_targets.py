@@ -10,6 +10,7 @@ import torch
 from weightport.adapters.base.base_model import Base
 from weightport.adapters.merging.module_names import ModuleNames, Place, weight_of
 from weightport.adapters.merging.ties import TiedHead
+from weightport.adapters.reading.additive_tensors import ModuleDelta
 from weightport.adapters.reading.lora_tensors import LoraAdapter, ModuleAdapter
 from weightport.checkpoints import TensorRef
 from weightport.checkpoints.lazy_tensors import same_bits
@@ -35,12 +36,22 @@ class Part:
 @dataclass(frozen=True)
 class PairChange:
     """A pair of the adapter at position `adapter` of the command. `key`: what rank_pattern and alpha_pattern are
-    matched against, the module's name or, for a parameter, the parameter's."""
+    matched against, the module's name or, for a parameter, the parameter's. `times`: how often peft adds it."""
 
     adapter: int
     module: ModuleAdapter
     part: Part
     key: str
+    times: int = 1
+
+
+@dataclass(frozen=True)
+class DeltaChange:
+    """What an adapter of a method other than LoRA, at position `adapter` of the command, has for a module."""
+
+    adapter: int
+    delta: ModuleDelta
+    part: Part
 
 
 @dataclass
@@ -52,10 +63,12 @@ class Touched:
     biases: list[PairChange] = field(default_factory=list)
     whole: list[tuple[int, TensorRef, Part]] = field(default_factory=list)
     tokens: list[tuple[int, TensorRef, Sequence[int]]] = field(default_factory=list)
+    deltas: list[DeltaChange] = field(default_factory=list)
 
     @property
     def sources(self) -> tuple[str, ...]:
         modules = [change.key for change in (*self.pairs, *self.parameters)]
+        modules += [change.delta.module for change in self.deltas]
         rest = [change.module.bias.name for change in self.biases if change.module.bias is not None]
         return tuple(
             dict.fromkeys(
@@ -66,17 +79,26 @@ class Touched:
 
 def unresolved(names: ModuleNames, tied: TiedHead | None, adapter: LoraAdapter) -> list[str]:
     """The adapter's modules that the base has under no name, by the adapter's names."""
-    return [
-        module.module
-        for module in adapter.modules
-        if weight_of(names, module) is None
-        and _tied_place(names, tied, f"{module.module}.weight") is None
-        and not names.parameters(module.module, adapter.settings.target_parameters)
-    ] + [
-        name.rpartition(".")[0]
-        for name in adapter.whole
-        if names.find(name) is None and _tied_place(names, tied, name) is None
-    ]
+    return (
+        [
+            module.module
+            for module in adapter.modules
+            if weight_of(names, module) is None
+            and _tied_place(names, tied, f"{module.module}.weight") is None
+            and not names.parameters(module.module, adapter.settings.target_parameters)
+        ]
+        + [
+            delta.module
+            for delta in adapter.deltas
+            if names.find(f"{delta.module}.weight") is None
+            and _tied_place(names, tied, f"{delta.module}.weight") is None
+        ]
+        + [
+            name.rpartition(".")[0]
+            for name in adapter.whole
+            if names.find(name) is None and _tied_place(names, tied, name) is None
+        ]
+    )
 
 
 def gather(
@@ -87,6 +109,9 @@ def gather(
     for position, adapter in enumerate(adapters):
         for module in adapter.modules:
             found.pair(position, adapter, module)
+        for delta in adapter.deltas:
+            found.delta(position, delta)
+        found.require_both_projections(adapter)
         for key, ref in adapter.whole.items():
             found.whole(position, key, ref)
         for key, ref in adapter.token_bases.items():
@@ -136,7 +161,26 @@ class _Gathering:
             pairs = self._at(piece.stored).pairs
             if any(other.adapter == position and other.part.piece == piece for other in pairs):
                 self.lost.append(f"{module.module}: two modules of the adapter are {piece.stored} in the base")
-            pairs.append(PairChange(position, module, Part(place, piece), module.module))
+            # peft's layer for MultiheadAttention adds the pair of out_proj itself and lets that layer add it again.
+            times = 2 if module.owner is not None else 1
+            pairs.append(PairChange(position, module, Part(place, piece), module.key, times))
+
+    def require_both_projections(self, adapter: LoraAdapter) -> None:
+        """Of MultiheadAttention peft trains in_proj_weight and out_proj together."""
+        owners = {module.owner for module in adapter.modules}
+        for module in adapter.modules:
+            inside = self.names.find(f"{module.module}.in_proj_weight") is not None
+            if inside and self.names.find(f"{module.module}.weight") is None and module.module not in owners:
+                self.lost.append(f"{module.module}: the adapter is incomplete, it has no pair for its out_proj")
+
+    def delta(self, position: int, delta: ModuleDelta) -> None:
+        """What a method other than LoRA adds to a module's weight."""
+        place = self.names.find(f"{delta.module}.weight") or self._tied(f"{delta.module}.weight")
+        if place is None:
+            self.lost.append(self._reason(f"{delta.module}.weight"))
+            return
+        for piece in place.pieces:
+            self._at(piece.stored).deltas.append(DeltaChange(position, delta, Part(place, piece)))
 
     def _parameter(self, position: int, module: ModuleAdapter, parameters: Sequence[str]) -> None:
         # peft wraps a module once for each parameter, the first one innermost.
@@ -237,7 +281,7 @@ def _tied_place(names: ModuleNames, tied: TiedHead | None, name: str) -> Place |
 def require_all_layers(base: Base, names: ModuleNames, adapter: LoraAdapter) -> None:
     """An adapter has every module that its settings choose in the base: one that has not is incomplete, or was trained
     on another model, with fewer layers or without this one's towers."""
-    present = {module.module for module in adapter.modules}
+    present = set(adapter.targets)
     for known in (names.space.shapes if names.space is not None else (), base.checkpoint.tensors):
         modules = [name.removesuffix(".weight") for name in known if name.endswith(".weight")]
         if present <= set(modules):
@@ -279,7 +323,11 @@ def settle_ties(
     # peft trains single rows of tied places together where the configuration says at its top that they are tied.
     rows = embedding.tokens if embedding is not None else []
     apart = embedding is not None and (
-        embedding.pairs or embedding.parameters or embedding.whole or (rows and not tied.rows_together)
+        embedding.pairs
+        or embedding.deltas
+        or embedding.parameters
+        or embedding.whole
+        or (rows and not tied.rows_together)
     )
     if not others and head is None and not apart:
         return None
@@ -287,7 +335,7 @@ def settle_ties(
         del touched[tied.head]
         return None
     if not others and head is None and embedding is not None and (tied.rows_together or not rows):
-        positions = {change.adapter for change in (*embedding.pairs, *embedding.parameters)}
+        positions = {change.adapter for change in (*embedding.pairs, *embedding.parameters, *embedding.deltas)}
         positions |= {position for position, _, _ in embedding.whole}
         grown = any(ref.shape != tensors[tied.embedding].shape for _, ref, _ in embedding.whole)
         if grown or all(adapters[place].settings.ensure_weight_tying for place in positions):
@@ -330,7 +378,7 @@ def _resize_apart(
 def _one_tensor(place: Touched, embedding: Touched) -> bool:
     """Whether both are replaced by the same values and nothing else happens to the first."""
     whole = [ref for _, ref, _ in (*place.whole, *embedding.whole)]
-    only = not (place.pairs or place.parameters or place.tokens) and place.whole and embedding.whole
+    only = not (place.pairs or place.deltas or place.parameters or place.tokens) and place.whole and embedding.whole
     return bool(only) and all(same_bits(whole[0].read(), ref.read()) for ref in whole[1:])
 
 
@@ -338,7 +386,13 @@ def _one_change(head: Touched, embedding: Touched, tied: TiedHead) -> bool:
     """Whether the head is changed exactly as the embedding is."""
     if embedding.tokens and not tied.rows_together:
         return False
-    if bool(head.whole) != bool(embedding.whole) or len(head.pairs) != len(embedding.pairs) or head.parameters:
+    if (
+        bool(head.whole) != bool(embedding.whole)
+        or len(head.pairs) != len(embedding.pairs)
+        or head.parameters
+        or head.deltas
+        or embedding.deltas
+    ):
         return False
     whole = [ref for _, ref, _ in (*head.whole, *embedding.whole)]
     same_whole = all(same_bits(whole[0].read(), ref.read()) for ref in whole[1:])

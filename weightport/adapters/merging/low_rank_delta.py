@@ -63,6 +63,16 @@ class Vector:
 
 
 @dataclass(frozen=True)
+class Dense:
+    """Values [rows, columns] that are there already."""
+
+    values: torch.Tensor
+
+    def rows(self, start: int, stop: int, out: torch.Tensor) -> None:
+        out.copy_(self.values[start:stop])
+
+
+@dataclass(frozen=True)
 class Within:
     """A change of some rows and columns of the weight; nothing is added to the others."""
 
@@ -98,6 +108,9 @@ def stored_part(change: Change, piece: Piece, shape: Sequence[int]) -> Change:
     spans = [slice(start, start + piece.extent(axis)) for axis, start in enumerate(piece.start)]
     if isinstance(change, Vector):
         return _within(Vector(change.values[spans[0]]), piece, shape)
+    if isinstance(change, Dense):
+        block = change.values[spans[0], spans[1] if len(spans) == 2 else slice(None)]
+        return _within(Dense(block.T if piece.axes == (1, 0) else block), piece, shape)
     if isinstance(change, OfExperts):
         left, right = change.left[spans[0], spans[1]], change.right[spans[0], :, spans[2]]
         if piece.axes[0] is not None:
@@ -145,7 +158,7 @@ def pair_shapes(module: ModuleAdapter) -> list[tuple[int, ...]]:
 
 def misfit(module: ModuleAdapter, shape: tuple[int, ...]) -> str | None:
     """Why the pair of `module` cannot be added to a weight of `shape`; None when it can."""
-    if shape not in pair_shapes(module):
+    if shape not in pair_shapes(module) or module.a.shape[0] != module.b.shape[1]:
         return _misfit(module, shape)
     if any(size != 1 for size in module.b.shape[2:]):
         return f"{module.b.name} {list(module.b.shape)} should be a 1 × 1 convolution"
@@ -180,7 +193,7 @@ def read_pair(module: ModuleAdapter, dtype: torch.dtype, *, flipped: bool) -> Pa
 def _misfit(module: ModuleAdapter, shape: tuple[int, ...]) -> str:
     a, b = module.a.shape, module.b.shape
     wanted = list(pair_shapes(module)[0])
-    if len(shape) > 2 and len(a) == len(shape) and shape[1] != a[1] and b[0] == shape[0]:
+    if a[0] != b[1] or (len(shape) > 2 and len(a) == len(shape) and shape[1] != a[1] and b[0] == shape[0]):
         return (
             f"{module.module}: the pair is a dense convolution {wanted} beside one in groups {list(shape)}; there is "
             "no weight that it could be added to"

@@ -37,15 +37,17 @@ from weightport.adapters.merging.companions import (
 )
 from weightport.adapters.merging.lora_targets import unresolved
 from weightport.adapters.merging.merge_plan import MergePlan, plan_merge
-from weightport.adapters.merging.module_names import ModuleNames, names_of_base
+from weightport.adapters.merging.module_names import ModuleNames, earlier_names, names_of_base
 from weightport.adapters.merging.quantized import KINDS
 from weightport.adapters.merging.tensor_edit import Norms, Output, edited_chunks
 from weightport.adapters.merging.ties import tied_head
-from weightport.adapters.merging.weights_check import WeightsCheck, check_weights
+from weightport.adapters.merging.weights_check import WeightsCheck, WeightsProof
 from weightport.adapters.reading.lora_tensors import LoraAdapter, open_adapter
 from weightport.checkpoints.formats.sharded import read_json
 from weightport.errors import AdapterError, UsageError
 from weightport.hashing import BackgroundDigests, FileDigest
+from weightport.integrity.file_hashes import require_recorded
+from weightport.integrity.known_faults import known_faults
 from weightport.local_paths import shortened
 from weightport.version import __version__
 from weightport.writing import require_directory, whole_directory
@@ -121,7 +123,7 @@ def merge_lora(
             names = names_of_base(source, opened, untie=options.untie)
             opened = [_brought_over(source, names, adapter, stack, families) for adapter in opened]
         weights = [weight for _, weight in adapters]
-        identified = _identified(source, opened, hashed)
+        identified = _identified(source, opened, hashed, names)
         plan = plan_merge(
             source,
             opened,
@@ -136,19 +138,20 @@ def merge_lora(
         tokenizer, config_changes = _configuration(source, plan, opened, options)
         folders = [adapter.path for adapter in opened]
         processor, notes = adapter_processor(folders)
-        plan = replace(plan, notes=(*identified, *plan.notes, *notes))
+        plan = replace(plan, notes=(*identified, *_known_of(source), *plan.notes, *notes))
         others = processor | adapter_records(list(zip(folders, weights)))
         announce(plan)
         needs = plan.nbytes + (1 << 20)
         with whole_directory(out, overwrite=options.overwrite, inputs=inputs, needs=needs) as folder:
+            proof = WeightsProof(plan, opened, weights)
             with one_thread():
-                files, tensors = _write(plan, source, folder, advance)
+                files, tensors = _write(plan, source, folder, proof, advance)
+            weighed(proof.result())
             write_companions(folder, base, tokenizer, others, source.config, config_changes)
-            proof = check_weights(folder, plan, opened, weights)
-            weighed(proof)
             digests_read = hashed.result(source.checkpoint.states)
+            require_recorded(base, {digest.name: digest.sha256 for digest in digests_read})
             record = _record(source, opened, adapters, plan, options, files, tensors, digests_read)
-            record["weights_check"] = proof.record()
+            record["weights_check"] = proof.result().record()
             _write_record(folder, record)
             verification = check(Written(folder, base, tuple(opened), tuple(weights), plan, options))
             if verification is not None:
@@ -213,7 +216,9 @@ def _originals_names(base: Base, names: Sequence[str], families: FamilyLookup) -
     return any(next(rules.of_source(f"{name}.weight"), None) is not None for name in names)
 
 
-def _identified(base: Base, adapters: Sequence[LoraAdapter], digests: BackgroundDigests) -> tuple[str, ...]:
+def _identified(
+    base: Base, adapters: Sequence[LoraAdapter], digests: BackgroundDigests, names: ModuleNames
+) -> tuple[str, ...]:
     """What is said of how each adapter is known to belong to the base. Raises AdapterError."""
     found = []
     for adapter in adapters:
@@ -221,8 +226,15 @@ def _identified(base: Base, adapters: Sequence[LoraAdapter], digests: Background
         hashes = None
         if recorded_base(adapter.path) is not None:
             hashes = [digest.sha256 for digest in digests.result() if not digest.name.endswith(".json")]
-        found.append(f"{adapter.path.name} knows {identify(base, adapter, hashes)}")
+        found.append(f"{adapter.path.name} knows {identify(base, adapter, hashes, earlier_names(names, adapter))}")
     return tuple(found)
+
+
+def _known_of(base: Base) -> tuple[str, ...]:
+    """What is known to be wrong of the versions that wrote or trained the base."""
+    trained = base.path / "training.json"
+    found = known_faults(base.config, read_json(trained) if trained.is_file() else None)
+    return tuple(f"warning: the base's {each.line}" for each in found)
 
 
 def quantized_layers(adapters: Sequence[LoraAdapter], kind: str | None) -> frozenset[str] | None:
@@ -268,15 +280,16 @@ def _configuration(
 
 
 def _write(
-    plan: MergePlan, base: Base, folder: Path, advance: Advance
+    plan: MergePlan, base: Base, folder: Path, proof: WeightsProof, advance: Advance
 ) -> tuple[list[WrittenFile], dict[str, dict[str, Any]]]:
-    """Write every shard and the index; returns the files and, by name, what became of each changed tensor."""
+    """Write every shard and the index, each shard under the eyes of `proof`; returns the files and, by name, what
+    became of each changed tensor."""
     files: list[WrittenFile] = []
     changed: dict[str, dict[str, Any]] = {}
     for shard, outputs in plan.shards.items():
         norms = {out.name: Norms() for out in outputs}
         tensors = [_outgoing(out, norms[out.name]) for out in outputs]
-        files.append(write_safetensors(tensors, folder / shard, advance=advance))
+        files.append(write_safetensors(tensors, folder / shard, advance=advance, watch=proof.shard(shard)))
         changed |= {out.name: _change(out, norms[out.name]) for out in outputs if out.edit is not None}
     if len(plan.shards) > 1:
         metadata = (base.checkpoint.document or {}).get("weights", {}).get("metadata", {})
@@ -328,11 +341,12 @@ def _record(
                 "name": adapter.path.resolve().name,
                 "weight": weight,
                 "files": [asdict(digest) for digest in _digests(adapter)],
-                "rank": adapter.settings.default_rank,
-                "alpha": adapter.settings.default_alpha,
+                "method": adapter.settings.method,
+                "rank": adapter.settings.stated[0],
+                "alpha": adapter.settings.stated[1],
                 "rslora": adapter.settings.use_rslora,
                 "dora": adapter.settings.use_dora,
-                "modules": len(adapter.modules),
+                "modules": len(adapter.targets),
                 "base_model": _public(adapter.settings.base_model),
             }
             for adapter, (_, weight) in zip(adapters, given)

@@ -63,6 +63,7 @@ def plan_merge(
     names: ModuleNames | None = None,
 ) -> MergePlan:
     """The plan of merging `adapters` with `weights` into `base`. Raises AdapterError, CoverageError, UsageError."""
+    _require_pairs(adapters, combination)
     check_combination(
         combination,
         [
@@ -108,6 +109,15 @@ def _require_weights(adapters: Sequence[LoraAdapter], weights: Sequence[float], 
             raise UsageError(
                 f"{adapter.path} is a DoRA adapter: it sets the length of each row of the merged weights, so it has "
                 "no weight and no sum with another adapter. Merge it alone."
+            )
+
+
+def _require_pairs(adapters: Sequence[LoraAdapter], combination: Combination) -> None:
+    for adapter in adapters:
+        if adapter.deltas and combination.kind != SUM:
+            raise UsageError(
+                f"{adapter.path} is a {adapter.settings.method} adapter, which has no pairs; {combination.kind} "
+                f"combines pairs. Use {SUM}, the exact weighted sum."
             )
 
 
@@ -222,6 +232,12 @@ def _notes(
         notes.append(f"The head is written apart from the token embedding, as {untied.head} (--untie).")
     if resized is not None:
         notes.append(f"The vocabulary has {resized[1]} rows after {resized[0]}, as the adapter was saved.")
+    twice = sum(change.times == 2 for found in touched.values() for change in found.pairs)
+    if twice:
+        notes.append(
+            f"peft adds the pair of MultiheadAttention's out_proj twice, while it trains too: so does the merge, "
+            f"{twice} times."
+        )
     whole = sum(len(found.whole) for found in touched.values())
     if whole:
         notes.append(

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+from weightport.adapters.base.base_identity import states_base
 from weightport.adapters.base.base_model import Base
 from weightport.adapters.merging.low_rank_delta import CONV1D_MODELS
 from weightport.adapters.merging.ties import is_head_module, token_embedding
@@ -112,12 +113,16 @@ class ModuleNames:
 
 def names_of_base(base: Base, adapters: Sequence[LoraAdapter], *, untie: bool = False) -> ModuleNames:
     """The names of `base`, of the running model too where the adapters need these: where they say something that the
-    files do not, or touch what may be tied. Knowing them takes transformers, and some seconds to import it."""
+    files do not, touch what may be tied, or say nothing of their base. Knowing them takes transformers, and some
+    seconds to import it."""
     tensors = base.checkpoint.tensors
     embedding = token_embedding(tensors)
     # A square matrix beside this setting may be of a layer that the setting is about, or of one that it is not.
     unclear = any(a.settings.fan_in_fan_out for a in adapters) and base.model_type not in CONV1D_MODELS
-    if not untie and not unclear and all(_as_stored(name, tensors, embedding) for a in adapters for name in _said(a)):
+    unknown = not all(states_base(adapter) for adapter in adapters)
+    if not (untie or unclear or unknown) and all(
+        _as_stored(name, tensors, embedding) for a in adapters for name in _said(a)
+    ):
         return ModuleNames(tensors)
     return ModuleNames(tensors, running_names(base))
 
@@ -136,12 +141,27 @@ def _as_stored(name: str, tensors: Mapping[str, TensorRef], embedding: str | Non
 
 def _said(adapter: LoraAdapter) -> Iterable[str]:
     """The tensors that an adapter speaks of; of parameters (target_parameters) names that no file has."""
+    yield from (f"{delta.module}.weight" for delta in adapter.deltas)
     for module in adapter.modules:
         yield f"{module.module}.weight" if not adapter.settings.target_parameters else ""
         if module.bias is not None:
             yield f"{module.module}.bias"
     yield from adapter.whole
     yield from (f"{name}.weight" for name in adapter.tokens)
+
+
+def earlier_names(names: ModuleNames, adapter: LoraAdapter) -> list[str]:
+    """The adapter's modules that the base has, but the running model of today has not under these names."""
+    if names.space is None:
+        return []
+    today = names.space.shapes
+    leaves = ("weight", "in_proj_weight")
+    return [
+        module
+        for module in adapter.targets
+        if any(names.find(f"{module}.{leaf}") is not None for leaf in leaves)
+        and not any(f"{module}.{leaf}" in today for leaf in leaves)
+    ]
 
 
 def weight_of(names: ModuleNames, module: ModuleAdapter) -> Place | None:

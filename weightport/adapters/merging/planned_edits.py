@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from weightport.adapters.base.base_model import Base
+from weightport.adapters.merging.additive_delta import additive_change, additive_misfit, additive_part, is_turned
 from weightport.adapters.merging.combination import Combination, Weighted, combine
-from weightport.adapters.merging.lora_targets import PairChange, Part, Touched
+from weightport.adapters.merging.lora_targets import DeltaChange, PairChange, Part, Touched
 from weightport.adapters.merging.low_rank_delta import (
     Change,
     Vector,
@@ -77,6 +78,9 @@ class EditBuilder:
         for change in found.parameters:
             rank = self.adapters[change.adapter].settings.rank(change.key)
             _refuse(parameter_misfit(change.module, change.key, _model_shape(change, shape), rank))
+        for other in found.deltas:
+            settings, of = self.adapters[other.adapter].settings, _model_shape(other, shape)
+            _refuse(additive_misfit(other.delta, of, settings, turned=self._turned(other)))
         for _, _, rows in found.tokens:
             if rows and not 0 <= max(rows) < shape[0]:
                 _refuse(f"trainable_token_indices name row {max(rows)}; {ref.name} has {shape[0]}")
@@ -115,7 +119,7 @@ class EditBuilder:
                     Weighted(
                         read_pair(change.module, dtype, flipped=flipped),
                         self.adapters[change.adapter].settings.scaling(change.key),
-                        self.weights[change.adapter],
+                        self.weights[change.adapter] * change.times,
                         change.module.a.shape[0],
                     )
                     for change, flipped in together
@@ -125,9 +129,20 @@ class EditBuilder:
                 changes += combined if part.plain else [stored_part(c, part.piece, shape) for c in combined]
             for change in (*found.parameters, *found.biases):
                 changes.append(self._alone(change, shape, dtype))
+            changes += [self._of_delta(change, shape, dtype) for change in found.deltas]
             return changes
 
         return build
+
+    def _turned(self, change: DeltaChange) -> bool:
+        settings = self.adapters[change.adapter].settings
+        return is_turned(change.delta, change.part.place.turned, settings, self.base.model_type)
+
+    def _of_delta(self, change: DeltaChange, shape: tuple[int, ...], dtype: torch.dtype) -> Change:
+        settings, weight = self.adapters[change.adapter].settings, self.weights[change.adapter]
+        of, turned = _model_shape(change, shape), self._turned(change)
+        whole = additive_change(change.delta, of, settings, dtype, weight, turned=turned)
+        return whole if change.part.plain else additive_part(whole, change.part.piece, shape)
 
     def _alone(self, change: PairChange, shape: tuple[int, ...], dtype: torch.dtype) -> Change:
         """What a pair beside a parameter, or the bias of a pair, adds."""
@@ -143,7 +158,7 @@ class EditBuilder:
         return whole if change.part.plain else stored_part(whole, change.part.piece, shape)
 
 
-def _model_shape(change: PairChange, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _model_shape(change: PairChange | DeltaChange, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the model's tensor: the stored one's, which may have grown, or its own where the two differ."""
     return shape if change.part.plain else change.part.place.shape
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from weightport.adapters.arithmetic import arithmetic_dtype
 from weightport.adapters.merging.low_rank_delta import Change, matrix_shape
 from weightport.adapters.merging.quantized import nf4_round_trip
 from weightport.adapters.reading.lora_tensors import is_finite
@@ -87,12 +88,6 @@ class Norms:
         self.base += float(torch.linalg.vector_norm(before)) ** 2
         # Twice over the block is faster than torch.aminmax.
         self.largest = max(self.largest, -float(change.amin()), float(change.amax()))
-
-
-def arithmetic_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """What products and sums are computed in, for operands and a result of `dtypes`: float32 for 16-bit weights,
-    float64 for wider ones, so that the result is rounded once."""
-    return torch.float64 if any(dtype.itemsize > 2 for dtype in dtypes) else torch.float32
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from weightport.adapters.reading.additive_tensors import METHODS
 from weightport.adapters.reading.lora_settings import LoraSettings, require_fields
 from weightport.checkpoints.formats.sharded import read_json
 from weightport.converters.lora_patterns import of_layer, of_saved, shown
@@ -19,12 +20,31 @@ CONFIG = "adapter_config.json"
 _NOT_MERGEABLE: Mapping[str, str] = {
     "layer_replication": "repeats layers of the base, so the merged model would have another architecture",
     "use_qalora": "pools its inputs in groups (QA-LoRA)",
-    "use_bdlora": "is block-diagonal (BD-LoRA)",
     "arrow_config": "chooses among adapters token by token (Arrow)",
     "kasa_config": "subtracts a part of the base's singular values first (KaSA)",
     "monteclora_config": "draws its weights at random (MonteCLoRA)",
     "alora_invocation_tokens": "acts only after its invocation tokens (activated LoRA)",
     "megatron_config": "is for Megatron's parallel layers",
+}
+
+# Methods that act through tokens, activations or a choice among adapters: no weight does the same.
+_NOT_WEIGHTS: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"),
+        "puts trained vectors before the prompt",
+    ),
+    "ADAPTION_PROMPT": "adds trained vectors to the attention",
+    **dict.fromkeys(("XLORA", "POLY"), "chooses among adapters by the input"),
+}
+
+# Methods whose change of the weights is in no file alone: what it takes beside.
+_NEEDS_MORE: Mapping[str, str] = {
+    **dict.fromkeys(("FOURIERFT", "WAVEFT", "UNILORA", "TINYLORA"), "places that peft draws from a seed"),
+    "PSOFT": "a singular value decomposition of the base",
+    **dict.fromkeys(("OFT", "BOFT", "HRA", "ROAD"), "a rotation of the base's weights"),
+    **dict.fromkeys(("HIRA", "IA3"), "a scaling of the base's weights or activations"),
+    **dict.fromkeys(("LN_TUNING", "TRAINABLE_TOKENS", "SHIRA"), "replaced or single values, not a matrix"),
+    "ADALORA": "how many ranks the training kept",
 }
 
 # Initialisations that take a part out of the base's weights before training begins.
@@ -36,6 +56,19 @@ class MergeSettings(LoraSettings):
     """The settings of a LoRA adapter that can be merged."""
 
     where: str = CONFIG
+
+    @property
+    def method(self) -> str:
+        """peft's name of the method: LORA, or one of additive_tensors.METHODS."""
+        return str(self.data.get("peft_type"))
+
+    @property
+    def stated(self) -> tuple[int | None, float | None]:
+        """(rank, alpha) as the settings have them, by whichever name the method gives the second."""
+        alphas = (self.data.get(name) for name in ("lora_alpha", "alpha", "randlora_alpha"))
+        rank = self.data.get("r", self.default_rank if self.method == "LORA" else None)
+        default = self.default_alpha if self.method == "LORA" else None
+        return rank, next((float(value) for value in alphas if type(value) in (int, float)), default)
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -106,16 +139,34 @@ def read_merge_settings(adapter: Path) -> MergeSettings:
     return parse_merge_settings(read_json(path), str(path))
 
 
+def _require_method(data: Mapping[str, Any], where: str) -> None:
+    """Raises AdapterError for a method whose adapters are not merged, with the reason."""
+    kind = data.get("peft_type")
+    if kind == "LORA":
+        return
+    if isinstance(kind, str) and kind in METHODS:
+        if kind == "MISS" and data.get("init_weights") == "bat":
+            raise AdapterError(
+                f"{where}: init_weights is bat, under which MiSS multiplies the base's weights; merge it with peft's "
+                "merge_and_unload."
+            )
+        return
+    if what := _NOT_WEIGHTS.get(str(kind)):
+        raise AdapterError(
+            f"{where}: the adapter's peft_type is {kind}, which {what}; no merged weight does the same."
+        )
+    needs = f", which takes {what}" if (what := _NEEDS_MORE.get(str(kind))) else ""
+    raise AdapterError(
+        f"{where}: the adapter's peft_type is {shown(kind)}{needs}; merged are LORA, {', '.join(METHODS)}. "
+        "Merge this one with peft's merge_and_unload."
+    )
+
+
 def parse_merge_settings(data: Any, where: str) -> MergeSettings:
     """Validate the contents of an adapter_config.json. Raises AdapterError."""
     if not isinstance(data, Mapping):
         raise AdapterError(f"{where} should hold a JSON object; found {type(data).__name__}.")
-    kind = data.get("peft_type")
-    if kind != "LORA":
-        raise AdapterError(
-            f"{where} says that the adapter's peft_type is {shown(kind)}; only LORA adapters are merged. "
-            "Merge this one with peft's merge_and_unload."
-        )
+    _require_method(data, where)
     for field, what in _NOT_MERGEABLE.items():
         if data.get(field):
             raise AdapterError(f"{where}: {field} is set. Such an adapter {what}; no merged weight does the same.")

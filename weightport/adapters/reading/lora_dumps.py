@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from weightport.adapters.reading.lora_settings import low_rank_product, parse_settings
+from weightport.adapters.arithmetic import with_low_rank
+from weightport.adapters.reading.lora_settings import parse_settings
 from weightport.checkpoints import TensorRef
 from weightport.errors import AdapterError
 
@@ -97,8 +98,6 @@ def _merged(
         )
 
     def load() -> torch.Tensor:
-        weight = base.read()
-        product = low_rank_product(a.read(), b.read(), scaling, weight.dtype)
-        return (weight.to(product.dtype) + product).to(weight.dtype)
+        return with_low_rank(base.read(), a.read(), b.read(), scaling)
 
     return TensorRef(f"{module}.weight", base.shape, base.dtype, load)

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from weightport.converters.lora_patterns import of_ending, of_layer, of_saved, require_bounded, require_pattern, shown
 from weightport.errors import AdapterError
 
@@ -35,11 +33,11 @@ class LoraSettings:
 
     def rank(self, module: str) -> int:
         """The rank of a module's pair: rank_pattern's first match, else r."""
-        return int(self._patterned("rank_pattern", module, self.default_rank))
+        return int(self.patterned("rank_pattern", module, self.default_rank))
 
     def alpha(self, module: str) -> float:
         """The alpha of a module's pair: alpha_pattern's first match, else lora_alpha."""
-        alpha: float = self._patterned("alpha_pattern", module, self.default_alpha)
+        alpha: float = self.patterned("alpha_pattern", module, self.default_alpha)
         return alpha
 
     def scaling(self, module: str) -> float:
@@ -65,7 +63,8 @@ class LoraSettings:
         """Raises AdapterError when matching the patterns with these module names takes too long."""
         require_bounded(self.patterns, names, where)
 
-    def _patterned(self, field: str, module: str, default: Any) -> Any:
+    def patterned(self, field: str, module: str, default: Any) -> Any:
+        """The value of the first pattern in `field` (rank_pattern, alpha_pattern) that `module` matches."""
         return next((value for pattern, value in self._endings[field] if pattern.match(module)), default)
 
     @cached_property
@@ -121,6 +120,8 @@ def require_fields(data: Mapping[str, Any], where: str) -> None:
 
 _ENDINGS = ("rank_pattern", "alpha_pattern")
 _NUMBERS = ("r", "lora_alpha")
+# What methods other than LoRA call the biases of the layers they change.
+_OWN_BIASES = tuple(f"{method}_only" for method in ("vera", "miss", "c3a", "gralora", "delora", "vblora", "randlora"))
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LARGEST_RANK, _LARGEST_ALPHA, _LONGEST_PATH = 1 << 31, 1e30, 4096
 
@@ -129,7 +130,8 @@ def _rank(value: Any) -> bool:
     return type(value) is int and 1 <= value < _LARGEST_RANK
 
 
-def _number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a number that an adapter may be scaled by."""
     # NaN compares as false.
     return type(value) in (int, float) and abs(value) < _LARGEST_ALPHA
 
@@ -165,9 +167,9 @@ def _either(*checks: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 _FIELDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("r", _rank, f"a rank of at least 1 and less than {_LARGEST_RANK:,}"),
-    ("lora_alpha", _number, f"a number of less than {_LARGEST_ALPHA:g}"),
+    ("lora_alpha", is_number, f"a number of less than {_LARGEST_ALPHA:g}"),
     ("rank_pattern", _object_of(_rank), "an object: ranks by module name"),
-    ("alpha_pattern", _object_of(_number), "an object: numbers by module name"),
+    ("alpha_pattern", _object_of(is_number), "an object: numbers by module name"),
     ("target_modules", _either(_text, _list_of(_text)), "module names or a regular expression"),
     ("exclude_modules", _either(_text, _list_of(_text)), "module names or a regular expression"),
     ("target_parameters", _list_of(_text), "parameter names"),
@@ -179,18 +181,9 @@ _FIELDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         _either(_list_of(_index), _object_of(_list_of(_index))),
         "rows of the embedding, or such lists by module name",
     ),
-    ("bias", lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
+    ("use_bdlora", lambda value: isinstance(value, Mapping), "an object"),
+    ("bias", lambda value: value in ("none", "all", "lora_only", *_OWN_BIASES), "none, all or lora_only"),
     ("base_model_name_or_path", _name, "the name or the path of a model"),
     *((flag, _flag, "true or false") for flag in (
         "use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying")),
 )  # fmt: skip
-
-
-def low_rank_product(a: torch.Tensor, b: torch.Tensor, scaling: float, dtype: torch.dtype) -> torch.Tensor:
-    """scaling · B·A in the shape of the weight it belongs to, computed in at least float32.
-
-    Linear: A [r, in], B [out, r]. Convolution: A [r, in, height, width], B [out, r, 1, 1].
-    """
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    product = b.to(wide).flatten(1) @ a.to(wide).flatten(1)
-    return (product * scaling).reshape(b.shape[0], *a.shape[1:])

@@ -91,6 +91,9 @@ def why_not_verified(written: Written, available: int | None = None) -> str | No
     absent = [name for name in ("transformers", "peft") if find_spec(name) is None]
     if absent:
         return f"{' and '.join(absent)} not installed ({install_command('adapters')})"
+    others = [adapter.settings.method for adapter in written.adapters if adapter.deltas]
+    if others and (len(written.adapters) > 1 or written.weights[0] != 1):
+        return f"peft has neither weights nor sums for {others[0]} adapters"
     needed = int(sum(math.prod(out.shape) for out in written.plan.outputs) * 4 * MODELS_AT_ONCE)
     available = available_memory() if available is None else available
     if needed > available:

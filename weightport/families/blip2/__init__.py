@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from weightport.families.blip2.options import Blip2Options
+from weightport.families.blip2.portable import AUTO_MAPS, CODE
 from weightport.families.declaration import Family, Source
 from weightport.families.signature import Signature
 
@@ -38,8 +39,11 @@ FAMILY = Family(
     "licence (non-commercial research), Flan-T5's Apache 2.0. LAVIS is BSD-3.",
     card_prompt='"a photo of"',
     bare={"vocabulary": "none"},
+    portable=AUTO_MAPS,
+    portable_code=CODE,
     verification_prompt="a photo of",
     conversion_stage="weightport.families.blip2.conversion:CONVERSION",
     parity_stage="weightport.families.blip2.parity:BLIP2",
     training_stage="weightport.families.blip2.training:TRAINING",
+    retrieval_stage="weightport.families.blip2.retrieval:retrieval",
 )

@@ -9,9 +9,11 @@ from typing import Any
 from weightport.checkpoints.sources import Sources
 from weightport.converters.family import SourceModel
 from weightport.converters.plan import Plan
+from weightport.converters.portable import entries_for, write_portable_code
 from weightport.converters.processor import Processor
 from weightport.families.blip2.layouts import Kind
 from weightport.families.blip2.options import NO_VOCABULARY, Blip2Options
+from weightport.families.blip2.portable import AUTO_MAPS, CODE
 from weightport.families.blip2.sources import LLM
 from weightport.families.blip2.tokenizers import folder_of, load_tokenizer, provenance
 
@@ -77,16 +79,22 @@ def build_processor(kind: Kind, model: SourceModel, sources: Sources, options: B
     return Processor(processor, provenance(folder, name, own=own), end=config.text_config.eos_token_id)
 
 
-def write(kind: Kind, model: SourceModel, plan: Plan, folder: Path) -> None:
-    """Write the companions of `model` into `folder`, where the processor, if any, is saved already."""
+def write(kind: Kind, model: SourceModel, plan: Plan, folder: Path, *, portable: bool = False) -> None:
+    """Write the companions of `model` into `folder`, where the processor, if any, is saved already. `portable`: the
+    model's code too."""
     config: Any = model.config
     config.dtype = plan.dtype
     config.architectures = [architecture(config).__name__]
     config.save_pretrained(folder)
-    if kind == "itm":
-        return
     if kind == "t5":
         _say_untied(folder / "config.json")
+    if portable:
+        write_portable_code(folder, CODE, entries_for({"architectures": config.architectures}, AUTO_MAPS))
+    if kind != "itm":
+        _write_generation_settings(kind, config, folder)
+
+
+def _write_generation_settings(kind: Kind, config: Any, folder: Path) -> None:
     text = config.text_config
     settings = {
         "bos_token_id": text.bos_token_id,

@@ -10,9 +10,9 @@ from weightport.checkpoints import TensorRef
 from weightport.checkpoints.sources import MAIN, Sources
 from weightport.converters.family import OriginalForm, SourceModel
 from weightport.converters.rules import RuleTable
-from weightport.errors import ConfigurationError
+from weightport.errors import ConfigurationError, UsageError
 from weightport.families.blip2 import configuration, layouts, sources
-from weightport.families.blip2.layouts import Kind, Tower
+from weightport.families.blip2.layouts import LANGUAGE, Kind, Tower
 from weightport.families.blip2.options import Blip2Options
 from weightport.families.blip2.rules import PositionTable, blip2_rules
 
@@ -46,6 +46,9 @@ class Blip2Conversion:
     name = "blip2"
     title = "BLIP-2"
     original_form: OriginalForm = "torch"
+    frozen: Mapping[str, str] = dict.fromkeys(
+        LANGUAGE.values(), "the language model, which LAVIS takes from its own folder and does not train"
+    )
 
     def recognises(self, names: Mapping[str, TensorRef]) -> bool:
         return layouts.is_blip2(names)
@@ -63,6 +66,11 @@ class Blip2Conversion:
         rows = int(whole.language_config["vocab_size"]) if whole.language_config else qformer.vocabulary
         special = _special_ids(found.kind, rows, given, options)
         exact = options.exact or vision.tower == "clip"
+        if options.portable and not exact:
+            raise UsageError(
+                "--portable: this model becomes transformers' own class, which needs no code beside it. Leave the "
+                "option out, or give --exact, which writes weightport's own class."
+            )
         config = configuration.native_config(found.kind, vision, qformer, whole.language_config, special, exact=exact)
         surplus = {
             name: "a block of the file that LAVIS does not build"
@@ -114,10 +122,10 @@ class Blip2Conversion:
         return ImageUse(height // vision.patch_size, width // vision.patch_size, limit, queries)
 
     def write_companions(self, model: SourceModel, plan: Plan, folder: Path, options: Blip2Options) -> None:
-        """Write config.json and generation_config.json into `folder`."""
+        """Write config.json, generation_config.json and, for --portable, the model's code into `folder`."""
         from weightport.families.blip2.companions import write
 
-        write(kind_of(model.config), model, plan, folder)
+        write(kind_of(model.config), model, plan, folder, portable=options.portable)
 
     def rules_of(self, config: PreTrainedConfig, layout: str) -> RuleTable:
         """The rule table of a converted model. LAVIS reads a vision encoder of the model's own image size, so that

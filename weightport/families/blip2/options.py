@@ -57,6 +57,12 @@ class Blip2Options(ConversionOptions):
         "Write weightport's own class, which has LAVIS's epsilon behind the vision encoder, where transformers' has "
         "none of its own. A model with ViT-L has this class in any case.",
     )
+    portable: bool = option(
+        "--portable",
+        False,
+        "Write the code of weightport's own class beside the weights (a model with ViT-L, or --exact), for "
+        "trust_remote_code without weightport.",
+    )
     llm_dtype: str = option(
         "--llm-dtype",
         "keep",

@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, Blip2ForImageTextRetrieval, PreTrainedConfig, PreTrainedModel
 
 import weightport.modeling  # noqa: F401 - registers with the Auto classes
 from weightport.errors import ReferenceFileError
 from weightport.families.blip2.companions import architecture
 from weightport.families.blip2.configuration import LN_VISION_EPS
 from weightport.families.blip2.conversion import kind_of
+from weightport.families.blip2.stage_one import Blip2LavisStageOne, Blip2StageOne
+from weightport.modeling.blip2_lavis.modeling_blip2_lavis import Blip2LavisForImageTextRetrieval
 from weightport.parity.family import Argument, Correction, Family, Generation, Seam, Tensors, stack_and_layer
 from weightport.parity.noise import Noise
 from weightport.parity.reference import Kind
@@ -30,9 +32,16 @@ HEADS = ("itm", "itc")
 """What a forward run of a stage-1 model computes: the matching head's logits of each pair, or the similarities of all
 pictures with all texts."""
 
+STAGE_ONE: Mapping[Any, Any] = {
+    Blip2ForImageTextRetrieval: Blip2StageOne,
+    Blip2LavisForImageTextRetrieval: Blip2LavisStageOne,
+}
+"""The class that computes the losses of stage 1, by the one of config.json."""
+
 
 class Blip2Auto:
-    """`from_pretrained` of the class that a directory's config.json is of: Auto classes know one of the two."""
+    """`from_pretrained` of the class that a directory's config.json is of: Auto classes know one of the two. A
+    retrieval model computes the losses of stage 1 too, with what stands in the file beside it."""
 
     @staticmethod
     def from_pretrained(directory: str | Path, **settings: Any) -> Any:
@@ -40,7 +49,12 @@ class Blip2Auto:
         local = {key: settings[key] for key in ("local_files_only",) if key in settings}
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False, **local)
         rest = {key: value for key, value in settings.items() if key != "trust_remote_code"}
-        return architecture(config).from_pretrained(directory, trust_remote_code=False, **rest)
+        wanted = architecture(config)
+        found = STAGE_ONE.get(wanted, wanted).from_pretrained(directory, trust_remote_code=False, **rest)
+        if wanted in STAGE_ONE:
+            model = found[0] if isinstance(found, tuple) else found
+            model.load_side_file(Path(directory))
+        return found
 
 
 def as_ids(ids: torch.Tensor) -> torch.Tensor:
@@ -80,6 +94,9 @@ SEAMS = (
     Seam("itc", "", lambda output: output.logits_per_image),
     Seam("itc_pairs", "", lambda output: output.logits_per_image.diagonal()[:, None]),
     Seam("itm", "", lambda output: output.logits_per_image),
+    Seam("loss_itc", "", attrgetter("loss_itc")),
+    Seam("loss_itm", "", attrgetter("loss_itm")),
+    Seam("loss_lm", "", attrgetter("loss_lm")),
     Seam("loss", "", attrgetter("loss")),
 )
 
@@ -95,6 +112,8 @@ def complete(kind: Kind, tensors: Tensors, options: Mapping[str, Any], config: P
         "attention_mask": pad(mask, (queries, 0), value=1),
     }
     model = kind_of(config)
+    if model == "itm" and kind == "train":
+        return arguments | {"return_loss": True}
     if model == "itm":
         head = options.get("head", HEADS[0])
         if head not in HEADS:
@@ -186,7 +205,7 @@ BLIP2 = Family(
     auto_class=Blip2Auto,
     arguments=ARGUMENTS,
     seams=SEAMS,
-    required={"forward": ("image", "input_ids"), "train": ("image", "input_ids", "labels"),
+    required={"forward": ("image", "input_ids"), "train": ("image", "input_ids"),
               "generate": ("image", "input_ids")},
     options={
         "forward": ("head", "mode"),

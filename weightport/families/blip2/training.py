@@ -129,7 +129,10 @@ class Blip2Training:
     def of(self, config: Mapping[str, Any]) -> Blip2Training:
         """The stage for a model of this config.json. Raises RecipeError for one that is not trained here."""
         if (config.get("qformer_config") or {}).get("use_qformer_text_input"):
-            raise RecipeError("A BLIP-2 for image-text retrieval is not trained here: it says nothing.")
+            raise RecipeError(
+                "A BLIP-2 for image-text retrieval is not trained here: it says nothing. `weightport evaluate "
+                "--metric recall` measures it."
+            )
         kind = (config.get("text_config") or {}).get("model_type")
         return Blip2Training("t5" if kind == "t5" else "opt")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from weightport.families.declaration import Family
+from weightport.families.declaration import Family, Source
 from weightport.families.moondream2.options import MoondreamOptions
 from weightport.families.moondream2.portable import AUTO_MAPS
 from weightport.families.moondream2.revisions import UNDECIDED
@@ -21,6 +21,14 @@ FAMILY = Family(
         ),
     ),
     options=MoondreamOptions,
+    sources=(
+        Source(
+            "variant",
+            "--variant",
+            "A variant of a model of 2025 (final.pt, low-rank pairs without a base), to be merged into it.",
+            metavar="FILE",
+        ),
+    ),
     licence="apache-2.0",
     card_prompt='processor.prompt("query", "What is in the picture?")',
     bare={"vocabulary": "none", "revision": UNDECIDED},

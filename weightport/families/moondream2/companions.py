@@ -38,6 +38,8 @@ LANCZOS, BICUBIC = 1, 3
 """Pillow's numbers."""
 RELEASED_IDS = {"bos": 50256, "eos": 50256}
 NEW_IDS = {"bos": 0, "eos": 0, "answer": 3}
+REASONING_IDS = {"thinking_id": 4, "coord_id": 5, "size_id": 6, "start_ground_points_id": 7, "end_ground_id": 9}
+"""Of 2025-06-21, by the names of its code."""
 
 _PLAIN = {"query": {"prefix": [198, 198, 24361, 25], "suffix": [198, 198, 33706, 25]}}
 _PLAIN_CAPTIONS = {"short": [198, 198, 16438, 8305, 25], "normal": [198, 198, 24334, 1159, 25]}
@@ -151,16 +153,48 @@ def special_ids(revision: Revision, stated: Mapping[str, Any], end: int | None, 
     return {name: value if value < rows else None for name, value in ids.items()}
 
 
-def templates_of(revision: Revision, stated: Mapping[str, Any]) -> dict[str, Any] | None:
+def reasoning_ids(revision: Revision, stated: Mapping[str, Any], rows: int) -> dict[str, int] | None:
+    """The ids of thoughts, by the names of REASONING_IDS; None where the revision has none, or the embedding no row of
+    one."""
+    if not revision.own_tokenizer:
+        return None
+    own = stated_2025(stated)["tokenizer"]
+    ids = {name: own.get(name, value) for name, value in REASONING_IDS.items()}
+    return ids if all(type(value) is int and 0 <= value < rows for value in ids.values()) else None
+
+
+def reasoning_config(revision: Revision, stated: Mapping[str, Any], rows: int) -> dict[str, Any] | None:
+    """`reasoning_config` of the native configuration."""
+    ids, query = reasoning_ids(revision, stated, rows), _stated_templates(revision, stated).get("query")
+    if ids is None or not query:
+        return None
+    return {
+        "coord_token_id": ids["coord_id"], "size_token_id": ids["size_id"], "answer_prefix": list(query["suffix"])
+    }  # fmt: skip
+
+
+def _stated_templates(revision: Revision, stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Templates as the original has them; none where prompts are words."""
+    if revision.merge != "tiles":
+        return {}
+    own = stated_2025(stated)["tokenizer"].get("templates")
+    known = own or TEMPLATES[_SAME_TEMPLATES.get(revision.name, revision.name)]
+    return {name: dict(value) for name, value in known.items() if value}
+
+
+def templates_of(revision: Revision, stated: Mapping[str, Any], rows: int) -> dict[str, Any] | None:
     """The prompts of a revision of 2025, as its code makes them; None where prompts are words."""
     if revision.merge != "tiles":
         return None
-    own = stated_2025(stated)["tokenizer"].get("templates")
-    known = own or TEMPLATES[_SAME_TEMPLATES.get(revision.name, revision.name)]
-    templates = {name: dict(value) for name, value in known.items() if value}
+    templates = _stated_templates(revision, stated)
     if revision.own_tokenizer and "query" in templates:
+        query, ids = templates["query"], reasoning_ids(revision, stated, rows)
+        if ids is not None:
+            templates["reason"] = {
+                "prefix": query["prefix"], "suffix": [*query["suffix"], ids["thinking_id"]],
+                "ground": [ids["start_ground_points_id"], ids["end_ground_id"]], "coord": ids["coord_id"],
+            }  # fmt: skip
         # The original appends the suffix twice where it does not reason first.
-        query = templates["query"]
         templates["query"] = {**query, "suffix": [*query["suffix"], *query["suffix"]]}
     return templates
 
@@ -232,7 +266,7 @@ def build_processor(model: SourceModel, checkpoint: Checkpoint, options: Moondre
     processor = MoondreamProcessor(
         image_processor=images,
         tokenizer=build_tokenizer(vocabulary, config.image_token_id, config.text_config.max_position_embeddings),
-        templates=templates_of(revision, stated),
+        templates=templates_of(revision, stated, config.text_config.vocab_size),
         question_space=revision.question_space,
         image_texts=revision.image_texts,
         answer_space=revision.answer_space,

@@ -176,11 +176,12 @@ def native_config(
     revision: Revision,
     special: Mapping[str, int | None],
     image_token_id: int,
+    reasoning: Mapping[str, Any] | None = None,
 ) -> PreTrainedConfig:
     """The configuration of MoondreamForConditionalGeneration.
 
     `stated` is config.json, `special` are the ids `bos`, `eos` and, where the revision has one, `answer` (None where
-    nothing tells). Raises ConfigurationError for what contradicts the tensors.
+    nothing tells), `reasoning` is `reasoning_config`. Raises ConfigurationError for what contradicts the tensors.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import PhiConfig, SiglipVisionConfig
@@ -214,6 +215,7 @@ def native_config(
             prefix_bidirectional=revision.merge == "tiles",
             region_config=_region(tensors, revision),
             answer_token_id=special.get("answer"),
+            reasoning_config=dict(reasoning) if reasoning and special.get("answer") is not None else None,
             **ids,
         )
     except (StrictDataclassError, ValueError, TypeError) as error:
@@ -308,6 +310,16 @@ def stated_2025(stated: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         section: {**defaults, **(own[section] if isinstance(own.get(section), Mapping) else {})}
         for section, defaults in DEFAULTS_2025.items()
     }
+
+
+def with_mlp(stated: Mapping[str, Any], width: int, grown: int) -> Mapping[str, Any]:
+    """`stated`, which says that the text model's two-layer networks have `width` units, of one that `grown` were added
+    to. What says otherwise, or nothing, stays as it is."""
+    own = stated.get("config")
+    text = own.get("text") if isinstance(own, Mapping) else None
+    if not grown or not isinstance(own, Mapping) or not isinstance(text, Mapping) or text.get("ff_dim") != width:
+        return stated
+    return {**stated, "config": {**own, "text": {**text, "ff_dim": width + grown}}}
 
 
 def _check_vision_heads(sizes: Sizes, heads: Any) -> None:

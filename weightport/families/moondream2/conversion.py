@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from weightport.families.moondream2 import companions, configuration, layouts
 from weightport.families.moondream2.options import MoondreamOptions
 from weightport.families.moondream2.revisions import UNDECIDED, Decision, Evidence, Keys, decide
 from weightport.families.moondream2.rules import moondream_rules
+from weightport.families.moondream2.variants import MergedVariant, merge_variant
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from weightport.converters.plan import Plan
     from weightport.converters.processor import ImageUse, Processor
 
+VARIANT = "variant"
+"""The source beside the checkpoint."""
 RELEASED_IMAGE_ID = 50295
 """The first id behind the released tokenizer of 2024, where no tokenizer tells."""
 
@@ -44,6 +48,12 @@ class MoondreamConversion:
         found = layouts.locate(checkpoint)
         beside = companions.read_beside(checkpoint)
         sizes = configuration.read_sizes(found.tensors, found.keys)
+        variant = None
+        if VARIANT in sources:
+            variant = merge_variant(found, sources[VARIANT], options.dtype)
+            found = replace(found, tensors=variant.tensors)
+            beside = replace(beside, config=configuration.with_mlp(beside.config, sizes.mlp, variant.grown))
+            sizes = replace(sizes, mlp=sizes.mlp + variant.grown)
         region = configuration.region_of(found.tensors)
         decision = decide(
             Evidence(
@@ -60,7 +70,10 @@ class MoondreamConversion:
         source, note = companions.vocabulary_source(checkpoint, revision, options)
         image_id, end, end_ids, added = _tokens(source, sizes.rows, revision.end_text)
         special = companions.special_ids(revision, beside.config, end, sizes.rows)
-        config = configuration.native_config(sizes, beside.config, found.tensors, revision, special, image_id)
+        reasoning = companions.reasoning_config(revision, beside.config, sizes.rows)
+        config = configuration.native_config(
+            sizes, beside.config, found.tensors, revision, special, image_id, reasoning
+        )
         missing = (
             "There is no tokenizer beside the weights: the directory has no processor. --vocab names one."
             if source is None and options.vocabulary is None
@@ -69,18 +82,21 @@ class MoondreamConversion:
         return SourceModel(
             family=self.name,
             layout=found.keys,
-            title=f"{self.title} {revision.name}{_size(sizes)}",
+            title=f"{self.title} {revision.name}{_size(sizes)}{' with a variant' if variant else ''}",
             tensors=found.tensors,
             rules=moondream_rules(config, found.keys),
             config=config,
             sections={MAIN: found.prefix},
             options={
                 "revision": revision.name,
-                "files": companions.source_files(checkpoint),
+                "files": companions.source_files(checkpoint) | _config_of(beside, variant),
                 "image_token_added": added,
                 "end_ids": end_ids,
             },
-            notes=tuple(each for each in (_because(decision), note, missing) if each is not None),
+            unused={} if variant is None else dict.fromkeys(sources[VARIANT], "merged into the tensors of the model"),
+            notes=tuple(
+                each for each in (_because(decision), variant and variant.note, note, missing) if each is not None
+            ),
         )
 
     def targets(self, config: PreTrainedConfig) -> NativeTensors:
@@ -159,6 +175,11 @@ def _tokens(source: str | Path | None, rows: int, end_text: str | None) -> tuple
     if end_text is not None:
         ends = build_tokenizer(vocabulary, image_id, 0)(end_text, add_special_tokens=False)["input_ids"]
     return image_id, vocabulary.ids[END], ends, IMAGE_TOKEN not in vocabulary.ids
+
+
+def _config_of(beside: companions.Beside, variant: MergedVariant | None) -> dict[str, Any]:
+    """The config.json that fits a model with a variant, where there is one."""
+    return {"config.json": dict(beside.config)} if variant is not None and beside.config else {}
 
 
 def _size(sizes: configuration.Sizes) -> str:

@@ -69,6 +69,10 @@ class MoondreamTraining:
         ),
     )
 
+    def holds_turns(self, processor: Any) -> bool:
+        """Prompts of words hold a chat; those of marks, of 2025, one question."""
+        return processor.templates is None
+
     def resize(self, processor: Any, config: Any, pixels: int) -> None:
         side = config.vision_config.image_size
         if pixels != side:
@@ -86,7 +90,8 @@ class MoondreamTraining:
     def prompt(self, processor: Any, batch: BatchSettings, sample: Sample) -> str:
         if batch.prompt is not None or batch.task == "vqa":
             question = sample.prefix if batch.prompt is None else filled(batch.prompt, sample)
-            return str(processor.prompt("query", shortened(processor.tokenizer, question, batch.max_prompt_length)))
+            question = shortened(processor.tokenizer, question, batch.max_prompt_length)
+            return str(processor.prompt("query", question, history=sample.history))
         if batch.task != "caption":
             raise RecipeError(
                 f"moondream2 has no task {batch.task!r} here (it has vqa, caption): set batch.prompt, such as "

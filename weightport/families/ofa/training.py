@@ -51,6 +51,7 @@ class OFATraining:
     causal = False
     full_precision = ("lm_head", "model.encoder.vision_tower", "model.encoder.image_proj")
     own_loss = True
+    text_only = True
     # Its tables of image codes serve other tasks.
     leaves_unused = True
     parts = Parts(
@@ -80,6 +81,7 @@ class OFATraining:
             compute=_encoder_output,
             feed=_as_encoder_output,
             read_by_linear=True,
+            projections=r"model\.decoder\.layers\.\d+\.cross_attn\.[kv]_proj",
         ),
         CachedPart(
             "vision tower",

@@ -12,12 +12,19 @@ from typing import Any
 import numpy as np
 
 from weightport.errors import DataError
-from weightport.finetuning.data.coco_document import Box, CocoDocument, read_box, read_category, read_coco, read_size
+from weightport.finetuning.data.coco_document import (
+    Box,
+    CocoDocument,
+    read_box,
+    read_category,
+    read_coco,
+    read_size,
+)
 from weightport.finetuning.data.columns import shown
 from weightport.finetuning.data.entries import Entry
 from weightport.finetuning.data.faults import Faults
 from weightport.finetuning.data.files import PinnedFile
-from weightport.finetuning.data.hashing import fingerprint_of
+from weightport.finetuning.data.hashing import fingerprint_of, key_of
 from weightport.finetuning.data.image_folder import find_image_folder
 from weightport.finetuning.data.samples import Objects
 from weightport.finetuning.data.settings import DataSettings
@@ -33,16 +40,16 @@ class CocoImages:
 
     each_answer = False
 
-    def __init__(self, path: Path, settings: DataSettings) -> None:
+    def __init__(self, file: PinnedFile, parsed: Any, settings: DataSettings) -> None:
+        path = file.path
         self.name = str(path)
         self.form = settings.form
         faults = Faults(settings.skip_bad)
-        file = PinnedFile(path)
-        document = read_coco(file)
+        document = read_coco(parsed, self.name)
         self.classes = choose_classes(document, settings.classes)
         self.question = counting_question(settings.question, settings.what, self.classes)
         self.images = find_image_folder(
-            settings.images, path, next((image.get("file_name") for image in document.images), None), _others(path)
+            settings.images, path, next((image.get("file_name") for image in document.images), None), others(path)
         )
         annotations = _by_image(document, faults)
 
@@ -80,6 +87,9 @@ class CocoImages:
         digests = [hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() for array in arrays]
         self.content = fingerprint_of(["coco", self.classes, digests, [size for size, _ in stamps]])
         self.fingerprint = fingerprint_of(["coco", file.identity, asdict(settings), stamps])
+
+    def picture_keys(self) -> np.ndarray:
+        return np.array([key_of(name) for name in self.file_names], dtype=np.int64)
 
     def entry(self, row: int) -> Entry:
         name = self.file_names[row].decode()
@@ -165,8 +175,8 @@ def _by_image(document: CocoDocument, faults: Faults) -> dict[Any, list[dict[str
     return found
 
 
-def _others(path: Path) -> list[Path]:
+def others(path: Path) -> list[Path]:
     """Where COCO's own layout keeps the images of annotations/instances_val2017.json: in val2017/ beside it."""
     root = path.parent.parent
-    split = path.stem.removeprefix("instances_")
+    split = path.stem.removeprefix("instances_").removeprefix("captions_")
     return [root / split, root / "images" / split, root / "images", root]

@@ -33,24 +33,28 @@ class CocoDocument:
     groups: frozenset[str]
 
 
-def read_coco(file: PinnedFile) -> CocoDocument:
-    """Parses the file. Raises DataError for what is no COCO detection file."""
+def parse_document(file: PinnedFile) -> Any:
+    """The JSON value in a file. Raises DataError for other encodings and broken JSON."""
     place = str(file.path)
     text = decode_text(file.read(0, file.size), place).removeprefix("\ufeff")
     try:
-        found = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{place}, line {error.lineno}: broken JSON: {error.msg} (column {error.colno}).") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: broken JSON: {error}.") from error
-    parts = {name: _objects(found, name, place) for name in ("images", "annotations", "categories")}
-    for name, keys in _NAMES.items():
-        for position, item in enumerate(parts[name]):
-            for key in keys:
-                if isinstance(item.get(key), str):
-                    check_letters(item[key], key, f"{place}: {name}[{position}]")
-    for name in ("images", "categories"):
-        _check_ids(parts[name], name, place)
+
+
+def has_captions(parsed: Any) -> bool:
+    """Whether a document's annotations are captions, as those of captions_*.json."""
+    found = parsed.get("annotations") if isinstance(parsed, dict) else None
+    first = found[0] if isinstance(found, list) and found else None
+    return isinstance(first, dict) and "caption" in first and "bbox" not in first
+
+
+def read_coco(parsed: Any, place: str) -> CocoDocument:
+    """The document, checked. Raises DataError for what is no COCO detection file."""
+    parts = read_parts(parsed, ("images", "annotations", "categories"), place)
     for category in parts["categories"]:
         if not isinstance(category.get("name"), str) or not category["name"].strip():
             raise DataError(f"{place}: the category {category['id']} has no name.")
@@ -64,7 +68,20 @@ def read_coco(file: PinnedFile) -> CocoDocument:
     )
 
 
-def _objects(found: Any, name: str, place: str) -> list[dict[str, Any]]:
+def read_parts(parsed: Any, names: tuple[str, ...], place: str) -> dict[str, list[dict[str, Any]]]:
+    """The lists of objects called `names`, their ids and texts checked."""
+    parts = {name: _objects(parsed, name, names, place) for name in names}
+    for name in names:
+        for position, item in enumerate(parts[name]):
+            for key in _NAMES[name]:
+                if isinstance(item.get(key), str):
+                    check_letters(item[key], key, f"{place}: {name}[{position}]")
+        if name != "annotations":
+            _check_ids(parts[name], name, place)
+    return parts
+
+
+def _objects(found: Any, name: str, names: tuple[str, ...], place: str) -> list[dict[str, Any]]:
     """The list of objects called `name`."""
     part = found.get(name) if isinstance(found, dict) else None
     if not isinstance(part, list) or not all(isinstance(item, dict) for item in part):
@@ -72,8 +89,8 @@ def _objects(found: Any, name: str, place: str) -> list[dict[str, Any]]:
             f"an object with {', '.join(map(shown, list(found)[:10]))}" if isinstance(found, dict) else kind_of(found)
         )
         raise DataError(
-            f"{place}: COCO detection JSON is an object with the lists images, annotations and categories; "
-            f"{name} is missing or no list of objects. Found: {keys}."
+            f"{place}: COCO {'detection' if 'categories' in names else 'captions'} JSON is an object with the lists "
+            f"{', '.join(names[:-1])} and {names[-1]}; {name} is missing or no list of objects. Found: {keys}."
         )
     return part
 

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from weightport.errors import DataError
+from weightport.finetuning.augmentation import Augmentation
 from weightport.finetuning.data.samples import Sample, Samples, left_to_skip
-from weightport.finetuning.family import Family
+from weightport.finetuning.family import Family, prompt_of
 from weightport.finetuning.features.store import FeatureStore
 from weightport.finetuning.recipes.settings import BatchSettings
 
@@ -21,8 +22,9 @@ INDICES, FAILURE, STAND_IN = "sample_indices", "failure", "stand_in"
 crosses a worker's process would arrive as a traceback. STAND_IN is there where all of its samples were bad, and
 another one took their place."""
 
-FEATURES, FEATURE_LENGTHS = "features", "feature_lengths"
-"""In the place of pictures where these have been computed into features: see `FeatureStore.read`."""
+FEATURES, FEATURE_LENGTHS, FEATURE_ROWS = "features", "feature_lengths", "feature_rows"
+"""In the place of pictures where these have been computed into features: see `FeatureStore.read`. FEATURE_ROWS: where
+samples share features, which of them each has."""
 
 
 class Indexed(torch.utils.data.Dataset[tuple[int, Sample | str]]):
@@ -90,10 +92,12 @@ class FullAnswers:
 
 @dataclass(frozen=True)
 class StoredFeatures:
-    """Features of a data set's samples; `record_of` int32 [samples] says where each sample's are."""
+    """Features of a data set's samples; `record_of` int32 [samples] says where each sample's are. `grouped`: a batch
+    holds each record once."""
 
     store: FeatureStore
     record_of: np.ndarray
+    grouped: bool = False
 
     def require(self, index: int, sample: Sample) -> None:
         """Raises DataError when the sample's picture could not be read."""
@@ -102,8 +106,14 @@ class StoredFeatures:
 
     def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """What stands in a batch for the samples' pictures."""
-        states, lengths = self.store.read([int(self.record_of[index]) for index in indices])
-        return {FEATURES: states, FEATURE_LENGTHS: lengths}
+        records = [int(self.record_of[index]) for index in indices]
+        if not self.grouped:
+            states, lengths = self.store.read(records)
+            return {FEATURES: states, FEATURE_LENGTHS: lengths}
+        distinct = list(dict.fromkeys(records))
+        states, lengths = self.store.read(distinct)
+        rows = torch.tensor([distinct.index(record) for record in records])
+        return {FEATURES: states, FEATURE_LENGTHS: lengths, FEATURE_ROWS: rows}
 
 
 @dataclass(frozen=True)
@@ -121,7 +131,8 @@ class _Row:
 class Collator:
     """What the data loader calls: samples with their indices → the model's inputs, labels, and the indices. With
     `features` no picture is read. Where all samples of a batch are bad, the next good one takes their place: every
-    process needs a batch. `full` counts answers as long as answers may be."""
+    process needs a batch. `full` counts answers as long as answers may be. `draft`: see `Picture.read`.
+    `augmentation` changes pictures."""
 
     family: Family
     processor: Any
@@ -130,6 +141,8 @@ class Collator:
     bad: BadSamples
     features: StoredFeatures | None = None
     full: FullAnswers | None = None
+    draft: int | None = None
+    augmentation: Augmentation | None = None
 
     def __call__(self, items: Sequence[tuple[int, Sample | str]]) -> dict[str, Any]:
         try:
@@ -179,19 +192,22 @@ class Collator:
             try:
                 if isinstance(sample, str):
                     raise DataError(sample)
-                answer = self.family.answer(self.processor, self.batch, sample)
                 image = self._picture(index, sample)
+                if self.augmentation is not None and image is not None:
+                    sample, image = self.augmentation(index, sample, image)
+                prompt = prompt_of(self.family, self.processor, self.batch, sample)
+                answer = self.family.answer(self.processor, self.batch, sample)
             except DataError as error:
                 if self.bad.may_skip(index):
                     continue
                 raise DataError(_advice(str(error), self.bad)) from error
-            yield _Row(index, sample.place, self.family.prompt(self.processor, self.batch, sample), answer, image)
+            yield _Row(index, sample.place, prompt, answer, image)
 
     def _picture(self, index: int, sample: Sample) -> Image.Image | None:
         if self.features is not None:
             self.features.require(index, sample)
             return None
-        return sample.picture.read() if sample.picture else None
+        return sample.picture.read(self.draft) if sample.picture else None
 
 
 def _advice(message: str, bad: BadSamples) -> str:
@@ -222,25 +238,25 @@ class Questioner:
     skip: bool
 
     def __call__(self, items: Sequence[tuple[int, Sample | str]]) -> Questions | str:
-        good: list[tuple[int, Sample, Image.Image | None]] = []
+        good: list[tuple[int, Sample, str, Image.Image | None]] = []
         skipped = []
         for index, sample in items:
             try:
                 if isinstance(sample, str):
                     raise DataError(sample)
-                good.append((index, sample, sample.picture.read() if sample.picture else None))
+                prompt = prompt_of(self.family, self.processor, self.batch, sample)
+                good.append((index, sample, prompt, sample.picture.read() if sample.picture else None))
             except DataError as error:
                 if not self.skip:
                     return f"{error}\n  Mend it, or pass --skip-bad N to leave out up to N bad samples."
                 skipped.append(str(error))
         if not good:
             return Questions((), (), (), (), {}, tuple(skipped))
-        indices, samples, images = zip(*good)
-        prompts = [self.family.prompt(self.processor, self.batch, sample) for sample in samples]
+        indices, samples, prompts, images = zip(*good)
         return Questions(
             indices,
             samples,
-            tuple(prompts),
+            prompts,
             tuple(image.size if image is not None else None for image in images),
             self.family.questions(self.processor, self.batch, prompts, images),
             tuple(skipped),

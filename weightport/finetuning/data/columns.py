@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,19 +13,21 @@ from weightport.errors import DataError
 from weightport.finetuning.data.settings import DataSettings
 
 # Tried in this order. "question", "answers": DocVQA; "text": image and caption pairs; "file_name": imagefolder's
-# metadata.jsonl; "jpg" … "webp": WebDataset's.
+# metadata.jsonl; "jpg" … "webp", "txt", "cls": WebDataset's.
 IMAGE_NAMES = ("image", "img", "file_name", "image_path", "picture", "jpg", "jpeg", "png", "webp")
 PREFIX_NAMES = ("prefix", "question", "query", "prompt", "instruction")
-SUFFIX_NAMES = ("suffix", "answers", "answer", "captions", "caption", "text", "response", "label")
+SUFFIX_NAMES = ("suffix", "answers", "answer", "captions", "caption", "text", "response", "label", "txt",
+                "cls")  # fmt: skip
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns. Without a `prefix` column nothing is asked but what the recipe's prompt says."""
+    """Names of the columns. Without a `prefix` column nothing is asked but what the recipe's prompt says; without an
+    `image` column rows are text alone, or their picture is where the format keeps it."""
 
-    image: str
+    image: str | None
     prefix: str | None
     suffix: str
 
@@ -33,11 +36,25 @@ class Columns:
         return tuple(name for name in (self.image, self.prefix, self.suffix) if name is not None)
 
 
-def find_columns(found: Sequence[str], settings: DataSettings, place: str) -> Columns:
-    """The columns that the settings name, or the known ones. Raises DataError listing the columns found."""
+class WrittenNumber(float):
+    """A JSON number with a fraction or an exponent, and how it is written: 1.50 is an answer of four characters."""
+
+    __slots__ = ("text",)
+    text: str
+
+    def __new__(cls, text: str) -> WrittenNumber:
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+
+def find_columns(found: Sequence[str], settings: DataSettings, place: str, *, needs_image: bool = True) -> Columns:
+    """The columns that the settings name, or the known ones; without one of images where none is needed. Raises
+    DataError listing the columns found."""
     prefix = _find(found, "prefix", settings.prefix_column, PREFIX_NAMES, place)
+    image = _required if needs_image else _find
     return Columns(
-        image=_required(found, "image", settings.image_column, IMAGE_NAMES, place),
+        image=image(found, "image", settings.image_column, IMAGE_NAMES, place),
         prefix=prefix,
         suffix=_required(found, "suffix", settings.suffix_column, SUFFIX_NAMES, place),
     )
@@ -67,7 +84,7 @@ def parse_object(content: bytes, place: str) -> dict[str, Any]:
     """The JSON object that a line holds. Raises DataError for other encodings, broken JSON and other values."""
     text = decode_text(content, place)
     try:
-        found = json.loads(text)
+        found = json.loads(text, parse_float=WrittenNumber)
     except json.JSONDecodeError as error:
         raise DataError(f"{place}: broken JSON: {error.msg} (column {error.pos + 1}).") from error
     except (ValueError, RecursionError) as error:
@@ -96,22 +113,32 @@ def value_of(row: dict[str, Any], column: str, place: str) -> Any:
 
 def question_of(row: dict[str, Any], column: str | None, place: str) -> str:
     """The text of the prefix; it may be empty."""
-    return "" if column is None else _text(value_of(row, column, place), column, place)
+    return "" if column is None else text_of(value_of(row, column, place), column, place)
 
 
 def answers_of(row: dict[str, Any], column: str, place: str) -> tuple[str, ...]:
-    """All answers of a row, which holds one text or a list of texts, none of them blank."""
+    """All answers of a row, which holds one text or number or a list of them, none of them blank."""
     value = value_of(row, column, place)
     answers = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     if not answers or value is None:
         raise DataError(f"{place}: {column!r} is empty: there is no answer to learn.")
-    for answer in answers:
-        if not _text(answer, column, place).strip():
-            raise DataError(f"{place}: {column!r} holds an empty text: there is no answer to learn.")
-    return answers
+    texts = tuple(text_of(_number_as_text(answer), column, place) for answer in answers)
+    if not all(text.strip() for text in texts):
+        raise DataError(f"{place}: {column!r} holds an empty text: there is no answer to learn.")
+    return texts
 
 
-def _text(value: Any, column: str, place: str) -> str:
+def _number_as_text(value: Any) -> Any:
+    """A finite number as it is written; everything else as it is."""
+    if isinstance(value, WrittenNumber):
+        return value.text
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
+    return value
+
+
+def text_of(value: Any, column: str, place: str) -> str:
+    """A text that every tokenizer takes. Raises DataError for anything else."""
     if not isinstance(value, str):
         hint = " Write it as a string that holds JSON." if isinstance(value, dict) else ""
         raise DataError(f"{place}: {column!r} holds {kind_of(value)} where a text was expected.{hint}")
@@ -134,5 +161,7 @@ def kind_of(value: Any) -> str:
     """What a JSON value is called."""
     if isinstance(value, bool):
         return "true or false"
-    names = {dict: "an object", list: "a list", str: "a text", int: "a number", float: "a number", type(None): "null"}
+    if isinstance(value, float):
+        return "a number" if math.isfinite(value) else "NaN or infinity"
+    names = {dict: "an object", list: "a list", str: "a text", int: "a number", type(None): "null"}
     return names.get(type(value), type(value).__name__)

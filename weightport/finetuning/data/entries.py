@@ -15,21 +15,24 @@ from weightport.finetuning.data.samples import Objects, Picture, Sample
 @dataclass(frozen=True)
 class Entry:
     """One row of a data set. All its answers hold for the one picture and question; none where `objects` are it.
-    `classes`: see `Sample`."""
+    `classes` and `history`: see `Sample`."""
 
     place: str
-    picture: Picture
+    picture: Picture | None
     prefix: str
     answers: tuple[str, ...]
     objects: Objects | None = None
     classes: tuple[str, ...] = ()
+    history: tuple[tuple[str, str], ...] = ()
 
 
 class Source(Protocol):
     """The good rows of a data set, examined once and read on demand.
 
     answer_counts: int32 [rows], how many answers a row has. question_keys: int64 [rows], equal where two rows ask the
-    same question about the same picture. each_answer: whether training by default takes every answer.
+    same question about the same picture. picture_keys(): int64 [rows], equal where two rows are about the same
+    picture, and the same in every run; looked for when it is asked for. each_answer: whether training by default
+    takes every answer, of all rows or, bool [rows], of each.
     fingerprint: 64 hexadecimal digits that change with the files and with how they are read. content: 64 that change
     with what the rows say and with the names of their pictures, and stay where files are copied.
     """
@@ -38,13 +41,15 @@ class Source(Protocol):
     skipped: tuple[str, ...]
     fingerprint: str
     content: str
-    each_answer: bool
+    each_answer: bool | np.ndarray
 
     @property
     def answer_counts(self) -> np.ndarray: ...
 
     @property
     def question_keys(self) -> np.ndarray: ...
+
+    def picture_keys(self) -> np.ndarray: ...
 
     def entry(self, row: int) -> Entry: ...
 
@@ -84,6 +89,19 @@ class EachAnswer:
         return (row,), index - int(self.ends[row - 1] if row else 0)
 
 
+class Repeated:
+    """Samples of another view, each as often as `indices`, int64 [samples], name it."""
+
+    def __init__(self, view: View, indices: np.ndarray) -> None:
+        self.view, self.indices = view, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def locate(self, index: int) -> tuple[Sequence[int], int]:
+        return self.view.locate(int(self.indices[index]))
+
+
 class EachQuestion:
     """A sample for all rows with the same key, in the order in which the keys first appear."""
 
@@ -118,6 +136,11 @@ class EntrySamples:
         return self.source.skipped
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader took for granted."""
+        return tuple(getattr(self.source, "notes", ()))
+
+    @property
     def fingerprint(self) -> str:
         """64 hexadecimal digits that change with the files, with their images, and with how they are read."""
         return self.source.fingerprint
@@ -146,6 +169,7 @@ class EntrySamples:
             references=tuple(text for entry in entries for text in entry.answers),
             objects=first.objects,
             classes=first.classes,
+            history=first.history,
         )
 
 
@@ -153,6 +177,6 @@ def arrange(source: Source, answer: str, grouped: bool) -> EntrySamples:
     """The view for evaluation (`grouped`) or, after the setting `answer`, the one for training."""
     if grouped:
         return EntrySamples(source, EachQuestion(source.question_keys))
-    if answer == "each" or (answer == "auto" and source.each_answer):
-        return EntrySamples(source, EachAnswer(source.answer_counts))
-    return EntrySamples(source, EachRow(len(source.answer_counts)))
+    each = {"each": True, "first": False}.get(answer, source.each_answer)
+    counts = np.where(each, source.answer_counts, 1)
+    return EntrySamples(source, EachRow(len(counts)) if (counts == 1).all() else EachAnswer(counts))

@@ -1,4 +1,4 @@
-"""Text files read by line and by byte offset: indexed in one sequential pass, then read where a line stands."""
+"""Text files read by record and by byte offset: indexed in one sequential pass, then read where a record stands."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import os
 import stat
 import weakref
 from array import array
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,16 +20,29 @@ from weightport.finetuning.data.faults import Faults
 LONGEST_LINE = 256 * 2**20
 """Bytes. A base64 image of 190 MB fits; a binary file without line ends does not fill the memory."""
 
+MOST_OPEN = 128
+"""Files that a process keeps open."""
+
 _BUFFER = 2**20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Line(NamedTuple):
-    """One line: its number, counted from 1, its byte offset, and its bytes without the line end."""
+    """A line, or a record that begins in it: the line's number, counted from 1, the record's byte offset, and its
+    bytes without the line end. item: the record's number, where records are not told apart by their lines."""
 
     number: int
     offset: int
     content: bytes
+    item: int = 0
+
+
+class Part(NamedTuple):
+    """What examining a record gives for each row in it: how many answers it has, and a key that is equal where two
+    rows ask the same question about the same picture."""
+
+    answers: int
+    key: int
 
 
 class PinnedFile:
@@ -86,12 +100,17 @@ class PinnedFile:
     def _open(self) -> int:
         if self._descriptor is None:
             descriptor = os.open(self.path, os.O_RDONLY)
-            weakref.finalize(self, os.close, descriptor)
             found = os.fstat(descriptor)
             if (found.st_size, found.st_mtime_ns) != (self.size, self.modified):
+                os.close(descriptor)
                 raise self._changed()
+            _opened.keep(self, descriptor)
             self._descriptor = descriptor
         return self._descriptor
+
+    def forget(self) -> None:
+        """The open file has been closed; the next read opens it again."""
+        self._descriptor = None
 
     def _changed(self) -> DataError:
         return DataError(f"{self.path} has changed since it was opened. Start again, and leave it alone meanwhile.")
@@ -100,12 +119,41 @@ class PinnedFile:
         return {**self.__dict__, "_descriptor": None}
 
 
-@dataclass(frozen=True)
-class LineIndex:
-    """Where the good lines of a file stand, 36 bytes a line, whatever the lines hold.
+class _OpenFiles:
+    """The files that are open, the one opened longest ago closed for a new one: data sets of thousands of shards are
+    read by processes that may open a thousand files."""
 
-    numbers, offsets, lengths: int64 [lines], the line's number, byte offset and bytes.
-    counts: int32 [lines] and keys: int64 [lines] are what examining the line gave.
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._held: OrderedDict[int, tuple[weakref.ref[PinnedFile], int]] = OrderedDict()
+
+    def keep(self, file: PinnedFile, descriptor: int) -> None:
+        key = id(file)
+        self._held[key] = weakref.ref(file, lambda _: self._close(key)), descriptor
+        while len(self._held) > self.most:
+            self._close(next(iter(self._held)))
+
+    def _close(self, key: int) -> None:
+        reference, descriptor = self._held.pop(key, (None, -1))
+        if reference is None:
+            return
+        os.close(descriptor)
+        file = reference()
+        if file is not None:
+            file.forget()
+
+
+_opened = _OpenFiles(MOST_OPEN)
+
+
+@dataclass(frozen=True)
+class RecordIndex:
+    """Where the good rows of a file stand, 36 bytes a row, whatever the records hold.
+
+    numbers, offsets, lengths: int64 [rows], of the record: its line, byte offset and bytes.
+    counts: int32 [rows] and keys: int64 [rows] are what examining the record gave (see `Part`).
+    items: int64 [rows], the records' numbers, None where lines tell them apart. places: int32 [rows, 2], which row of
+    its record a row is, and of how many, None where every record is one.
     """
 
     file: PinnedFile
@@ -114,39 +162,54 @@ class LineIndex:
     lengths: np.ndarray
     counts: np.ndarray
     keys: np.ndarray
+    items: np.ndarray | None
+    places: np.ndarray | None
 
     def __len__(self) -> int:
         return len(self.offsets)
 
     def line(self, row: int) -> Line:
         offset = int(self.offsets[row])
-        return Line(int(self.numbers[row]), offset, self.file.read(offset, int(self.lengths[row])))
+        content = self.file.read(offset, int(self.lengths[row]))
+        return Line(int(self.numbers[row]), offset, content, int(self.items[row]) if self.items is not None else 0)
+
+    def place(self, row: int) -> tuple[int, int]:
+        """Which row of its record a row is, and of how many."""
+        return (0, 1) if self.places is None else (int(self.places[row, 0]), int(self.places[row, 1]))
 
 
-def index_lines(file: PinnedFile, examine: Callable[[Line], tuple[int, int]], faults: Faults) -> LineIndex:
-    """Reads the file once. `examine` returns a line's count and key, or raises the DataError that `faults` collects.
+def index_records(
+    file: PinnedFile, records: Iterable[Line], examine: Callable[[Line], Sequence[Part]], faults: Faults
+) -> RecordIndex:
+    """Goes through the records once. `examine` returns what is to be known of a record's rows, or raises the DataError
+    that `faults` collects.
 
-    Blank lines are no rows.
+    Blank records have no rows.
     """
-    numbers, offsets, lengths, counts, keys = array("q"), array("q"), array("q"), array("i"), array("q")
-    for line in file.lines():
+    long = {name: array("q") for name in ("numbers", "offsets", "lengths", "keys", "items")}
+    counts, places = array("i"), array("i")
+    for line in records:
         if not line.content or line.content.isspace():
             continue
         try:
-            count, key = examine(line)
+            parts = examine(line)
         except DataError as fault:
             faults.add(fault)
             continue
-        numbers.append(line.number)
-        offsets.append(line.offset)
-        lengths.append(len(line.content))
-        counts.append(count)
-        keys.append(key)
-    return LineIndex(
+        for place, part in enumerate(parts):
+            long["numbers"].append(line.number)
+            long["offsets"].append(line.offset)
+            long["lengths"].append(len(line.content))
+            long["keys"].append(part.key)
+            long["items"].append(line.item)
+            counts.append(part.answers)
+            places.extend((place, len(parts)))
+    found = {name: np.array(values, dtype=np.int64) for name, values in long.items()}
+    items, of_record = found.pop("items"), np.array(places, dtype=np.int32).reshape(-1, 2)
+    return RecordIndex(
         file,
-        np.array(numbers, dtype=np.int64),
-        np.array(offsets, dtype=np.int64),
-        np.array(lengths, dtype=np.int64),
-        np.array(counts, dtype=np.int32),
-        np.array(keys, dtype=np.int64),
+        counts=np.array(counts, dtype=np.int32),
+        items=items if items.any() else None,
+        places=of_record if (of_record[:, 1] != 1).any() else None,
+        **found,
     )

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from weightport.errors import DataError
-from weightport.finetuning.data.columns import decode_text
+from weightport.finetuning.data.columns import check_letters, decode_text, kind_of
 from weightport.finetuning.data.faults import Faults
-from weightport.finetuning.data.files import Line, LineIndex, PinnedFile, index_lines
+from weightport.finetuning.data.files import Line, Part, PinnedFile, RecordIndex, index_records
 from weightport.finetuning.data.hashing import key_of
 from weightport.finetuning.data.samples import Picture
+
+IMAGE_ID = "image_id"
+"""The column of MUGE's captions that names a picture."""
 
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
@@ -46,11 +51,12 @@ class ImageTable:
     def __init__(self, path: Path, faults: Faults) -> None:
         self.path = path
 
-        def examine(line: Line) -> tuple[int, int]:
+        def examine(line: Line) -> Sequence[Part]:
             name, _, _ = split_row(line, self._place(line.number))
-            return len(name), key_of(name)
+            return (Part(len(name), key_of(name)),)
 
-        self.index: LineIndex = index_lines(PinnedFile(path), examine, faults)
+        file = PinnedFile(path)
+        self.index: RecordIndex = index_records(file, file.lines(), examine, faults)
         self._order = np.argsort(self.index.keys, kind="stable")
         self._keys = self.index.keys[self._order]
         for position in np.flatnonzero(self._keys[1:] == self._keys[:-1]) + 1:
@@ -66,7 +72,25 @@ class ImageTable:
                 return row
         return None
 
-    def picture(self, row: int, name: str) -> Picture:
+    @property
+    def identity(self) -> object:
+        """What changes with the file."""
+        return self.index.file.identity
+
+    def look_up(self, name: Any, place: str) -> tuple[str, int, int]:
+        """Name of an image, bytes of its base64, and its row. Raises DataError for one that is not there."""
+        known = image_id(name, place)
+        row = self.find(known)
+        if row is None:
+            raise DataError(f"{place}: the image id {known} is not in {self.path}.")
+        return known, int(self.index.lengths[row]), row
+
+    def picture(self, name: Any, place: str) -> Picture:
+        """The picture of an image id, not read. Raises DataError for one that is not there."""
+        known, _, row = self.look_up(name, place)
+        return self._picture(row, known)
+
+    def _picture(self, row: int, name: str) -> Picture:
         number, offset, length = (int(a[row]) for a in (self.index.numbers, self.index.offsets, self.index.lengths))
         start = len(name.encode()) + 1
         place = self._place(number)
@@ -88,6 +112,14 @@ class ImageTable:
 
     def _place(self, number: int) -> str:
         return f"{self.path}, line {number}"
+
+
+def image_id(value: Any, place: str) -> str:
+    """An id as the table writes it. MUGE's captions hold it as a text or as a number."""
+    if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+        raise DataError(f"{place}: an image id was expected, found {kind_of(value)}.")
+    check_letters(str(value), IMAGE_ID, place)
+    return str(value)
 
 
 def split_row(line: Line, place: str) -> tuple[bytes, int, int]:

@@ -2,89 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from weightport.errors import DataError
-from weightport.finetuning.data.columns import (
-    Columns,
-    answers_of,
-    check_letters,
-    kind_of,
-    parse_object,
-    question_of,
-    value_of,
-)
+from weightport.finetuning.data.columns import Columns
 from weightport.finetuning.data.faults import Faults
-from weightport.finetuning.data.files import Line, PinnedFile, index_lines
-from weightport.finetuning.data.hashing import fingerprint_of, key_of
+from weightport.finetuning.data.files import PinnedFile
 from weightport.finetuning.data.image_folder import find_companion
-from weightport.finetuning.data.image_table import ImageTable
-from weightport.finetuning.data.line_rows import LineRows
-from weightport.finetuning.data.samples import Picture
+from weightport.finetuning.data.image_table import IMAGE_ID, ImageTable
+from weightport.finetuning.data.record_rows import RecordRows
+from weightport.finetuning.data.records import JsonLines
+from weightport.finetuning.data.rows import ColumnRows
 from weightport.finetuning.data.settings import DataSettings
 from weightport.finetuning.data.splits import split_named
 
-IMAGE_ID, TEXT = "image_id", "text"
+TEXT = "text"
 SUFFIXES = ("", "_imgs", "_images", "_img")
 """What the image table of `train.jsonl` is called: train.tsv, train_imgs.tsv, …"""
 
 
-class MugeCaptions(LineRows):
-    """Captions and the table with their images. For training, every pair of an image and a caption is a sample.
-
-    Opening reads both files once, checks every line and that its image is in the table; no image is decoded.
-    """
-
-    each_answer = True
-
-    def __init__(self, path: Path, settings: DataSettings) -> None:
-        self.name = str(path)
-        self.columns = Columns(
-            settings.image_column or IMAGE_ID, settings.prefix_column, settings.suffix_column or TEXT
-        )
-        faults = Faults(settings.skip_bad)
-        captions, rows_seen = PinnedFile(path), hashlib.blake2b()
-        self.images = ImageTable(find_image_table(path, settings.images), faults)
-
-        def examine(line: Line) -> tuple[int, int]:
-            place = self.place_of(line)
-            found = parse_object(line.content, place)
-            question = question_of(found, self.columns.prefix, place)
-            answers = answers_of(found, self.columns.suffix, place)
-            row, name = self._image_row(found, place)
-            rows_seen.update(f"{name!r} {self.images.index.lengths[row]} {question!r} {answers!r}\n".encode())
-            return len(answers), key_of(name.encode(), question.encode())
-
-        self.index = index_lines(captions, examine, faults)
-        self.skipped = tuple(faults.skipped)
-        self.content = fingerprint_of(["muge", rows_seen.hexdigest()])
-        self.fingerprint = fingerprint_of(
-            ["muge", captions.identity, self.images.index.file.identity, asdict(settings)]
-        )
-
-    def picture(self, found: dict[str, Any], place: str) -> Picture:
-        return self.images.picture(*self._image_row(found, place))
-
-    def _image_row(self, found: dict[str, Any], place: str) -> tuple[int, str]:
-        name = image_id(value_of(found, self.columns.image, place), place)
-        row = self.images.find(name)
-        if row is None:
-            raise DataError(f"{place}: the image id {name} is not in {self.images.path}.")
-        return row, name
+def open_muge(path: Path, settings: DataSettings) -> RecordRows:
+    """Captions and the table with their images. For training, every pair of an image and a caption is a sample."""
+    columns = Columns(settings.image_column or IMAGE_ID, settings.prefix_column, settings.suffix_column or TEXT)
+    faults, captions = Faults(settings.skip_bad), PinnedFile(path)
+    images = ImageTable(find_image_table(path, settings.images), faults)
+    return RecordRows(
+        captions, settings, JsonLines(), ColumnRows(columns), images, kind="muge", each_answer=True, faults=faults
+    )
 
 
-def image_id(value: Any, place: str) -> str:
-    """An id as the table writes it. MUGE's captions hold it as a text or as a number."""
-    if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
-        raise DataError(f"{place}: an image id was expected, found {kind_of(value)}.")
-    check_letters(str(value), IMAGE_ID, place)
-    return str(value)
-
-
-def find_image_table(captions: Path, given: str | None) -> Path:
+def find_image_table(captions: Path, given: Sequence[str] | None) -> Path:
     """The TSV with the images of a caption file.
 
     It is the file that the settings name; else, in the captions' folder or the folder that the settings name: the TSV
@@ -92,8 +40,10 @@ def find_image_table(captions: Path, given: str | None) -> Path:
     (MR_train_imgs.tsv for train_texts.jsonl), or the only one at all, unless its name speaks of another split.
     """
     folder = captions.parent
-    if given is not None:
-        found = find_companion(given, folder)
+    if given:
+        if len(given) > 1:
+            raise DataError(f"data.images is {', '.join(given)}: MUGE's captions have one table or folder of images.")
+        found = find_companion(given[0], folder)
         if not found.is_dir():
             return found
         folder = found

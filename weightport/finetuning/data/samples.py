@@ -21,11 +21,14 @@ class Picture:
     place: str
     load: Callable[[], bytes | Image.Image]
 
-    def read(self) -> Image.Image:
-        """The decoded picture in RGB. Raises DataError, naming `place`, when it is missing or no picture."""
+    def read(self, draft: int | None = None) -> Image.Image:
+        """The decoded picture in RGB. `draft`: a JPEG is decoded at the smallest of 1, 1/2, 1/4 and 1/8 of its size
+        whose sides have that many pixels. Raises DataError, naming `place`, when it is missing or no picture."""
         try:
             found = self.load()
             picture = Image.open(BytesIO(found), formats=picture_formats()) if isinstance(found, bytes) else found
+            if draft is not None:
+                picture.draft("RGB", (draft, draft))
             return picture.convert("RGB")
         except FileNotFoundError as error:
             raise DataError(f"{self.place}: the image {self.key} does not exist.") from error
@@ -60,6 +63,7 @@ class Sample:
     references: tuple[str, ...]
     objects: Objects | None = None
     classes: tuple[str, ...] = ()
+    history: tuple[tuple[str, str], ...] = ()
 
 
 class Samples(Protocol):

@@ -15,8 +15,8 @@ from weightport.errors import DataError
 from weightport.finetuning.data.columns import answers_of, find_columns, question_of
 from weightport.finetuning.data.entries import Entry
 from weightport.finetuning.data.faults import Faults
-from weightport.finetuning.data.hashing import fingerprint_of
-from weightport.finetuning.data.image_folder import ImageFile, ImageFolder, find_companion
+from weightport.finetuning.data.hashing import fingerprint_of, key_of
+from weightport.finetuning.data.image_folder import ImageFile, ImageFolder, find_image_folder
 from weightport.finetuning.data.samples import Picture
 from weightport.finetuning.data.settings import DataSettings
 from weightport.finetuning.data.table_opening import open_table
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _BATCH = 1000
+_DIGESTED = 16
+"""Rows whose pictures are in memory at once while their digests are taken."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,10 @@ class TableRows:
         self.name = path
         table = open_table(path, settings)
         self.columns = find_columns(table.column_names, settings, path)
-        self.images = with_undecoded_images(table.select_columns([self.columns.image]), self.columns.image, path)
-        self.texts = table.select_columns([name for name in self.columns.all if name != self.columns.image])
+        self.image_column = str(self.columns.image)
+        self.images = with_undecoded_images(table.select_columns([self.image_column]), self.image_column, path)
+        self.texts = table.select_columns([name for name in self.columns.all if name != self.image_column])
+        self.labels = class_names(table, self.columns.suffix)
         self.folder = _folder_beside(path, settings)
 
         faults = Faults(settings.skip_bad)
@@ -66,7 +70,7 @@ class TableRows:
         for row, (cell, texts) in enumerate(zip(self._image_places(), self._all_texts())):
             place = self._place(row)
             try:
-                answers = answers_of(texts, self.columns.suffix, place)
+                answers = self._answers(texts, place)
                 question = question_of(texts, self.columns.prefix, place)
                 self._check_image(cell, place)
             except DataError as fault:
@@ -90,13 +94,26 @@ class TableRows:
         position = int(self.rows[row])
         place = self._place(position)
         texts = self.texts[position]
-        image = CellImage(self.images, position, self.columns.image, place, self.folder)
+        image = CellImage(self.images, position, self.image_column, place, self.folder)
         return Entry(
             place,
             Picture(f"row {position + 1}", place, image),
             question_of(texts, self.columns.prefix, place),
-            answers_of(texts, self.columns.suffix, place),
+            self._answers(texts, place),
         )
+
+    def _answers(self, texts: dict[str, Any], place: str) -> tuple[str, ...]:
+        value = texts.get(self.columns.suffix)
+        if self.labels is not None and isinstance(value, int) and 0 <= value < len(self.labels):
+            return (self.labels[value],)
+        return answers_of(texts, self.columns.suffix, place)
+
+    def picture_keys(self) -> np.ndarray:
+        """By the bytes of the pictures, all of which are read: tables seldom name them."""
+        keys = []
+        for batch in self.images.with_format("arrow").iter(batch_size=_DIGESTED):
+            keys += [_picture_key(cell) for cell in batch.column(self.image_column).to_pylist()]
+        return np.array(keys, dtype=np.int64)[self.rows]
 
     def _place(self, row: int) -> str:
         return f"{self.name}, row {row + 1}"
@@ -111,7 +128,7 @@ class TableRows:
         import pyarrow.compute as pc
 
         for batch in self.images.with_format("arrow").iter(batch_size=_BATCH):
-            cells = batch.column(self.columns.image)
+            cells = batch.column(self.image_column)
             nothing = [None] * len(cells)
             if pa.types.is_struct(cells.type):
                 lengths = pc.binary_length(pc.struct_field(cells, "bytes")).to_pylist()
@@ -124,9 +141,20 @@ class TableRows:
 
     def _check_image(self, cell: bool | str | None, place: str) -> None:
         if cell is None:
-            raise DataError(f"{place}: {self.columns.image!r} holds no image.")
+            raise DataError(f"{place}: {self.image_column!r} holds no image.")
         if isinstance(cell, str):
             find_file(cell, self.folder, place)
+
+
+def _picture_key(cell: Any) -> int:
+    content = cell.get("bytes") or cell.get("path") if isinstance(cell, dict) else cell
+    return key_of(os.path.basename(content).encode() if isinstance(content, str) else content or b"")
+
+
+def class_names(table: Dataset, column: str) -> list[str] | None:
+    """The names that the numbers of a column stand for, None for other columns."""
+    names = getattr(table.features[column], "names", None)
+    return None if names is None else [str(name) for name in names]
 
 
 def with_undecoded_images(table: Dataset, column: str, place: str) -> Dataset:
@@ -169,7 +197,7 @@ def _caches() -> list[str]:
 
 def _folder_beside(path: str, settings: DataSettings) -> ImageFolder:
     beside = Path(path) if os.path.isdir(path) else Path(path).parent
-    return ImageFolder(beside if settings.images is None else find_companion(settings.images, beside))
+    return find_image_folder(settings.images, beside / "table", None)
 
 
 def _identity(table: Dataset) -> list[object]:

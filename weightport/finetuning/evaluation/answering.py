@@ -61,6 +61,9 @@ def answers(
     world = world or World()
     options = generation_options(model, settings.generation)
     mine = list(indices)[world.rank :: world.size]
+    if len(mine) * world.size < len(indices) or not mine:
+        # Processes that share weights out answer in step: as many batches in each.
+        mine += list(indices)[:1]
     loader = DataLoader(
         Subset(Indexed(samples), mine),
         batch_size=settings.batch_size,
@@ -82,7 +85,7 @@ def answers(
     if world.size > 1:
         from accelerate.utils import gather_object
 
-        found = gather_object(found)
+        found = list({prediction.index: prediction for prediction in gather_object(found)}.values())
     return sorted(found, key=lambda prediction: prediction.index)
 
 

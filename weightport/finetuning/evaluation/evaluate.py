@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch
 
 from weightport.devices import usable_device
 from weightport.errors import CheckpointError, RecipeError
-from weightport.finetuning.data import local_place, open_data
+from weightport.finetuning.data import EntrySamples, local_places, open_data, open_divided
 from weightport.finetuning.evaluation.answering import answers, chosen, write_predictions
 from weightport.finetuning.evaluation.predictions import Prediction
 from weightport.finetuning.family import Family
@@ -39,11 +39,12 @@ class Evaluation:
 def evaluate(
     directory: Path,
     family: Family,
-    data: str,
+    data: str | Sequence[str],
     recipe: Recipe,
     *,
     adapter: Path | None = None,
     output: Path | None = None,
+    held_out: float | None = None,
     device: str | None = None,
     overwrite: bool = False,
     announce: Callable[[int], None] = lambda samples: None,
@@ -52,18 +53,20 @@ def evaluate(
     """Answer the data set `data` with the model in `directory` and measure by the recipe's metrics.
 
     The model runs in its own dtype, whatever the recipe trains. `adapter`: a LoRA adapter to put on it. `output`: a
-    folder that gets metrics.json, evaluation.json (the settings) and predictions.jsonl. Raises a WeightportError for a
-    model, data or settings that cannot be.
+    folder that gets metrics.json, evaluation.json (the settings) and predictions.jsonl. `held_out`: measure on that
+    share of the data alone, the one that a run with this `data.eval_fraction` did not train on. Raises a
+    WeightportError for a model, data or settings that cannot be.
     """
     if not recipe.evaluation.metrics:
         raise RecipeError(f"The recipe {recipe.name!r} measures nothing: give --metric.")
     for name in recipe.evaluation.metrics:
-        metric_named(name)
+        if metric_named(name).needs == "ranks":
+            metric_named(name).score([])
     inputs = [directory, adapter]
     if output is not None:
-        require_directory(output, overwrite=overwrite, inputs=inputs, beside=[local_place(data)])
+        require_directory(output, overwrite=overwrite, inputs=inputs, beside=local_places(data))
     check_processor(directory)
-    samples = open_data(data, recipe.data, grouped=True)
+    samples = measured_samples(data, recipe, held_out)
     processor = load_processor(directory, family, recipe.batch)
     place = usable_device(device)
     dtype = base_dtype(directory) or torch.float32
@@ -87,11 +90,36 @@ def evaluate(
     )
     result = Evaluation(score_all(recipe.evaluation.metrics, predictions), predictions)
     if output is not None:
-        with whole_directory(output, overwrite=overwrite, inputs=inputs, beside=[local_place(data)]) as work:
-            write_json(work / METRICS, dict(result.metrics))
-            write_json(work / EVALUATION, {"data": samples.name, "samples": len(predictions), "recipe": plain(recipe)})
-            write_predictions(work / PREDICTIONS, predictions)
+        write_evaluation(result, output, directory, data, samples.name, recipe, adapter=adapter, overwrite=overwrite)
     return result
+
+
+def measured_samples(data: str | Sequence[str], recipe: Recipe, held_out: float | None) -> EntrySamples:
+    """The samples of `data`, a question with all its references each; of the share `held_out` alone where given."""
+    if held_out is None:
+        return open_data(data, recipe.data, grouped=True)
+    return open_divided(data, recipe.data, held_out)[1]
+
+
+def write_evaluation(
+    result: Evaluation,
+    output: Path,
+    directory: Path,
+    data: str | Sequence[str],
+    name: str,
+    recipe: Recipe,
+    *,
+    adapter: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write metrics.json, evaluation.json (the settings, and the data set's `name`) and predictions.jsonl into the
+    folder `output`."""
+    inputs = [directory, adapter]
+    with whole_directory(output, overwrite=overwrite, inputs=inputs, beside=local_places(data)) as work:
+        write_json(work / METRICS, dict(result.metrics))
+        settings = {"data": name, "samples": len(result.predictions), "recipe": plain(recipe)}
+        write_json(work / EVALUATION, settings)
+        write_predictions(work / PREDICTIONS, result.predictions)
 
 
 def _with_adapter(model: torch.nn.Module, adapter: Path) -> torch.nn.Module:

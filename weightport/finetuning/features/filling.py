@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from weightport.errors import DataError, OutputError
 from weightport.finetuning.data.collation import Indexed
 from weightport.finetuning.data.samples import Sample, Samples, left_to_skip
-from weightport.finetuning.family import Family
+from weightport.finetuning.family import Family, prompt_of
 from weightport.finetuning.features.plan import FeaturePlan, computed
 from weightport.finetuning.features.store import FeatureStore, RecordFile, StoreWriter, locked, open_store
 from weightport.finetuning.recipes.settings import BatchSettings, Recipe
@@ -53,7 +53,7 @@ class _Asker:
             except DataError as error:
                 failures.append(str(error))
                 continue
-            prompts.append(self.family.prompt(self.processor, self.batch, sample))
+            prompts.append(prompt_of(self.family, self.processor, self.batch, sample))
             indices.append(index)
         if not indices:
             return _Asked((), {}, tuple(failures))

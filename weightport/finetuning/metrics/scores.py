@@ -33,9 +33,10 @@ Scorer = Callable[[Sequence[Prediction]], Scores]
 class Metric:
     """A figure of merit of generated answers.
 
-    `best` is what perfect answers can reach at most; `needs` is "text" (`text` and `references` of a prediction) or
-    "boxes" (`found` and `expected`); `fewest` the number of samples below which the metric is undefined.
-    `score` raises DataError when there are no predictions, or when a prediction has nothing to be held against.
+    `best` is what perfect answers can reach at most; `needs` is "text" (`text` and `references` of a prediction),
+    "boxes" (`found` and `expected`) or "ranks" (of a model for retrieval, which answers nothing); `fewest` the number
+    of samples below which the metric is undefined. `score` raises DataError when there are no predictions, or when a
+    prediction has nothing to be held against.
     """
 
     name: str

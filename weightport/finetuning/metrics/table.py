@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from weightport.errors import DataError, UsageError
 from weightport.finetuning.evaluation.predictions import Prediction
-from weightport.finetuning.metrics import captions, cider, counting, detection, edit_distance, structured
+from weightport.finetuning.metrics import captions, cider, counting, detection, edit_distance, ranking, structured
 from weightport.finetuning.metrics.scores import Metric
 
 METRICS: Mapping[str, Metric] = {
@@ -43,9 +44,27 @@ METRICS: Mapping[str, Metric] = {
             fewest=2,
         ),
         Metric("ap", "COCO average precision of boxes", True, 1.0, "boxes", detection.average_precision),
+        Metric(ranking.NAME, "image-text retrieval, 0 to 100", True, 100.0, "ranks", ranking.recall_of_answers),
         Metric("box-f1", "F1 of boxes that overlap by half", True, 1.0, "boxes", detection.box_f1),
     )
 }
+
+
+DETAILS = frozenset(
+    ("bleu-1", "bleu-2", "bleu-3", "bleu-brevity-penalty", "rouge-l-f1", "json-precision", "json-recall", "ap50",
+     "ap75", "box-precision", "box-recall")
+)  # fmt: skip
+"""Figures that come with a metric, beside those of single classes (`ap/cat`): kept in metrics.json, and not shown."""
+
+
+def headline(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures but for the details of metrics."""
+    return {name: figure for name, figure in figures.items() if not _is_detail(name)}
+
+
+def _is_detail(name: str) -> bool:
+    metric, slash, _ = name.partition("/")
+    return name in DETAILS or (bool(slash) and metric in METRICS)
 
 
 def metric_named(name: str) -> Metric:

@@ -16,11 +16,12 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from weightport.errors import RecipeError
-from weightport.finetuning.data.settings import ANSWERS, FORMS, READERS, DataSettings
+from weightport.finetuning.data.settings import ANSWERS, FORMS, READERS, TURNS, DataSettings
 from weightport.finetuning.recipes.settings import (
     DTYPES,
     LOSS_MEANS,
     METHODS,
+    SAMPLINGS,
     BatchSettings,
     EvaluationSettings,
     ModelSettings,
@@ -35,7 +36,9 @@ CHOICES = {
     "data.reader": READERS,
     "data.form": FORMS,
     "data.answer": ANSWERS,
+    "data.turns": TURNS,
     "batch.loss_mean": LOSS_MEANS,
+    "batch.sampling": SAMPLINGS,
     "model.method": METHODS,
     "model.dtype": DTYPES,
     "model.frozen_mode": ("eval", "train"),
@@ -47,6 +50,9 @@ AT_LEAST = {
     "evaluation.samples": 1,
     "evaluation.batch_size": 1,
     "evaluation.previews": 0,
+    "evaluation.rerank": 0,
+    "evaluation.early_stopping_patience": 1,
+    "evaluation.early_stopping_threshold": 0,
     "evaluation.generation.num_beams": 1,
     "evaluation.generation.max_new_tokens": 1,
     "training.learning_rate": 0,
@@ -57,7 +63,11 @@ AT_LEAST = {
     "training.dataloader_num_workers": 0,
 }
 """The smallest value of settings whose own libraries notice too late that they cannot be."""
+SWITCHES = frozenset({"training.fsdp"})
+"""Settings that are true or false, though their library also takes words for them."""
+
 OPEN = ("model.config", "evaluation.generation")
+SCHEDULE = "training.lr_scheduler_type"
 """Mappings whose keys belong to the model: checked when it is there."""
 
 ANY = "*"
@@ -152,9 +162,13 @@ def for_family(recipe: Recipe, family: str, *, as_published: bool = False) -> Re
 
 
 def with_settings(recipe: Recipe, settings: Mapping[str, Any], place: str) -> Recipe:
-    """The recipe with values by dotted name (`training.learning_rate`), or by a last name that is only one's."""
-    for key, value in settings.items():
-        name = qualified(key, place)
+    """The recipe with values by dotted name (`training.learning_rate`), or by a last name that is only one's. Another
+    schedule has none of the recipe's settings of its own."""
+    named = {qualified(key, place): value for key, value in settings.items()}
+    if SCHEDULE in named and named[SCHEDULE] != recipe.training.get("lr_scheduler_type"):
+        left = {name: value for name, value in recipe.training.items() if name != "lr_scheduler_kwargs"}
+        recipe = replace(recipe, training=left)
+    for name, value in named.items():
         inner = value.items() if name in OPEN and isinstance(value, Mapping) else None
         for each, own in ((name, value),) if inner is None else ((f"{name}.{key}", own) for key, own in inner):
             recipe = _with_setting(recipe, each, own, place)
@@ -239,7 +253,8 @@ def _with_setting(recipe: Recipe, key: str, value: Any, place: str) -> Recipe:
         return _replaced(recipe, section, replace(getattr(recipe, section), **{name: mapping}))
     if key in CHOICES and value not in CHOICES[key]:
         raise RecipeError(f"{place}: {key} is one of {', '.join(CHOICES[key])}, found {value!r}.")
-    value = _coerced(value, known_settings().get(key, Any), f"{place}: {key}")
+    if not (key in SWITCHES and isinstance(value, bool)):
+        value = _coerced(value, known_settings().get(key, Any), f"{place}: {key}")
     _require_least(key, value, place)
     current = getattr(recipe, section)
     if is_dataclass(current) and not isinstance(current, type):

@@ -31,8 +31,9 @@ class Loaded:
     family: Family
 
 
-def load_processor(directory: Path, family: Family, batch: BatchSettings) -> Any:
-    """The directory's processor, making images of `batch.image_size`."""
+def load_processor(directory: Path, family: Family | None, batch: BatchSettings) -> Any:
+    """The directory's processor, making images of `batch.image_size`. Without a `family` these stay the processor's
+    own."""
     from transformers import AutoConfig, AutoProcessor
 
     from weightport import modeling  # noqa: F401 - registers the families that transformers lacks
@@ -41,22 +42,24 @@ def load_processor(directory: Path, family: Family, batch: BatchSettings) -> Any
         processor = AutoProcessor.from_pretrained(directory, **_LOCAL)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise CheckpointError(f"{directory} has no whole tokenizer and processor: {error}") from error
-    if batch.image_size is not None:
+    if batch.image_size is not None and family is not None:
         family.resize(processor, AutoConfig.from_pretrained(directory, **_LOCAL), batch.image_size)
     return processor
 
 
 def load_model(
     directory: Path,
-    family: Family,
+    family: Family | None,
     settings: ModelSettings,
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    auto_class: str = "AutoModelForImageTextToText",
 ) -> Any:
     """The directory's model in `dtype`, by default that of training; with `qlora` its linear layers in 4 bits, on
-    `device`."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    `device`, as its `family` has them. `auto_class`: of transformers', which loads it."""
+    import transformers
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     from weightport import modeling  # noqa: F401 - registers the families that transformers lacks
@@ -71,15 +74,15 @@ def load_model(
         **_LOCAL,
     }
     if settings.attention is not None:
-        _require_attention(config, settings.attention)
+        _require_attention(config, settings.attention, auto_class)
         options["attn_implementation"] = settings.attention
-    if settings.method == "qlora":
+    if settings.method == "qlora" and family is not None:
         options |= {"quantization_config": four_bits(family), "device_map": {"": device}}
     logging.disable_progress_bar()
     # Our reader says what is wrong with a damaged file, and what to do.
     open_checkpoint(directory)
     try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(directory, **options)
+        loaded: Any = getattr(transformers, auto_class).from_pretrained(directory, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{directory} cannot be loaded: {error}") from error
     model, found = loaded
@@ -94,13 +97,13 @@ def load_model(
     return model
 
 
-def _require_attention(config: Any, name: str) -> None:
+def _require_attention(config: Any, name: str, auto_class: str) -> None:
     """Raises RecipeError for an implementation of attention that the model or this machine does not have."""
-    from transformers import AutoModelForImageTextToText
+    import transformers
 
     try:
         with torch.device("meta"):
-            AutoModelForImageTextToText.from_config(config, attn_implementation=name)
+            getattr(transformers, auto_class).from_config(config, attn_implementation=name)
     except (ValueError, ImportError) as error:
         raise RecipeError(f"model.attention cannot be {name!r}: {error}") from error
 

@@ -7,26 +7,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import TrainingArguments, set_seed
 
 from weightport.errors import DataError, OutputError, RecipeError, TrainingError
-from weightport.finetuning.data import local_place, open_data
+from weightport.finetuning.augmentation import require_changes
+from weightport.finetuning.data import EntrySamples, local_places, open_data, open_divided
 from weightport.finetuning.data.collation import FAILURE, BadSamples, Collator, Indexed
 from weightport.finetuning.data.samples import Samples
 from weightport.finetuning.evaluation.answering import chosen, generation_options
 from weightport.finetuning.evaluation.predictions import Prediction
-from weightport.finetuning.family import Family
+from weightport.finetuning.family import Family, prompt_of
 from weightport.finetuning.features.plan import FeaturePlan, plan_features
 from weightport.finetuning.metrics import metric_named, score_all
 from weightport.finetuning.overlap import overlap_note
 from weightport.finetuning.recipes.recipe import for_family
 from weightport.finetuning.recipes.settings import Recipe
+from weightport.finetuning.setup.batch_size import (
+    Division,
+    division_of,
+    fitting_division,
+    require_searchable,
+)
 from weightport.finetuning.setup.freezing import Share, freeze, frozen_parts, shares
 from weightport.finetuning.setup.length_limits import fitted
 from weightport.finetuning.setup.lora_layers import with_lora
 from weightport.finetuning.setup.model_loading import Loaded, load_model, load_processor
-from weightport.finetuning.setup.training_arguments import planned_steps, training_arguments
-from weightport.finetuning.training.resuming import RECIPE, changed_inputs, last_checkpoint, require_same
+from weightport.finetuning.setup.training_arguments import planned_steps, shares_weights_out, training_arguments
+from weightport.finetuning.training.resuming import (
+    RECIPE,
+    changed_inputs,
+    last_checkpoint,
+    recorded_division,
+    require_same,
+)
+from weightport.finetuning.training.sampling import class_weights, pictures_of
 from weightport.formatting import samples as in_words
 from weightport.formatting import size
 from weightport.model_directory import check_processor
@@ -38,14 +53,15 @@ RECONNAISSANCE = 64
 
 @dataclass(frozen=True)
 class Job:
-    """What a run is asked for. `explicit`: settings given by hand; `command`: how, for the records."""
+    """What a run is asked for. `data` and `eval_data`: one data set, or several as one. `explicit`: settings given by
+    hand; `command`: how, for the records."""
 
     model: Path
     family: Family
-    data: str
+    data: str | tuple[str, ...]
     output: Path
     recipe: Recipe
-    eval_data: str | None = None
+    eval_data: str | tuple[str, ...] | None = None
     resume: bool = False
     overwrite: bool = False
     explicit: frozenset[str] = frozenset()
@@ -60,8 +76,13 @@ class Job:
     @property
     def data_places(self) -> tuple[Path, ...]:
         """What else is read, which its folder may not hold."""
-        named = [each for each in (self.data, self.eval_data, self.recipe.data.images) if each is not None]
-        return tuple(local_place(str(each)) for each in named)
+        named = (self.data, self.eval_data, self.recipe.data.images)
+        return tuple(place for each in named if each for place in local_places(each))
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is anything to measure on."""
+        return self.eval_data is not None or self.recipe.data.eval_fraction is not None
 
     def inputs(self, samples: Samples, eval_samples: Samples | None) -> dict[str, Any]:
         """What it is trained and measured on, for the records of --resume."""
@@ -78,7 +99,8 @@ class Job:
 @dataclass(frozen=True)
 class Prepared:
     """A run before its first step: everything has been opened and checked, nothing written. `recipe` is the job's,
-    fitted to the model."""
+    fitted to the model. `weights`: of each sample, how often it is drawn against the others, where that differs;
+    `pictures`: equal where samples that go together have the same picture."""
 
     loaded: Loaded
     arguments: TrainingArguments
@@ -89,6 +111,8 @@ class Prepared:
     notes: tuple[str, ...]
     recipe: Recipe
     features: FeaturePlan | None = None
+    weights: np.ndarray | None = None
+    pictures: np.ndarray | None = None
 
 
 def resolved(recipe: Recipe, family: str, *, as_published: bool) -> tuple[Recipe, tuple[str, ...]]:
@@ -114,12 +138,14 @@ def prepare(job: Job) -> Prepared:
     arguments, notes = training_arguments(
         recipe.training,
         job.output,
-        evaluates=job.eval_data is not None,
+        evaluates=job.evaluates,
         leaves_unused=family.leaves_unused and recipe.model.method == "full",
+        stops_early=recipe.evaluation.early_stopping_patience is not None,
         explicit=job.explicit,
     )
-    samples = open_data(job.data, recipe.data)
-    eval_samples = open_data(job.eval_data, recipe.data, grouped=True) if job.eval_data is not None else None
+    _require_together(recipe, arguments)
+    samples, eval_samples = _opened(job, recipe)
+    notes += samples.notes
     for each in (samples, eval_samples):
         if each is not None and each.skipped:
             are, more = ("is", "") if len(each.skipped) == 1 else ("are", " …")
@@ -128,6 +154,10 @@ def prepare(job: Job) -> Prepared:
         notes += changed_inputs(job.output, job.inputs(samples, eval_samples))
         if checkpoint is None:
             notes.append("there is no checkpoint to resume from: the run begins again at its first step")
+        else:
+            # The untrained model has been measured.
+            arguments.eval_on_start = False
+        notes += _as_divided_before(job.output, recipe, arguments)
     if eval_samples is not None and arguments.process_index == 0 and (note := overlap_note(samples, eval_samples)):
         notes.append(note)
     steps = planned_steps(arguments, len(samples))
@@ -138,6 +168,9 @@ def prepare(job: Job) -> Prepared:
         )
     if eval_samples is not None:
         _require_measurable(eval_samples, recipe, arguments)
+    require_changes(recipe.batch.augment, samples)
+    weights = class_weights(samples) if recipe.batch.sampling == "balanced" else None
+    pictures = pictures_of(samples) if recipe.batch.group_by_image else None
 
     loaded, features = _trainable(job.model, family, recipe, arguments, frozen), None
     found = shares(loaded.model, family.parts)
@@ -145,15 +178,110 @@ def prepare(job: Job) -> Prepared:
         raise TrainingError(
             f"Nothing is left to train: {', '.join(recipe.model.freeze)} together are the whole model. Freeze less."
         )
-    _require_space(job.output, found, arguments, adapter=recipe.model.method != "full")
+    _require_space(
+        job.output,
+        found,
+        arguments,
+        adapter=recipe.model.method != "full",
+        averaged=recipe.model.ema_decay is not None,
+    )
     recipe, fitting = fitted(recipe, loaded)
     notes += fitting
-    # One sample shows whether prompts and answers fit the model, before any step does.
+    # A few samples show whether prompts and answers fit the model, before any step does.
+    _require_askable(loaded, recipe, samples, eval_samples)
     _try_one(loaded, recipe, samples)
+    if recipe.batch.fit_memory and not (job.resume and recorded_division(job.output)):
+        division, note = fitting_division(loaded, recipe, arguments, samples)
+        division.apply(arguments)
+        notes.append(note)
     if recipe.model.cache_features:
         features = plan_features(loaded, recipe, arguments, samples, frozen, job.output)
         notes.append(features.note())
-    return Prepared(loaded, arguments, samples, eval_samples, found, checkpoint, tuple(notes), recipe, features)
+    return Prepared(
+        loaded,
+        arguments,
+        samples,
+        eval_samples,
+        found,
+        checkpoint,
+        tuple(notes),
+        recipe,
+        features,
+        weights,
+        pictures,
+    )
+
+
+def _require_together(recipe: Recipe, arguments: TrainingArguments) -> None:
+    """Raises RecipeError for settings that cannot be had together."""
+    batch, model, sharded = recipe.batch, recipe.model, shares_weights_out(arguments)
+    require_searchable(recipe, arguments, sharded=sharded is not None)
+    if model.ema_decay is not None and not 0 < model.ema_decay < 1:
+        raise RecipeError(f"model.ema_decay is {model.ema_decay:g}. It lies between 0 and 1, such as 0.999.")
+    if model.ema_decay is not None and sharded:
+        raise RecipeError(
+            f"model.ema_decay averages whole weights in every process, and {sharded} shares them out. Leave one "
+            "of them out."
+        )
+    if model.cache_features and batch.augment:
+        raise RecipeError(
+            f"--cache-features keeps what is computed of each picture once, and batch.augment "
+            f"({', '.join(batch.augment)}) changes pictures in every epoch. Leave one of them out."
+        )
+    if batch.group_by_image and not model.cache_features:
+        raise RecipeError(
+            "batch.group_by_image lets samples share what --cache-features keeps of their picture: it does nothing "
+            "without. Pass both."
+        )
+    if batch.group_by_image and arguments.torch_compile:
+        raise RecipeError("batch.group_by_image and training.torch_compile do not go together: leave one of them out.")
+    order = arguments.train_sampling_strategy
+    asked = [
+        name
+        for name, wanted in (
+            ("batch.sampling=balanced", batch.sampling == "balanced"),
+            ("batch.group_by_image", batch.group_by_image),
+            (f"training.train_sampling_strategy={order}", order != "random"),
+        )
+        if wanted
+    ]
+    if len(asked) > 1:
+        raise RecipeError(f"{' and '.join(asked)} are two orders of samples: set one of them.")
+
+
+def _as_divided_before(run: Path, recipe: Recipe, arguments: TrainingArguments) -> list[str]:
+    """Let a step have the samples that it had when the run in the folder `run` was started, in as many processes as
+    there are now; a note on what that changes. Raises TrainingError when they cannot share them."""
+    before = recorded_division(run)
+    if before is None:
+        return []
+    then = Division(**before)
+    now = then.among(arguments.world_size)
+    wanted = division_of(arguments)
+    now.apply(arguments)
+    if now != then and recipe.batch.loss_mean == "batches":
+        raise TrainingError(
+            f"The run was started in {then.processes} processes, and with batch.loss_mean=batches another number of "
+            "them has another loss. Resume in as many."
+        )
+    if now.processes != then.processes:
+        processes = "1 process" if then.processes == 1 else f"{then.processes} processes"
+        return [f"the run was started in {processes}: {now.described}, as before"]
+    return [] if now == wanted else [f"as when the run was started: {now.described}"]
+
+
+def _opened(job: Job, recipe: Recipe) -> tuple[EntrySamples, EntrySamples | None]:
+    """(what to train on, what to measure on)."""
+    fraction = recipe.data.eval_fraction
+    if job.eval_data is not None and fraction is not None:
+        raise RecipeError(
+            f"--eval-data gives what to measure on, and data.eval_fraction={fraction:g} takes it out of the training "
+            "data: give one of them."
+        )
+    if fraction is not None:
+        return open_divided(job.data, recipe.data, fraction)
+    evaluation = open_data(job.eval_data, recipe.data, grouped=True) if job.eval_data is not None else None
+    return open_data(job.data, recipe.data), evaluation
 
 
 def _require_meaning(family: Family, recipe: Recipe) -> None:
@@ -238,13 +366,16 @@ def _output_state(job: Job) -> Path | None:
     return None
 
 
-def _require_space(output: Path, found: list[Share], arguments: TrainingArguments, *, adapter: bool) -> None:
+def _require_space(
+    output: Path, found: list[Share], arguments: TrainingArguments, *, adapter: bool, averaged: bool
+) -> None:
     """Raises OutputError when the disk cannot hold the result and the checkpoints that the run keeps."""
     trainable = sum(share.trainable for share in found)
     # An adapter is what is trained; a model is saved whole.
     saved = trainable if adapter else sum(share.total for share in found)
-    # float32 weights, and Adam's two moments of what is trained; one more while the oldest is not yet removed.
-    checkpoint = 4 * saved + 8 * trainable
+    # float32 weights, Adam's two moments of what is trained, and its average; one more while the oldest is not yet
+    # removed.
+    checkpoint = 4 * saved + (12 if averaged else 8) * trainable
     kept = 0 if arguments.save_strategy == "no" else (arguments.save_total_limit or 3) + 1
     needs = kept * checkpoint + 4 * saved
     existing = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
@@ -255,6 +386,20 @@ def _require_space(output: Path, found: list[Share], arguments: TrainingArgument
             f"{existing} has {size(free)} free, and the result{checkpoints} needs about {size(needs)}. "
             "Lower training.save_total_limit, or choose another --output."
         )
+
+
+def _require_askable(loaded: Loaded, recipe: Recipe, *data: Samples | None) -> None:
+    """Raises DataError for a sample that the family's prompts cannot hold, unless bad ones may be left out."""
+    for samples in data:
+        if samples is None or recipe.data.skip_bad:
+            continue
+        for index in chosen(len(samples), RECONNAISSANCE):
+            try:
+                sample = samples[index]
+            except DataError:
+                # Said, with what to do, where it is read.
+                continue
+            prompt_of(loaded.family, loaded.processor, recipe.batch, sample)
 
 
 def _try_one(loaded: Loaded, recipe: Recipe, samples: Samples) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from weightport.errors import RecipeError
+from weightport.finetuning.metrics.table import METRICS
 from weightport.finetuning.training.resuming import CHECKPOINTS
+from weightport.finetuning.training.schedules import own_schedule
 
 TENSORBOARD = "tensorboard"
 
@@ -24,25 +28,41 @@ def training_arguments(
     *,
     evaluates: bool,
     leaves_unused: bool = True,
+    stops_early: bool = False,
     explicit: frozenset[str] = frozenset(),
 ) -> tuple[TrainingArguments, list[str]]:
     """(arguments, notes on what this machine changes). `evaluates`: there is evaluation data. `leaves_unused`: a step
-    may leave trained parameters without a gradient. `explicit`: settings given by hand, which are not fitted. Raises
-    RecipeError for what cannot be."""
-    values, notes = dict(settings), []
+    may leave trained parameters without a gradient. `stops_early`: the run ends when a figure no longer becomes
+    better. `explicit`: settings given by hand, which are not fitted. Raises RecipeError for what cannot be."""
+    # TrainingArguments writes its defaults into the mappings that it is given.
+    values, notes = copy.deepcopy(dict(settings)), []
     if not torch.cuda.is_available():
         for precision in ("fp16", "bf16"):
             if values.get(precision) and f"training.{precision}" not in explicit:
                 values[precision] = False
                 notes.append(f"{precision} is off: there is no GPU here")
+    if stops_early:
+        _require_evaluations(values, evaluates=evaluates)
+        # The last model of such a run is not its best.
+        values.setdefault("load_best_model_at_end", True)
+        values.setdefault("metric_for_best_model", "loss")
     if not evaluates:
         values["eval_strategy"] = "no"
         if values.pop("load_best_model_at_end", False):
             notes.append("load_best_model_at_end is off: there is no evaluation data")
+        if values.pop("eval_on_start", False):
+            notes.append("eval_on_start is off: there is no evaluation data")
+    best = METRICS.get(str(values.get("metric_for_best_model")).removeprefix("eval_"))
+    if best is not None:
+        values.setdefault("greater_is_better", best.higher_is_better)
     for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
         if name in values:
             # The name that guides use; transformers is about to drop it.
             values.setdefault(name.replace("gradient", "activation"), values.pop(name))
+    if own_schedule(values) is not None:
+        # PortTrainer makes it.
+        values["lr_scheduler_type"] = "constant"
+        values.pop("lr_scheduler_kwargs", None)
     values["dataloader_num_workers"] = loader_workers(values)
     values.setdefault("dataloader_pin_memory", torch.cuda.is_available())
     values.setdefault("report_to", "none")
@@ -51,6 +71,7 @@ def training_arguments(
     if not torch.accelerator.is_available():
         # accelerate joins several processes without an accelerator only when told that there is none.
         values["use_cpu"] = True
+    _require_deepspeed(values)
     # DDP waits for every gradient unless it is told, and warns when it is told for nothing.
     values.setdefault("ddp_find_unused_parameters", leaves_unused)
     try:
@@ -70,6 +91,38 @@ def training_arguments(
     return arguments, notes
 
 
+def _require_evaluations(values: Mapping[str, Any], *, evaluates: bool) -> None:
+    """Raises RecipeError when early stopping would have nothing to go by."""
+    if not evaluates:
+        raise RecipeError("Early stopping needs evaluations, and there is no evaluation data. Pass --eval-data.")
+    if values.get("eval_strategy", "no") in ("no", False):
+        raise RecipeError(
+            "Early stopping needs evaluations while training, and training.eval_strategy is no. Set "
+            "eval_strategy=epoch, or steps with eval_steps."
+        )
+
+
+def _require_deepspeed(values: Mapping[str, Any]) -> None:
+    """Raises RecipeError when DeepSpeed is asked for and not installed."""
+    asked = "training.deepspeed" if values.get("deepspeed") else ""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        asked = "accelerate's configuration (ACCELERATE_USE_DEEPSPEED)"
+    if asked and find_spec("deepspeed") is None:
+        raise RecipeError(
+            f"{asked} needs DeepSpeed, which is not installed: pip install deepspeed. FSDP does the same with torch "
+            "alone: --set fsdp=true."
+        )
+
+
+def shares_weights_out(arguments: TrainingArguments) -> str | None:
+    """What divides the weights among processes, FSDP or DeepSpeed, if anything does."""
+    if arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        return "FSDP"
+    if arguments.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        return "DeepSpeed"
+    return None
+
+
 def _require_reporting(arguments: TrainingArguments) -> None:
     """Raises RecipeError for a service that is not known or not installed: Trainer would notice after the start."""
     try:
@@ -83,7 +136,8 @@ def planned_steps(arguments: TrainingArguments, samples: int) -> int:
     """Optimizer steps of a run over a data set of `samples`, as Trainer counts them."""
     if arguments.max_steps > 0:
         return arguments.max_steps
-    batches = math.ceil(samples / (arguments.train_batch_size * arguments.world_size))
+    held = arguments.train_batch_size * arguments.world_size
+    batches = samples // held if arguments.dataloader_drop_last else math.ceil(samples / held)
     return math.ceil(arguments.num_train_epochs * math.ceil(batches / arguments.gradient_accumulation_steps))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 
 from weightport.errors import DataError
 from weightport.finetuning.data.samples import Samples
+from weightport.finetuning.display.gallery import SHOWN, reduced
 from weightport.finetuning.display.previews import spread
 from weightport.finetuning.display.report import RunSummary, write_report
 from weightport.finetuning.evaluation.answering import chosen
@@ -19,6 +21,7 @@ from weightport.finetuning.evaluation.measuring import Measuring
 from weightport.finetuning.evaluation.predictions import Prediction
 from weightport.finetuning.recipes.recipe import plain
 from weightport.finetuning.rescue import WRITING, rescued
+from weightport.finetuning.setup.freezing import trained
 from weightport.finetuning.setup.precision import autocast_dtype
 from weightport.finetuning.setup.preparing import Job, Prepared
 from weightport.finetuning.training.resuming import CHECKPOINTS
@@ -28,7 +31,6 @@ from weightport.version import __version__
 
 REPORT, HISTORY = "report.html", "history.json"
 RESULTS = ("model", "adapter")
-REPORTED_SAMPLES = 12
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ def finish(
     history = trainer.state.log_history
     step = trainer.held_step
     metrics = _metrics_at(history, step)
+    notes += _untrained_note(_metrics_at(history, 0))
     model, weights = trainer.accelerator.unwrap_model(trainer.model), None
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         weights = job.output / CHECKPOINTS / "final"
@@ -67,6 +70,7 @@ def finish(
             metrics, more = _measured_as_saved(measuring, model, step, metrics)
             notes += more
     if trainer.is_world_process_zero():
+        parts, trained_parts = loaded.family.parts, trained(prepared.shares)
         saved = Result(
             model,
             loaded.processor if recipe.batch.image_size is not None else None,
@@ -75,6 +79,7 @@ def finish(
             _training_record(job, prepared, trainer, metrics, notes),
             metrics,
             weights,
+            lambda name: (parts.part_of(name) or "other") in trained_parts,
         )
         predictions = measuring.predictions_at(step) if measuring is not None else []
         summary = _summary(job, prepared, history, metrics, predictions, notes, step)
@@ -89,8 +94,16 @@ def finish(
             write(job.output)
         except WRITING as error:
             raise rescued(job.output, write, _bytes_saved(model, full=full), error) from error
+        if weights is not None:
+            shutil.rmtree(weights, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return Outcome(directory, job.output / REPORT, metrics, history, tuple(notes), step)
+
+
+def _untrained_note(metrics: Mapping[str, float]) -> list[str]:
+    """A note on what the untrained model was measured at, if it was."""
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    return [f"before the first step: {figures}"] if figures else []
 
 
 def _bytes_saved(model: Any, *, full: bool) -> int:
@@ -127,14 +140,15 @@ def _summary(
     notes: list[str],
     step: int,
 ) -> RunSummary:
-    shown = spread(predictions, REPORTED_SAMPLES)
+    shown = spread(predictions, SHOWN)
     pictures = {}
     for prediction in shown:
         # A picture that is gone meanwhile costs the report a picture, not the run its result.
         with suppress(DataError):
             picture = prepared.eval_samples[prediction.index].picture if prepared.eval_samples is not None else None
             if picture is not None:
-                pictures[prediction.index] = picture.read()
+                # Small at once: those of a whole page would fill the memory.
+                pictures[prediction.index] = reduced(picture.read())
     return RunSummary(
         title=f"{job.recipe.title}: {job.model.resolve().name}",
         command=job.command,
@@ -184,6 +198,7 @@ def _training_record(
         * prepared.arguments.gradient_accumulation_steps,
         "final_loss": losses[-1] if losses else None,
         "metrics": dict(metrics),
+        "metrics_untrained": _metrics_at(trainer.state.log_history, 0) or None,
         "trainable": {share.part: [share.trainable, share.total] for share in prepared.shares},
         "notes": notes,
         "versions": {
@@ -212,10 +227,14 @@ def _evaluated_record(job: Job, prepared: Prepared) -> dict[str, Any] | None:
 def _published(recipe: dict[str, Any]) -> dict[str, Any]:
     """The recipe without where things lie on this machine: the record may go to the Hub."""
     data = recipe.get("data", {})
-    return recipe | {"data": {**data, "images": _public(data["images"])}} if data.get("images") else recipe
+    if not data.get("images"):
+        return recipe
+    return recipe | {"data": {**data, "images": [_public(each) for each in data["images"]]}}
 
 
 def _public(name: str) -> str:
-    """A Hub id as it is, of a path the last two names at most."""
+    """A Hub id as it is, of a path the last two names at most; of several data sets, each."""
+    if ", " in name and not Path(name).exists():
+        return ", ".join(map(_public, name.split(", ")))
     path = Path(name)
     return "/".join(path.parts[-2:]).lstrip("/") if path.exists() else name

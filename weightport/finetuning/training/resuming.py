@@ -104,6 +104,16 @@ def changed_inputs(run: Path, inputs: Mapping[str, Any]) -> list[str]:
     return notes
 
 
+def recorded_division(run: Path) -> dict[str, int] | None:
+    """How a step's samples were divided when the run was started (see `setup.batch_size.Division`); None where the run
+    does not say."""
+    try:
+        found = json.loads((run / CHECKPOINTS / INPUTS).read_text("utf-8")).get("step")
+        return {name: int(found[name]) for name in ("size", "accumulation", "processes")}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, each in value.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
-from transformers import PrinterCallback
+from torch.utils.data import Sampler
+from transformers import PrinterCallback, TrainingArguments
 
 from weightport.errors import OutputError
+from weightport.finetuning.augmentation import Augmentation, Epoch
 from weightport.finetuning.data.collation import BadSamples, Collator, FullAnswers, Indexed, StoredFeatures
 from weightport.finetuning.data.samples import Samples
 from weightport.finetuning.display.progress import ProgressLine
@@ -25,10 +27,16 @@ from weightport.finetuning.features.filling import filled_store
 from weightport.finetuning.recipes.recipe import as_yaml
 from weightport.finetuning.recipes.settings import Recipe
 from weightport.finetuning.rescue import is_full_disk
+from weightport.finetuning.setup.batch_size import division_of
 from weightport.finetuning.setup.preparing import Job, Prepared, prepare
+from weightport.finetuning.training.averaging import AveragedWeights
+from weightport.finetuning.training.early_stopping import EarlyStopping
 from weightport.finetuning.training.results import RESULTS, Outcome, finish
 from weightport.finetuning.training.resuming import OWN_FILES, RECIPE, last_checkpoint, write_inputs
+from weightport.finetuning.training.sampling import BalancedSampler, GroupedSampler
+from weightport.finetuning.training.schedules import own_schedule
 from weightport.finetuning.training.trainer import (
+    Averaging,
     BestCheckpointOfThisRun,
     FirstCheckpoint,
     LogBeforeSaving,
@@ -100,7 +108,8 @@ def _begun(job: Job, prepared: Prepared) -> AbstractContextManager[Callable[[], 
         comments = [f"Fine-tuned by weightport {__version__}. The same run again:"]
         comments.append(f"{job.command}  (--recipe with this file in place of the settings)")
         (folder / RECIPE).write_text(as_yaml(job.recipe, comments), encoding="utf-8")
-        write_inputs(folder, job.inputs(prepared.samples, prepared.eval_samples))
+        inputs = job.inputs(prepared.samples, prepared.eval_samples)
+        write_inputs(folder, {**inputs, "step": asdict(division_of(prepared.arguments))})
 
     features, output = prepared.features, job.output.absolute()
     within = features is not None and features.folder.absolute().is_relative_to(output)
@@ -125,10 +134,12 @@ def _train(
 
     features = _features(job, prepared, say)
 
-    def collator(
-        counted: BadSamples, stored: StoredFeatures | None = None, answers: FullAnswers | None = None
-    ) -> Collator:
-        return Collator(family, loaded.processor, loaded.model.config, recipe.batch, counted, stored, answers)
+    def collator(counted: BadSamples, *others: Any) -> Collator:
+        return Collator(family, loaded.processor, loaded.model.config, recipe.batch, counted, *others)
+
+    epoch = Epoch()
+    stopping, averaged = _stopping(recipe), _averaged(recipe)
+    own = [each for each in (stopping, Averaging(averaged) if averaged is not None else None) if each is not None]
 
     samples_per_step = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
     with ProgressLine(samples_per_step, quiet=quiet) as progress:
@@ -138,22 +149,36 @@ def _train(
         trainer = PortTrainer(
             loaded.model,
             arguments,
-            data_collator=collator(bad, features, full),
+            data_collator=replace(
+                collator(bad, features, full, _augmentation(recipe, arguments, epoch)), draft=recipe.data.draft
+            ),
             train_dataset=Indexed(prepared.samples),
             eval_dataset=_subset(eval_samples, recipe) if eval_samples is not None else None,
             compute_loss_func=_loss(recipe, family),
-            callbacks=[LogBeforeSaving(), FirstCheckpoint(keep), BestCheckpointOfThisRun(), progress],
+            callbacks=[*own, LogBeforeSaving(), FirstCheckpoint(keep), BestCheckpointOfThisRun(), progress],
             samples=prepared.samples,
             eval_collator=collator(BadSamples(eval_samples, recipe.data.skip_bad)) if eval_samples else None,
             measure=measuring,
             features=prepared.features,
             by_sample=recipe.batch.loss_mean == "samples",
+            undivided=recipe.batch.loss_mean == "batches",
+            schedule=own_schedule(recipe.training),
+            epoch=epoch,
+            sampler=_sampler(prepared, epoch),
+            averaged=averaged,
         )
         trainer.remove_callback(PrinterCallback)
         lost = _trained(trainer, prepared.checkpoint)
+        trainer.adopt_average()
         if eval_samples is not None and not _evaluated(trainer):
             trainer.evaluate()
     notes = [*prepared.notes, *lost, *_chosen_model(trainer), *(measuring.notes if measuring else [])]
+    if stopping is not None:
+        notes += stopping.note(arguments, trainer.state)
+    if averaged is not None:
+        notes.append(
+            f"measured and saved: the moving average of the weights (model.ema_decay {recipe.model.ema_decay:g})"
+        )
     if bad.count:
         were, they = ("was", "it") if bad.count == 1 else ("were", "they")
         notes.append(f"{in_words(bad.count)} {were} left out while training, because {they} could not be read")
@@ -164,6 +189,33 @@ def _train(
             "learned without its end"
         )
     return finish(job, prepared, trainer, measuring, notes)
+
+
+def _stopping(recipe: Recipe) -> EarlyStopping | None:
+    settings = recipe.evaluation
+    if settings.early_stopping_patience is None:
+        return None
+    return EarlyStopping(settings.early_stopping_patience, settings.early_stopping_threshold)
+
+
+def _averaged(recipe: Recipe) -> AveragedWeights | None:
+    return AveragedWeights(recipe.model.ema_decay) if recipe.model.ema_decay is not None else None
+
+
+def _augmentation(recipe: Recipe, arguments: TrainingArguments, epoch: Epoch) -> Augmentation | None:
+    return Augmentation(recipe.batch.augment, _data_seed(arguments), epoch) if recipe.batch.augment else None
+
+
+def _sampler(prepared: Prepared, epoch: Epoch) -> Sampler[int] | None:
+    """The order of training samples, None for Trainer's own."""
+    seed = _data_seed(prepared.arguments)
+    if prepared.weights is not None:
+        return BalancedSampler(prepared.weights, seed, epoch)
+    return GroupedSampler(prepared.pictures, seed, epoch) if prepared.pictures is not None else None
+
+
+def _data_seed(arguments: TrainingArguments) -> int:
+    return arguments.seed if arguments.data_seed is None else arguments.data_seed
 
 
 def _loss(recipe: Recipe, family: Family) -> Callable[..., torch.Tensor] | None:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from weightport.adapters.base.base_record import Quantization, record_base
 from weightport.adapters.merging.companions import changed_dtype, companions
+from weightport.checkpoints import open_checkpoint
 from weightport.checkpoints.formats.sharded import read_json
+from weightport.converters.export import changed_by_merges
+from weightport.converters.name_spaces import name_space
+from weightport.converters.record import note_changes, read_record
 from weightport.writing import whole_directory
 
 TRAINING, METRICS, CONFIG = "training.json", "metrics.json", "config.json"
@@ -25,7 +31,8 @@ _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
 @dataclass(frozen=True)
 class Result:
     """What is saved. `processor` is None when it is the base's own. `weights`: a folder that holds the trained weights
-    already, where several processes had to write them. `config`: fields changed, by dotted name."""
+    already, where several processes had to write them. `config`: fields changed, by dotted name. `trained`: whether
+    the run trained the parameter that the model calls so."""
 
     model: Any
     processor: Any | None
@@ -34,6 +41,7 @@ class Result:
     training: Mapping[str, Any]
     metrics: Mapping[str, float]
     weights: Path | None = None
+    trained: Callable[[str], bool] = lambda name: True
 
 
 def save_model(result: Result, out: Path) -> None:
@@ -41,17 +49,20 @@ def save_model(result: Result, out: Path) -> None:
     changed."""
     model = result.model
     with whole_directory(out, overwrite=True) as work:
+        dtype = model.dtype
         if result.weights is None:
             model.save_pretrained(work)
         else:
             _copy(result.weights, work, lambda name: name.endswith((".safetensors", ".index.json")))
+            dtype = _files_in_base_dtype(work, result.base, dtype)
         # Training leaves its own marks in a configuration (use_cache off, label smoothing): the base's is the truth.
         for path in companions(result.base):
             if path.name not in (TRAINING, METRICS):
                 shutil.copyfile(path, work / path.name)
-        write_json(work / CONFIG, _config(result, model.dtype), indent=2)
+        write_json(work / CONFIG, _config(result, dtype), indent=2)
         _write_processor(result, work)
         _write_records(result, work)
+        _note_trained(result, work)
 
 
 def save_adapter(result: Result, out: Path) -> None:
@@ -79,6 +90,24 @@ def in_base_dtype(model: Any, base: Path) -> tuple[Any, list[str]]:
     return model, [f"the weights grew beyond {wanted}, so that they stay in {model.dtype}"]
 
 
+def _files_in_base_dtype(folder: Path, base: Path, dtype: torch.dtype) -> torch.dtype:
+    """Write the safetensors files of `folder`, whose model is in `dtype`, anew in the base's; the dtype that they have
+    then: their own where weights have grown beyond the base's. One file is in memory at a time."""
+    wanted = base_dtype(base)
+    files = sorted(folder.glob("*.safetensors"))
+    if wanted is None or wanted == dtype or any(_largest_in(file) > torch.finfo(wanted).max for file in files):
+        return dtype
+    for file in files:
+        tensors = {name: each.to(wanted) if each.dtype == dtype else each for name, each in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    return wanted
+
+
+def _largest_in(file: Path) -> float:
+    with safe_open(file, framework="pt") as tensors:
+        return max((_magnitude(tensors.get_tensor(name)) for name in tensors.keys()), default=0.0)  # noqa: SIM118
+
+
 def base_dtype(base: Path) -> torch.dtype | None:
     """The floating-point type that the base's config.json names; None when it names none."""
     config = read_json(base / CONFIG)
@@ -89,7 +118,11 @@ def base_dtype(base: Path) -> torch.dtype | None:
 
 def largest(model: torch.nn.Module) -> float:
     """The largest magnitude among the parameters."""
-    return max((float(p.detach().abs().max()) for p in model.parameters() if p.numel()), default=0.0)
+    return max((_magnitude(each.detach()) for each in model.parameters()), default=0.0)
+
+
+def _magnitude(tensor: torch.Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
 def write_json(path: Path, content: Any, indent: int = 1) -> None:
@@ -128,6 +161,17 @@ def _write_processor(result: Result, work: Path) -> None:
     result.processor.save_pretrained(folder)
     _copy(folder, work, lambda name: name in _PROCESSOR)
     shutil.rmtree(folder)
+
+
+def _note_trained(result: Result, work: Path) -> None:
+    """Note in the record of a model of several sources what is no longer as they gave it."""
+    record = read_record(work)
+    if record is None or len(record["sources"]) < 2:
+        return
+    shapes = {name: ref.shape for name, ref in open_checkpoint(work).items()}
+    held = name_space(work, shapes).held()
+    trained = {stored for stored, names in held.items() if any(map(result.trained, names))}
+    note_changes(work, trained | changed_by_merges(result.base))
 
 
 def _copy(source: Path, target: Path, wanted: Any) -> None:

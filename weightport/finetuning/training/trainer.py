@@ -4,23 +4,46 @@ end when a loss is no number."""
 from __future__ import annotations
 
 import logging
+import random
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from weightport.errors import DataError, TrainingError
-from weightport.finetuning.data.collation import FAILURE, FEATURE_LENGTHS, FEATURES, INDICES, STAND_IN, Collator
+from weightport.finetuning.augmentation import Epoch
+from weightport.finetuning.data.collation import (
+    FAILURE,
+    FEATURE_LENGTHS,
+    FEATURE_ROWS,
+    FEATURES,
+    INDICES,
+    STAND_IN,
+    Collator,
+)
 from weightport.finetuning.data.samples import Samples
 from weightport.finetuning.features.plan import FeaturePlan
+from weightport.finetuning.setup.training_arguments import shares_weights_out
+from weightport.finetuning.training.averaging import AveragedWeights
 from weightport.finetuning.training.resuming import checkpoint_step, last_checkpoint
+from weightport.finetuning.training.schedules import ProgressCosine
+from weightport.finetuning.training.sharding import (
+    is_fsdp2,
+    loading_incomplete_states,
+    prepare_sharding,
+    shard_without_gpu,
+    without_tied,
+)
 
 IGNORED = -100
 """The label that no loss counts."""
@@ -32,6 +55,10 @@ class PortTrainer(Trainer):
     `measure` answers the evaluation data with the model at a step and returns metrics by name; in every process, at
     every evaluation. `samples` are the training data, to name those of a batch that fails. `features`: of what plan
     batches hold features in the place of pictures. `by_sample`: the loss is a mean over samples, not over tokens.
+    `undivided`: a step's loss is the sum of its batches' own means. `schedule`: of the learning rate, in place of the
+    arguments'.
+    `epoch` is told the number of each epoch that begins. `sampler`: the order of training samples, by default a random
+    one. `averaged`: what is measured and saved in the place of the weights themselves.
     """
 
     def __init__(
@@ -42,6 +69,11 @@ class PortTrainer(Trainer):
         measure: Callable[[Any, int], Mapping[str, float]] | None = None,
         features: FeaturePlan | None = None,
         by_sample: bool = False,
+        undivided: bool = False,
+        schedule: ProgressCosine | None = None,
+        epoch: Epoch | None = None,
+        sampler: Sampler[int] | None = None,
+        averaged: AveragedWeights | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -52,6 +84,14 @@ class PortTrainer(Trainer):
         self._measure = measure
         self._features = features
         self._by_sample = by_sample
+        self._undivided = undivided
+        if undivided:
+            # What Trainer would divide a batch's mean by otherwise: the batches of a step.
+            self.loss_is_scaled_for_ga = True
+        self._schedule = schedule
+        self._epoch = epoch or Epoch()
+        self._sampler = sampler
+        self._averaged = averaged
         self._evaluated = -1
         self._best_loaded: int | None = None
         self._in_checkpoint = False
@@ -61,8 +101,66 @@ class PortTrainer(Trainer):
         """The step that the model's weights are of: the last one, or that of the best model which was loaded."""
         return self.state.global_step if self._best_loaded is None else self._best_loaded
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.lr_scheduler is None and self._schedule is not None:
+            rates = self._schedule.over(num_training_steps, self.args.warmup_steps or 0)
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, rates)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        # A resumed run may have come to its end before.
+        if not self.control.should_training_stop:
+            self._epoch.begin(epoch)
+            super()._run_epoch(*args, epoch=epoch, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        return self._sampler if self._sampler is not None else super()._get_train_sampler(train_dataset)
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        # Only the evaluation before the first step leaves the schedule alone. A run with it has the losses of one
+        # without.
+        with _same_random_state() if skip_scheduler else nullcontext():
+            measured: dict[str, float] = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        return measured
+
+    def create_accelerator_and_postprocess(self) -> None:
+        if self.args.device.type == "cpu" and shares_weights_out(self.args) == "FSDP":
+            shard_without_gpu()
+        super().create_accelerator_and_postprocess()
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if is_fsdp2(self.accelerator):
+            prepare_sharding(self.model, self.accelerator)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self._averaged is not None:
+            self._averaged.begin(self.model)
+            if resume_from_checkpoint is not None:
+                self._averaged.load(Path(resume_from_checkpoint))
+        return prepared
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        unused = is_fsdp2(self.accelerator) and self.args.ddp_find_unused_parameters
+        with loading_incomplete_states() if unused else nullcontext():
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._averaged is not None and self.args.should_save:
+            self._averaged.save(Path(output_dir))
+
+    def adopt_average(self) -> None:
+        """Give the model the average of its weights for good, where there is one."""
+        if self._averaged is not None:
+            self._averaged.adopt()
+            self._averaged = None
+
     def _load_best_model(self) -> None:
         super()._load_best_model()
+        if self._averaged is not None:
+            self._averaged.load(Path(self.state.best_model_checkpoint or ""))
         # best_global_step may name a step that no checkpoint was saved at.
         self._best_loaded = checkpoint_step(Path(self.state.best_model_checkpoint or ""))
 
@@ -81,6 +179,8 @@ class PortTrainer(Trainer):
         # none.
         for batch in batch_samples:
             _require_made(batch)
+        if self._undivided:
+            return None
         if self._by_sample:
             # Counted as Trainer counts labels: one of a sample, that is not the first of its row.
             batch_samples = [{"labels": _sample_marks(batch["labels"])} for batch in batch_samples]
@@ -98,7 +198,8 @@ class PortTrainer(Trainer):
         placed: dict[str, Any] = super()._prepare_inputs(inputs)
         if self._features is None or FEATURES not in placed:
             return placed
-        return self._features.feed(placed, placed.pop(FEATURES), placed.pop(FEATURE_LENGTHS))
+        states, lengths, rows = (placed.pop(name, None) for name in (FEATURES, FEATURE_LENGTHS, FEATURE_ROWS))
+        return self._features.feed(placed, states, lengths, rows)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # A checkpoint holds a tied matrix once: the names that share it are not missing.
@@ -121,6 +222,8 @@ class PortTrainer(Trainer):
             self._in_checkpoint = False
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if state_dict is not None:
+            state_dict = without_tied(state_dict, self.model)
         if not self._in_checkpoint or not isinstance(self.model, PreTrainedModel):
             super()._save(output_dir, state_dict)
             return
@@ -178,15 +281,16 @@ class PortTrainer(Trainer):
         shared = self.args.average_tokens_across_devices
         # A step's loss is divided by the tokens of all processes; here some of these tokens are not counted.
         self.args.average_tokens_across_devices = False
-        try:
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
-        finally:
-            self.args.average_tokens_across_devices = shared
-        if self._measure is not None and output.metrics is not None:
-            found = self._measure(self.accelerator.unwrap_model(self.model), self.state.global_step)
-            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+        with self._averaged.in_place() if self._averaged is not None else nullcontext():
+            try:
+                output = super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                )
+            finally:
+                self.args.average_tokens_across_devices = shared
+            if self._measure is not None and output.metrics is not None:
+                found = self._measure(self.accelerator.unwrap_model(self.model), self.state.global_step)
+                output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 
 
@@ -205,6 +309,18 @@ class LogBeforeSaving(TrainerCallback):
     ) -> TrainerControl:
         control.should_log = control.should_log or control.should_save
         return control
+
+
+class Averaging(TrainerCallback):
+    """Lets an average of the weights take in every step."""
+
+    def __init__(self, averaged: AveragedWeights) -> None:
+        self._averaged = averaged
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._averaged.update(state.global_step)
 
 
 class FirstCheckpoint(TrainerCallback):
@@ -269,6 +385,18 @@ def loss_of_samples(
     total = (losses.sum(dim=1) / counted.clamp(min=1)).sum()
     items = (counted > 0).sum() if num_items_in_batch is None else num_items_in_batch
     return total / torch.as_tensor(items, device=total.device).clamp(min=1)
+
+
+@contextmanager
+def _same_random_state() -> Iterator[None]:
+    """Random numbers behind the block are those that would come without it."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def _sample_marks(labels: torch.Tensor) -> torch.Tensor:

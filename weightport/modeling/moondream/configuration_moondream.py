@@ -47,7 +47,11 @@ class MoondreamConfig(PreTrainedConfig):
         region_config (`dict`, *optional*): the head for coordinates. `kind` is `"points"` (2024-08-26: regresses
             numbers, and no public method uses it) or `"bins"` (2025), which has `coord_feat_dim`, `coord_out_dim`,
             `size_feat_dim`, `size_out_dim`, `inner_dim` and `size_scale` (`"log"`, or `"linear"` in 2025-01-09).
-        answer_token_id (`int`, *optional*): an id that may be the first of an answer, and no later one (2025-06-21).
+        answer_token_id (`int`, *optional*): an id that may be the first of an answer, and no later one (2025-06-21);
+            it ends thoughts.
+        reasoning_config (`dict`, *optional*): of a revision that reasons (2025-06-21): `coord_token_id` stands for a
+            number read by the region head, `size_token_id` is never thought, and `answer_prefix` are the ids between
+            thoughts and answer.
     """
 
     model_type = "moondream"
@@ -64,6 +68,7 @@ class MoondreamConfig(PreTrainedConfig):
     prefix_bidirectional: bool = False
     region_config: dict[str, Any] | None = None
     answer_token_id: int | None = None
+    reasoning_config: dict[str, Any] | None = None
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
 
@@ -87,6 +92,12 @@ class MoondreamConfig(PreTrainedConfig):
         region = self.region_config
         if region is not None and region.get("kind") not in REGION_KINDS:
             raise ValueError(f"region_config.kind is {region.get('kind')!r}; it is one of {', '.join(REGION_KINDS)}")
+        if self.reasoning_config is not None:
+            missing = {"coord_token_id", "size_token_id", "answer_prefix"} - set(self.reasoning_config)
+            if missing:
+                raise ValueError(f"reasoning_config lacks {', '.join(sorted(missing))}")
+            if self.answer_token_id is None:
+                raise ValueError("reasoning_config needs answer_token_id beside it, which ends thoughts")
 
     @property
     def image_seq_length(self) -> int:

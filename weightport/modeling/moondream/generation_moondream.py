@@ -1,16 +1,27 @@
-"""Generation with moondream2: prefix attention with any cache, and the boxes and points of its region head."""
+"""Generation with moondream2: prefix attention with any cache, the boxes and points of its region head, and thoughts
+before an answer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.masking_utils import create_causal_mask
 
 MAX_OBJECTS = 50
+MAX_NEW_TOKENS = 768
 
 
 def bidirectional_prefix(is_image: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -44,12 +55,64 @@ class FirstTokenOnlyLogitsProcessor(LogitsProcessor):
         return scores.masked_fill(forbidden, -float("inf"))
 
 
+@dataclass(frozen=True)
+class MoondreamReasoning:
+    """What `reason` gives: ids of the thoughts and of the answer, without what ends them, and the numbers (fractions
+    of the picture's width and height in turn) that stand at the thoughts' coordinate tokens."""
+
+    reasoning_ids: list[int]
+    coordinates: list[float]
+    answer_ids: list[int]
+
+
+class _Steps:
+    """One sequence, piece by piece over one cache. Each call gives (the last state before the last norm
+    [1, 1, hidden_size], the logits behind it [1, vocabulary])."""
+
+    def __init__(self, model: Any, states: list[torch.Tensor], inputs: dict[str, Any]):
+        self._model, self._states, self._inputs = model, states, inputs
+        self._cache = DynamicCache(config=model.config.get_text_config())
+
+    def prompt(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.next(**self._inputs)
+
+    def next(self, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        outputs = self._model.model(past_key_values=self._cache, use_cache=True, **arguments)
+        logits = self._model.lm_head(outputs.last_hidden_state[:, -1])
+        return self._states.pop()[:, -1:], logits
+
+
+def _picker(
+    do_sample: bool | None, temperature: float | None, top_p: float | None
+) -> Callable[[torch.Tensor, list[int]], int]:
+    """What chooses a token from logits [1, vocabulary], given the ids that it may not be."""
+    warpers = LogitsProcessorList()
+    if do_sample and temperature is not None:
+        warpers.append(TemperatureLogitsWarper(temperature))
+    if do_sample and top_p is not None and top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+
+    def pick(logits: torch.Tensor, forbidden: list[int]) -> int:
+        logits = logits.float().clone()
+        logits[:, forbidden] = -float("inf")
+        if not do_sample:
+            return int(logits.argmax(-1))
+        return int(torch.multinomial(warpers(logits.new_zeros(1, 0).long(), logits).softmax(-1), 1))
+
+    return pick
+
+
+def _ids(tokens: list[int], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([tokens], device=like.device)
+
+
 class MoondreamGenerationMixin(GenerationMixin):
-    """[`GenerationMixin`] with moondream2's prefix attention, and with `detect` and `point`."""
+    """[`GenerationMixin`] with moondream2's prefix attention, and with `detect`, `point` and `reason`."""
 
     config: Any
     model: Any
     lm_head: Any
+    region_head: Any
     states_before_last_norm: Callable[[], AbstractContextManager[list[torch.Tensor]]]
 
     def _get_logits_processor(
@@ -120,40 +183,95 @@ class MoondreamGenerationMixin(GenerationMixin):
     ) -> list[tuple[float, ...]]:
         """(x, y) of every object, with `sizes` (x, y, width, height): each number is read from the state that follows
         the one before, and the head decides after each object whether there is another."""
-        head: Any = getattr(self, "region_head", None)
-        if (self.config.region_config or {}).get("kind") != "bins":
-            raise ValueError("This revision has no head that reads boxes and points: those of 2025 have.")
-        if input_ids.shape[0] != 1:
-            raise ValueError(f"Boxes and points are read for one prompt at a time, found {input_ids.shape[0]}.")
-        inputs.pop("attention_mask", None)
-        cache = DynamicCache(config=self.config.get_text_config())
-        found: list[tuple[float, ...]] = []
-        with self.states_before_last_norm() as states:
-
-            def step(**arguments: Any) -> tuple[torch.Tensor, int]:
-                """(the last state [1, 1, hidden_size], the likeliest token) of one call of the model."""
-                outputs = self.model(past_key_values=cache, use_cache=True, **arguments)
-                logits = self.lm_head(outputs.last_hidden_state[:, -1:])
-                return states.pop()[:, -1:], int(logits.argmax(-1))
-
-            hidden, token = step(input_ids=input_ids, **inputs)
-            ends = self._end_tokens()
-            while token not in ends and len(found) < max_objects:
+        head = self._coordinate_head()
+        ends, found = self._end_tokens(), []
+        with self._steps(input_ids, inputs) as steps:
+            hidden, logits = steps.prompt()
+            while int(logits.argmax(-1)) not in ends and len(found) < max_objects:
                 place = []
                 for _ in range(2):
                     value = head.decode_coordinate(hidden)
                     place.append(value)
                     embedding = head.encode_coordinate(value[..., None])
                     if len(place) == 1:
-                        hidden, _ = step(inputs_embeds=embedding)
+                        hidden, _ = steps.next(inputs_embeds=embedding)
                 if sizes:
-                    hidden, _ = step(inputs_embeds=embedding)
+                    hidden, _ = steps.next(inputs_embeds=embedding)
                     size = head.decode_size(hidden)
                     embedding = head.encode_size(size)
                     place += [size[..., 0], size[..., 1]]
                 found.append(tuple(float(value) for value in place))
-                hidden, token = step(inputs_embeds=embedding)
+                hidden, logits = steps.next(inputs_embeds=embedding)
         return found
+
+    @torch.no_grad()
+    def reason(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        max_new_tokens: int | None = None,
+        **inputs: Any,
+    ) -> MoondreamReasoning:
+        """Thoughts, then an answer (2025-06-21): the prompt is one of `processor.prompt("query", …, reasoning=True)`.
+
+        Thoughts point at places of the picture: at a token of the coordinates' id the number is read from the state
+        before it, and given back as what follows. They end at the id of answers, and have neither ends nor sizes.
+
+        Args:
+            input_ids: int64 [1, length].
+            do_sample, temperature, top_p, max_new_tokens: of thoughts and answer each; by default those of
+                `generation_config`.
+            inputs: the other inputs of the prompt (`attention_mask`, `pixel_values`, `image_grids`).
+        """
+        own = self.config.reasoning_config
+        if own is None:
+            raise ValueError("This revision does not reason: that of 2025-06-21 does.")
+        head, settings = self._coordinate_head(), self.generation_config
+        chosen = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p}
+        pick = _picker(**{
+            name: getattr(settings, name) if value is None else value for name, value in chosen.items()
+        })  # fmt: skip
+        most = max_new_tokens or settings.max_new_tokens or MAX_NEW_TOKENS
+        ends, hidden_ids = self._end_tokens(), list(settings.suppress_tokens or [])
+        begins = self.config.answer_token_id
+        thoughts: list[int] = []
+        coordinates: list[float] = []
+        answer: list[int] = []
+        with self._steps(input_ids, inputs) as steps:
+            hidden, logits = steps.prompt()
+            token = pick(logits, hidden_ids)
+            while token != begins and len(thoughts) < most:
+                thoughts.append(token)
+                if token == own["coord_token_id"]:
+                    value = head.decode_coordinate(hidden)
+                    coordinates.append(float(value))
+                    hidden, logits = steps.next(inputs_embeds=head.encode_coordinate(value[..., None]))
+                else:
+                    hidden, logits = steps.next(input_ids=_ids([token], input_ids))
+                token = pick(logits, [*hidden_ids, *ends, own["size_token_id"]])
+            hidden, logits = steps.next(input_ids=_ids(own["answer_prefix"], input_ids))
+            token = pick(logits, hidden_ids)
+            while token not in ends and len(answer) < most:
+                answer.append(token)
+                hidden, logits = steps.next(input_ids=_ids([token], input_ids))
+                token = pick(logits, [*hidden_ids, begins])
+        return MoondreamReasoning(thoughts, coordinates, answer)
+
+    def _coordinate_head(self) -> Any:
+        if (self.config.region_config or {}).get("kind") != "bins":
+            raise ValueError("This revision has no head that reads boxes and points: those of 2025 have.")
+        return self.region_head
+
+    @contextmanager
+    def _steps(self, input_ids: torch.Tensor, inputs: dict[str, Any]) -> Iterator[_Steps]:
+        if input_ids.shape[0] != 1:
+            raise ValueError(f"Boxes, points and thoughts are read for one prompt at a time, found {len(input_ids)}.")
+        inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
+        with self.states_before_last_norm() as states:
+            yield _Steps(self, states, {"input_ids": input_ids, **inputs})
 
     def _end_tokens(self) -> set[int]:
         """Ids that end an answer."""
@@ -162,4 +280,9 @@ class MoondreamGenerationMixin(GenerationMixin):
         return set(ends) if isinstance(ends, (list, tuple)) else {ends}
 
 
-__all__ = ["FirstTokenOnlyLogitsProcessor", "MoondreamGenerationMixin", "bidirectional_prefix"]
+__all__ = [
+    "FirstTokenOnlyLogitsProcessor",
+    "MoondreamGenerationMixin",
+    "MoondreamReasoning",
+    "bidirectional_prefix",
+]

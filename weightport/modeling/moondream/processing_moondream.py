@@ -13,7 +13,9 @@ IMAGE_TOKEN = "<image>"
 TASKS = ("query", "caption", "detect", "point")
 CAPTION_LENGTHS = ("short", "normal", "long")
 # A prompt of 2025 is ids before and after its text. In a string these stand for them.
-MARK = re.compile(r"<\|(query|detect|point)\|>|<\|/(query|detect|point)\|>|<\|caption (short|normal|long)\|>")
+MARK = re.compile(
+    r"<\|(query|reason|detect|point)\|>|<\|/(query|reason|detect|point)\|>|<\|caption (short|normal|long)\|>"
+)
 # Cuts the placeholder's name where the tokenizer would see a picture.
 SPELLED_OUT = re.compile(r"(?<=<)(?=image>)")
 # What transformers 4 took away from decoded text, and transformers 5 does not.
@@ -59,7 +61,8 @@ class MoondreamProcessor(ProcessorMixin):
     Args:
         image_processor ([`MoondreamImageProcessor`]), tokenizer ([`PreTrainedTokenizerFast`]): the two parts.
         templates (`dict`, *optional*): ids before and after the text of a prompt, by task, in the revisions of 2025:
-            `{"query": {"prefix": […], "suffix": […]}, "caption": {"short": […]}, …}`. None: prompts are words.
+            `{"query": {"prefix": […], "suffix": […]}, "caption": {"short": […]}, …}`. None: prompts are words. That of
+            `"reason"` has the ids too that begin and end pointing at places (`ground`), and of a number (`coord`).
         question_space (`bool`, defaults to `False`): a space stands before a question, in 2025-01-09 to 2025-04-14.
         image_texts (`bool`, defaults to `False`): the picture stands between the words `<image>` and `</image>`, as
             in the first revisions of March 2024.
@@ -150,9 +153,13 @@ class MoondreamProcessor(ProcessorMixin):
             )
 
     def _encoded(self, texts: list[str], text_kwargs: dict[str, Any], single: bool) -> dict[str, Any]:
-        if text_kwargs.get("truncation"):
-            raise ValueError("Prompts are not truncated: their end asks for the answer. Shorten the question.")
         rows = [self.encode(each) for each in texts]
+        longest, most = max(map(len, rows)), text_kwargs.get("max_length")
+        if text_kwargs.get("truncation") and most is not None and longest > most:
+            raise ValueError(
+                f"A prompt has {longest} tokens, more than max_length ({most}), and is not truncated: its end asks "
+                "for the answer. Shorten the question."
+            )
         if single:
             return {"input_ids": rows[0], "attention_mask": [1] * len(rows[0])}
         known = ("padding", "max_length", "pad_to_multiple_of", "padding_side")
@@ -197,7 +204,9 @@ class MoondreamProcessor(ProcessorMixin):
             raise ValueError(f"This revision has no prompt for {task!r} ({part}).")
         return list(found)
 
-    def prompt(self, task: str, text: str = "", *, history: Sequence[tuple[str, str]] = ()) -> str:
+    def prompt(
+        self, task: str, text: str = "", *, history: Sequence[tuple[str, str]] = (), reasoning: bool = False
+    ) -> str:
         """The string that asks for `task`, with `<image>` first.
 
         Args:
@@ -205,9 +214,16 @@ class MoondreamProcessor(ProcessorMixin):
                 revision's usual one), `"detect"` or `"point"` (text: the object; 2025).
             text: see `task`.
             history: earlier (question, answer) pairs of a query.
+            reasoning: a query that is thought about first, for `model.reason` (2025-06-21).
         """
         if task not in TASKS:
             raise ValueError(f"There is no task {task!r}. Choose one of {', '.join(TASKS)}.")
+        if task in ("detect", "point") and not text.strip():
+            raise ValueError(f"{task!r} asks for an object: name what is looked for.")
+        if reasoning:
+            if task != "query" or "reason" not in (self.templates or {}):
+                raise ValueError("Only a query is reasoned about, and only by the revision of 2025-06-21.")
+            task = "reason"
         return self._prompt_of_words(task, text, history) if self.templates is None else self._prompt_of_marks(
             task, text, history
         )  # fmt: skip
@@ -234,7 +250,7 @@ class MoondreamProcessor(ProcessorMixin):
             self._template_ids("caption", length)
             return f"{IMAGE_TOKEN}<|caption {length}|>"
         self._template_ids(task, "prefix")
-        space = " " if task != "query" or self.question_space else ""
+        space = " " if task in ("detect", "point") or self.question_space else ""
         return f"{IMAGE_TOKEN}<|{task}|>{space}{text}<|/{task}|>"
 
     def answers(self, ids: Any, inputs: Any = None) -> list[str]:
@@ -247,6 +263,31 @@ class MoondreamProcessor(ProcessorMixin):
         """The answer in generated ids [length] without the prompt, as the original gives it: without special tokens
         and without spaces around it."""
         return self._cut(self.decode(ids, skip_special_tokens=True)).strip()
+
+    def reasoned(self, found: Any) -> dict[str, Any]:
+        """What `model.reason` gave, as the original does: `{"reasoning": {"text", "grounding"}, "answer"}`.
+
+        A grounding is the part of the text from `start_idx` to `end_idx` and the `points` (x, y), in fractions of the
+        picture's width and height, that it stands for.
+        """
+        template = (self.templates or {}).get("reason")
+        if template is None:
+            raise ValueError("Only the revision of 2025-06-21 reasons.")
+        chunks: list[list[int]] = [[]]
+        for token in found.reasoning_ids:
+            if token in template["ground"]:
+                chunks.append([])
+            chunks[-1].append(token)
+        text, grounding, numbers = "", [], iter(found.coordinates)
+        for chunk in chunks:
+            said = self.decode(chunk, skip_special_tokens=True)
+            own = [next(numbers) for token in chunk if token == template["coord"]]
+            if len(own) > 1:
+                points = list(zip(own[::2], own[1::2]))
+                grounding.append({"start_idx": len(text), "end_idx": len(text) + len(said), "points": points})
+            text += said
+        answer = self.decode(found.answer_ids, skip_special_tokens=True)
+        return {"reasoning": {"text": text, "grounding": grounding}, "answer": answer}
 
     def post_process_image_text_to_text(
         self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any

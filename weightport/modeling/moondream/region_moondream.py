@@ -49,11 +49,11 @@ class MoondreamBinRegionHead(nn.Module):
 
     def encode_coordinate(self, values: torch.Tensor) -> torch.Tensor:
         """Embeddings [..., hidden_size] of coordinates [..., 1] in 0..1."""
-        return self.coord_encoder(fourier_features(values, self.coord_features))
+        return self.coord_encoder(fourier_features(values.to(self.coord_features.dtype), self.coord_features))
 
     def encode_size(self, values: torch.Tensor) -> torch.Tensor:
         """Embeddings [..., hidden_size] of (width, height) [..., 2] in 0..1."""
-        return self.size_encoder(fourier_features(values, self.size_features))
+        return self.size_encoder(fourier_features(values.to(self.size_features.dtype), self.size_features))
 
     def coordinate_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Scores of a coordinate's bins, [..., coord_out_dim], of states [..., hidden_size] before the last norm."""
@@ -64,17 +64,21 @@ class MoondreamBinRegionHead(nn.Module):
         return self.size_decoder(hidden_states).unflatten(-1, (2, -1))
 
     def decode_coordinate(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The likeliest coordinate, [...]."""
+        """The likeliest coordinate, [...], in float32 at least: bins are more than bfloat16 can tell apart."""
         logits = self.coordinate_logits(hidden_states)
-        return logits.argmax(dim=-1).to(hidden_states.dtype) / logits.shape[-1]
+        return _number_of_bin(logits) / logits.shape[-1]
 
     def decode_size(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The likeliest width and height, [..., 2]."""
+        """The likeliest width and height, [..., 2], in float32 at least."""
         logits = self.size_logits(hidden_states)
-        bins = logits.argmax(dim=-1).to(hidden_states.dtype)
+        bins = _number_of_bin(logits)
         if self.size_scale == "linear":
             return bins / logits.shape[-1]
         return 2.0 ** (bins / LAST_SIZE_BIN * SIZE_OCTAVES - SIZE_OCTAVES)
+
+
+def _number_of_bin(logits: torch.Tensor) -> torch.Tensor:
+    return logits.argmax(dim=-1).to(torch.promote_types(logits.dtype, torch.float32))
 
 
 class MoondreamPointRegionHead(nn.Module):
