@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit slow bench test-transformers test-peft clean
+.PHONY: demo test lint types unit test-shuffled fuzz faults slow bench test-transformers test-peft clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
@@ -20,6 +20,21 @@ types: $(VENV)/.ready
 
 unit: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -n 2 --dist loadscope
+
+# In another order, as somebody whose home cannot be written to, with ASCII as the locale's encoding, in another time
+# zone and without network. SEED=… repeats an order.
+SEED ?= $(shell date +%s)
+test-shuffled: $(VENV)/.ready
+	HOME=/dev/null/none LC_ALL=C PYTHONCOERCECLOCALE=0 PYTHONUTF8=0 TZ=Pacific/Chatham \
+		$(BIN)/python -m pytest -q -n 2 --dist loadscope --shuffle $(SEED) --offline
+
+# Every reader on a million mutated and grown inputs; docs/reliability.md has the figures.
+fuzz: $(VENV)/.ready
+	$(BIN)/python tests/fuzzing/run.py
+
+# Every command killed, interrupted and refused by the disk at its system calls. Needs a C compiler.
+faults: $(VENV)/.ready
+	$(BIN)/python tests/faults/run.py
 
 # Full-size golden cases: minutes and gigabytes.
 slow: $(VENV)/.ready
