@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 from drawn_data import draw_jsonl, encoded, write_lines
+from PIL import Image
 from tiny_runs import CAPTIONS, FIXED_RATE, job_of, losses, run, still
+from transformers import Trainer
 
 from weightport import cli
 from weightport.errors import DataError
+from weightport.finetuning.augmentation import Augmentation
 from weightport.finetuning.data import DataSettings, open_data, open_divided
 from weightport.finetuning.data.collation import BadSamples, Collator, Indexed
+from weightport.finetuning.data.samples import Picture
 from weightport.finetuning.recipes.recipe import load_recipe
 from weightport.finetuning.setup.model_loading import load_processor
+from weightport.finetuning.training.trainer import PortTrainer
 
 FEW = {
     **FIXED_RATE,
@@ -166,6 +172,44 @@ def test_class_folders_say_what_they_took_for_the_answer(tiny: Callable[[str], P
     settings = {**FEW, "batch.prompt": "what is it?"}
     outcome = run(tiny("florence2"), "default", tmp_path / "data", tmp_path / "run", more=settings)
     assert any("answers are the names of its 2 folders (cat, dog)" in note for note in outcome.notes)
+
+
+def test_drafts_and_changes_are_for_training_and_evaluation_reads_whole_pictures(
+    tiny: Callable[[str], Path], pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafts: list[tuple[str, int | None]] = []
+    changed: list[int] = []
+    read, change, stage = Picture.read, Augmentation.__call__, ["prepare"]
+
+    def reading(picture: Picture, draft: int | None = None) -> Image.Image:
+        drafts.append((stage[0], draft))
+        return read(picture, draft)
+
+    def changing(own: Augmentation, index: int, *found: Any) -> Any:
+        changed.append(index)
+        return change(own, index, *found)
+
+    monkeypatch.setattr(Picture, "read", reading)
+    monkeypatch.setattr(Augmentation, "__call__", changing)
+    settings = {**FEW, "data.draft": 16, "batch.augment": ["color"]}
+    monkeypatch.setattr(Trainer, "train", staged(Trainer.train, "train", stage))
+    monkeypatch.setattr(PortTrainer, "evaluate", staged(PortTrainer.evaluate, "evaluate", stage))
+    run(tiny("florence2"), "default", pairs, tmp_path / "run", eval_data=pairs, more=settings)
+    assert {draft for where, draft in drafts if where == "train"} == {16} and len(changed) == 4
+    assert {draft for where, draft in drafts if where != "train"} == {None}
+
+
+def staged(method: Callable[..., Any], name: str, stage: list[str]) -> Callable[..., Any]:
+    """The method, naming itself while it runs."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        before, stage[0] = stage[0], name
+        try:
+            return method(*args, **kwargs)
+        finally:
+            stage[0] = before
+
+    return call
 
 
 def test_a_recipe_holds_every_setting_of_data(tmp_path: Path) -> None:

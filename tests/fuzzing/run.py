@@ -18,9 +18,10 @@ os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELIS
 
 from fuzzing import cases  # noqa: E402
 from fuzzing.campaign import Campaign, Result, judged_in_worker, minimised  # noqa: E402
-from fuzzing.targets import TARGETS  # noqa: E402
+from fuzzing.targets import MILLISECONDS, TARGETS  # noqa: E402
 
-BATCH = 2000
+BATCH = 1000
+"""Milliseconds that a batch is to take."""
 KEPT = HERE / "findings"
 COLUMNS = ("inputs", "accepted", "compared", "refused", "finding")
 
@@ -37,7 +38,7 @@ def main() -> int:
         while left := [name for name in names if campaigns[name].result.inputs < shares[name]]:
             for name in left:
                 result = campaigns[name].result
-                size = max(1, min(int(BATCH / TARGETS[name].cost ** 0.5), shares[name] - result.inputs))
+                size = max(1, min(int(BATCH / MILLISECONDS[name]), shares[name] - result.inputs))
                 campaigns[name].batch(size)
             if arguments.state:
                 _save(arguments.state, campaigns)
@@ -62,7 +63,7 @@ def _arguments() -> argparse.Namespace:
 
 def _shares(names: list[str], inputs: int) -> dict[str, int]:
     """How many inputs each reader gets: fewer where one takes long."""
-    weights = {name: 1 / TARGETS[name].cost for name in names}
+    weights = {name: 1 / MILLISECONDS[name] for name in names}
     return {name: max(1, round(inputs * weight / sum(weights.values()))) for name, weight in weights.items()}
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weightport.cli.display import Lines, echo, names_in
+from weightport.cli.lean_imports import without_compiler
 from weightport.cli.paths import ExistingPath
 from weightport.cli.running import command_body, json_option, quiet_option, uncollected
 from weightport.converters.options import CommandOption, ConversionOptions, declared_options
@@ -179,9 +180,8 @@ def _run(
     as_json: bool,
     **own: Any,
 ) -> None:
-    with uncollected():
-        import transformers.modeling_utils  # noqa: F401 - planning needs it, and it is most of all imports
-
+    with uncollected(), without_compiler():
+        from weightport import modeling  # noqa: F401 - planning needs model classes, most of all that is imported
         from weightport.api import convert, plan_conversion
         from weightport.converters.conversion import parse_dtype
 

@@ -82,6 +82,7 @@ def evaluate_command(
         from weightport.finetuning.display.previews import preview_lines
         from weightport.finetuning.evaluation.evaluate import evaluate
         from weightport.finetuning.evaluation.retrieval import evaluate_retrieval
+        from weightport.finetuning.metrics import headline
         from weightport.finetuning.recipes.recipe import load_recipe, parse_assignments, with_settings
         from weightport.finetuning.setup.preparing import resolved
 
@@ -116,7 +117,7 @@ def evaluate_command(
         return
     for line in preview_lines(result.predictions, recipe.evaluation.previews):
         lines.line("", line)
-    for name, value in result.metrics.items():
+    for name, value in headline(result.metrics).items():
         lines.line("measured", f"{name} {value:.4g}")
     if output is not None:
         lines.line(f"{output}/", names_in(output))

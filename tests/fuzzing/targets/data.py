@@ -145,5 +145,5 @@ TARGETS = (
     Target("muge", _muge_seeds, _CHANGE, partial(_with, _COUNT), _as_base64, _MODULES),
     Target("coco-counting", _coco_seeds, _CHANGE, partial(_with, _COUNT), _as_counts, _MODULES),
     Target("coco-detection", _coco_seeds, _CHANGE, partial(_with, _DETECT), modules=_MODULES),
-    Target("table", _table_seeds, _CHANGE, partial(_with, _COUNT), _as_parquet, _MODULES, cost=50.0),
+    Target("table", _table_seeds, _CHANGE, partial(_with, _COUNT), _as_parquet, _MODULES),
 )

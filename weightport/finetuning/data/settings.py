@@ -34,6 +34,7 @@ class DataSettings:
     answer: of a list of answers, train on the `first` or make a sample of `each`; `auto` is each of MUGE's captions
         and the first elsewhere.
     turns: what an answer of a chat is asked with, the `history` before it or its question `alone`.
+    drop_system: leave out the system messages of chats, which no prompt here holds, instead of refusing them.
     text_only: rows without a picture are taken, as text alone.
     weights: how often an epoch takes each of several data sets, one number each: 2 twice, 0.5 half of its samples,
         always the same ones. Evaluation takes each sample once.
@@ -57,6 +58,7 @@ class DataSettings:
     suffix_column: str | None = None
     answer: str = "auto"
     turns: str = "history"
+    drop_system: bool = False
     text_only: bool = False
     weights: tuple[float, ...] | None = None
     eval_fraction: float | None = None

@@ -13,6 +13,7 @@ import torch
 
 from weightport.errors import DataError
 from weightport.finetuning.data.samples import Samples
+from weightport.finetuning.display.gallery import SHOWN, reduced
 from weightport.finetuning.display.previews import spread
 from weightport.finetuning.display.report import RunSummary, write_report
 from weightport.finetuning.evaluation.answering import chosen
@@ -30,7 +31,6 @@ from weightport.version import __version__
 
 REPORT, HISTORY = "report.html", "history.json"
 RESULTS = ("model", "adapter")
-REPORTED_SAMPLES = 12
 
 
 @dataclass(frozen=True)
@@ -140,14 +140,15 @@ def _summary(
     notes: list[str],
     step: int,
 ) -> RunSummary:
-    shown = spread(predictions, REPORTED_SAMPLES)
+    shown = spread(predictions, SHOWN)
     pictures = {}
     for prediction in shown:
         # A picture that is gone meanwhile costs the report a picture, not the run its result.
         with suppress(DataError):
             picture = prepared.eval_samples[prediction.index].picture if prepared.eval_samples is not None else None
             if picture is not None:
-                pictures[prediction.index] = picture.read()
+                # Small at once: those of a whole page would fill the memory.
+                pictures[prediction.index] = reduced(picture.read())
     return RunSummary(
         title=f"{job.recipe.title}: {job.model.resolve().name}",
         command=job.command,
