@@ -106,7 +106,8 @@ class PortTrainer(Trainer):
     ) -> torch.optim.lr_scheduler.LRScheduler:
         if self.lr_scheduler is None and self._schedule is not None:
             rates = self._schedule.over(num_training_steps, self.args.warmup_steps or 0)
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, rates)
+            stepped: Any = optimizer or self.optimizer
+            self.lr_scheduler = LambdaLR(stepped, rates)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
