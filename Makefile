@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit test-shuffled fuzz faults slow bench test-transformers test-peft clean
+.PHONY: demo test lint types unit test-shuffled fuzz faults limits versions slow bench test-transformers test-peft clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
@@ -51,6 +51,14 @@ test-transformers: $(VENV)/.ready
 # peft's own custom models, fetched from its source distribution, through our merge.
 test-peft: $(VENV)/.ready
 	$(BIN)/python tests/peft_suite/run.py
+
+# The largest inputs, sparse, in processes of 2 GB.
+limits: $(VENV)/.ready
+	$(BIN)/python -m pytest -q -s --slow tests/limits
+
+# The ends of the stated ranges, each in an environment of its own; writes docs/versions.md.
+versions: $(VENV)/.ready
+	$(BIN)/python tests/versions/run.py
 
 $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
