@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit slow test-transformers test-peft clean
+.PHONY: demo test lint types unit slow bench test-transformers test-peft clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
@@ -24,6 +24,10 @@ unit: $(VENV)/.ready
 # Full-size golden cases: minutes and gigabytes.
 slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -q --slow
+
+# Every benchmark, one after the other; writes benchmarks/RESULTS.md. Half an hour on 2 idle cores, 12 GB of disk.
+bench: $(VENV)/.ready
+	$(BIN)/python benchmarks/bench.py
 
 # transformers' own common model, processor and tokenizer tests, fetched from its source distribution.
 test-transformers: $(VENV)/.ready

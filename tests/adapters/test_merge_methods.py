@@ -194,5 +194,5 @@ def test_matrix_of_a_weight_that_is_stored_within_another(method: str, turned: b
     found = torch.empty(stored, dtype=torch.float64)
     additive_part(whole, piece, stored).rows(0, stored[0], found)
     change = DeltaChange(0, delta, Part(Place("up_proj", shape, (piece,)), piece))
-    torch.testing.assert_close(found, ExpectedDelta(change, adapter.settings.data, 2.0, stored).rows(0, stored[0]))
+    torch.testing.assert_close(found, ExpectedDelta(change, adapter.settings.data, 2.0, stored).matrix(stored[1]))
     assert found.any() and not found.T[:50].any() if turned else not found[:50].any()

@@ -226,6 +226,8 @@ def _share(compared: int, changed: int) -> str:
 
 
 def _within(proof: WeightsCheck) -> str:
+    if not proof.compared:
+        return "were compared with base + adapter, computed a second time"
     return f"are base + adapter, computed twice, within {proof.furthest:.2f} of what rounding explains"
 
 

@@ -9,7 +9,7 @@ import torch
 
 from weightport.adapters.base.base_model import Base
 from weightport.adapters.merging.additive_delta import additive_change, additive_misfit, additive_part, is_turned
-from weightport.adapters.merging.combination import Combination, Weighted, combine
+from weightport.adapters.merging.combination import Combination, Weighted, combine, combines_matrices
 from weightport.adapters.merging.lora_targets import DeltaChange, PairChange, Part, Touched
 from weightport.adapters.merging.low_rank_delta import (
     Change,
@@ -43,6 +43,11 @@ class EditBuilder:
     quantized: str | None
     quantized_layers: frozenset[str] | None
 
+    @property
+    def largest_rank(self) -> int:
+        """Of any adapter in any module, as their settings say."""
+        return max(largest_rank(adapter) for adapter in self.adapters)
+
     def edits(self, touched: Mapping[str, Touched], untied: TiedHead | None) -> tuple[dict[str, Edit], list[str]]:
         """(edit by tensor, what cannot be done)."""
         edits: dict[str, Edit] = {}
@@ -75,6 +80,12 @@ class EditBuilder:
                     f"{change.key}: DoRA sets lengths of rows, and the files hold this weight in other rows "
                     f"({change.part.piece.stored})"
                 )
+        ranks = {change.module.a.shape[0] for change in found.pairs}
+        if combines_matrices(self.combination) and len(ranks) > 1:
+            _refuse(
+                f"{found.pairs[0].key}: {self.combination.kind} adds matrices of one rank; the adapters have the "
+                f"ranks {', '.join(map(str, sorted(ranks)))} there"
+            )
         for change in found.parameters:
             rank = self.adapters[change.adapter].settings.rank(change.key)
             _refuse(parameter_misfit(change.module, change.key, _model_shape(change, shape), rank))
@@ -120,12 +131,11 @@ class EditBuilder:
                         read_pair(change.module, dtype, flipped=flipped),
                         self.adapters[change.adapter].settings.scaling(change.key),
                         self.weights[change.adapter] * change.times,
-                        change.module.a.shape[0],
                     )
                     for change, flipped in together
                 ]
                 part = together[0][0].part
-                combined = combine(self.combination, parts)
+                combined = combine(self.combination, parts, self.largest_rank)
                 changes += combined if part.plain else [stored_part(c, part.piece, shape) for c in combined]
             for change in (*found.parameters, *found.biases):
                 changes.append(self._alone(change, shape, dtype))
@@ -156,6 +166,12 @@ class EditBuilder:
             of = _model_shape(change, shape)
             whole = parameter_change(module, of, rank, scale, dtype, turned=bool(change.part.place.turned))
         return whole if change.part.plain else stored_part(whole, change.part.piece, shape)
+
+
+def largest_rank(adapter: LoraAdapter) -> int:
+    """The largest rank that the adapter's settings give a module."""
+    patterns = adapter.settings.data.get("rank_pattern") or {}
+    return max(adapter.settings.default_rank, *patterns.values(), 0)
 
 
 def _model_shape(change: PairChange | DeltaChange, shape: tuple[int, ...]) -> tuple[int, ...]:
