@@ -222,3 +222,15 @@ def test_a_recipe_holds_every_setting_of_data(tmp_path: Path) -> None:
     data = load_recipe(str(tmp_path / "own.yaml")).data
     assert (data.images, data.weights, data.eval_fraction) == (("/", "pictures"), (2.0, 0.5), 0.05)
     assert (data.turns, data.text_only, data.draft) == ("alone", True, 768)
+
+
+@pytest.mark.parametrize(("name", "command_line"), [("florence2", "port-florence2"), ("ofa", "port-ofa")])
+def test_an_original_checkpoint_is_answered_with_the_command_that_converts_it(
+    tiny: Callable[[str], Path], pairs: Path, tmp_path: Path, name: str, command_line: str
+) -> None:
+    original = tiny(name).parent / "original"
+    file = next(each for each in sorted(original.iterdir()) if each.suffix in (".pt", ".safetensors"))
+    for given in (original, file) if name == "ofa" else (original,):
+        done = command(given, "--data", pairs, "-o", tmp_path / "run")
+        assert done.exit_code == 1 and f"Convert it first: {command_line} {given} OUT" in done.output, done.output
+    assert not (tmp_path / "run").exists()

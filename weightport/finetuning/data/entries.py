@@ -41,7 +41,9 @@ class Source(Protocol):
     skipped: tuple[str, ...]
     fingerprint: str
     content: str
-    each_answer: bool | np.ndarray
+
+    @property
+    def each_answer(self) -> bool | np.ndarray: ...
 
     @property
     def answer_counts(self) -> np.ndarray: ...

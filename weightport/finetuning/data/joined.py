@@ -74,7 +74,7 @@ class ChosenRows:
         return self.source.entry(int(self.rows[row]))
 
 
-def hold_out(source: Source, fraction: float) -> tuple[Source, Source]:
+def hold_out(source: Source, fraction: float) -> tuple[ChosenRows, ChosenRows]:
     """(the rows to train on, those to measure on): `fraction` of the pictures, with all that is asked about them,
     chosen by their keys alone. Raises DataError where one of the two would be empty."""
     held = shares_of(source.picture_keys(), HELD_OUT) < fraction
