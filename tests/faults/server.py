@@ -113,6 +113,8 @@ def _run(request: dict[str, Any], output: int, pipe: int) -> None:
 
         known = set(sys.modules)
         os.setpgid(0, 0)
+        # A shell's background jobs ignore it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.environ.update(request.get("environment", {}))
