@@ -21,11 +21,11 @@ types: $(VENV)/.ready
 unit: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -n 2 --dist loadscope
 
-# In another order, as somebody whose home cannot be written to, with ASCII as the locale's encoding, in another time
-# zone and without network. SEED=… repeats an order.
+# In another order, with a home folder that is not there and cannot be made, in the C locale, in another time zone and
+# without network. SEED=… repeats an order.
 SEED ?= $(shell date +%s)
 test-shuffled: $(VENV)/.ready
-	HOME=/dev/null/none LC_ALL=C PYTHONCOERCECLOCALE=0 PYTHONUTF8=0 TZ=Pacific/Chatham \
+	HOME=/proc/none LC_ALL=C TZ=Pacific/Chatham \
 		$(BIN)/python -m pytest -q -n 2 --dist loadscope --shuffle $(SEED) --offline
 
 # Every reader on a million mutated and grown inputs; docs/reliability.md has the figures.

@@ -324,7 +324,7 @@ def series(states: Sequence[Any], points: int) -> Iterator[tuple[Fault, str]]:
     every, writing = states[2], states[3]
     for nth in spread(every, points):
         yield Fault(SIGNAL, nth, signal.SIGKILL, EVERY), "SIGKILL"
-    few, some = max(points // 10, 3), max(points // 2, 3)
+    few, some = max(points // 12, 3), max(points // 3, 3)
     for number in (signal.SIGINT, signal.SIGTERM):
         for nth in spread(every, few):
             yield Fault(SIGNAL, nth, number, EVERY), number.name
