@@ -138,6 +138,11 @@ class EntrySamples:
         return self.source.skipped
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The files, folders or ids that the samples are of."""
+        return tuple(getattr(self.source, "names", (self.source.name,)))
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What a reader took for granted."""
         return tuple(getattr(self.source, "notes", ()))
