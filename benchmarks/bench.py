@@ -55,7 +55,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "verifying": Benchmark("everyday.py", ("--only", "verification"), ("--only", "verification", "--tiny")),
     "parity": Benchmark("everyday.py", ("--only", "parity"), ("--only", "parity", "--tiny")),
     "generating": Benchmark("generation.py", (), ("--tiny", "--pictures", "1")),
-    "reading-data": Benchmark("data_loading.py", (), ("--images", "4", "--captions", "2")),
+    "reading-data": Benchmark("reading_data.py", (), ("--images", "4", "--captions", "2")),
     "training": Benchmark("finetune.py", (), ("--images", "4", "--steps", "3", "--only", "ofa")),
 }  # fmt: skip
 """What is measured, by name; tiny sizes that would still be gigabytes are only asked for their help."""

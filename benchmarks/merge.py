@@ -119,7 +119,7 @@ def write_adapter(folder: Path, layers: int, shape: Shape = WIDE) -> None:
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": RANK, "bias": "none",
-        "target_modules": [name.rpartition(".")[2] for name in shape.linear],
+        "target_modules": [name.rpartition(".")[2] for name in shape.linear], "base_model_name_or_path": "base",
     }  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
