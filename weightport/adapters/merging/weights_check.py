@@ -233,7 +233,7 @@ class _Memory:
     def __init__(self) -> None:
         self._held: dict[tuple[str, torch.dtype], torch.Tensor] = {}
 
-    def block(self, use: str, dtype: torch.dtype, shape: tuple[int, int]) -> torch.Tensor:
+    def block(self, use: str, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
         """Memory of `shape`, at most BLOCK_ELEMENTS, valid until it is asked for again for the same `use`."""
         if (use, dtype) not in self._held:
             self._held[use, dtype] = torch.empty(BLOCK_ELEMENTS, dtype=dtype)
@@ -275,7 +275,8 @@ class TensorProof:
             for dtype in self._screens:
                 if self._screened(place, part, start, base, written, dtype):
                     return
-        self._note(_in_roundings(written.double(), *self._exactly(place, base, part), self.out.dtype))
+        expected, terms = self._exactly(place, base, part)
+        self._note(_in_roundings(written.double(), expected, terms, self.out.dtype))
 
     def _screened(
         self,
@@ -337,7 +338,7 @@ class TensorProof:
         self._note(_HALF)
         return True
 
-    def _exactly(self, place: Rectangle, base: torch.Tensor, part: slice) -> tuple[torch.Tensor, ...]:
+    def _exactly(self, place: Rectangle, base: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """(expected values, what is allowed beside their rounding is a multiple of) in float64."""
         before = self.again.with_trained_rows(
             place, self._memory.block("base", torch.float64, place.shape).copy_(base)
