@@ -135,26 +135,33 @@ def test_text_alone_in_a_mixed_batch_has_the_loss_that_it_has_alone(
 def test_several_data_sets_and_a_held_out_share_on_the_command_line(
     tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    first, second = draw_jsonl(tmp_path / "a", 12), draw_jsonl(tmp_path / "b", 8)
+    first, second = draw_jsonl(tmp_path / "a", 24), draw_jsonl(tmp_path / "b", 16)
     words = [word for key, value in FEW.items() for word in ("--set", f"{key}={json.dumps(value)}")]
     model, output = tiny("florence2"), tmp_path / "run"
     done = command(
         model, "--data", first, "--data", f"{tmp_path}/[b]/*.jsonl", "--data-weights", "2,1", "--eval-fraction",
-        "0.3", "-o", output, "--set", "evaluation.metrics=[exact-match, bleu-4]", *words,
+        "0.4", "-o", output, "--set", "evaluation.metrics=[exact-match, bleu-4]", *words,
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    training, evaluation = open_divided([first, second], DataSettings(weights=(2, 1)), 0.3)
+    training, evaluation = open_divided([first, second], DataSettings(weights=(2, 1)), 0.4)
     assert f"{len(training)} samples · measured on {len(evaluation)}" in done.output
     record = json.loads((output / "model" / "training.json").read_text())
-    assert record["eval_data"]["samples"] == len(evaluation)
+    assert record["eval_data"]["samples"] == len(evaluation) > 12
+    assert record["data"]["name"] == "a/annotations.jsonl, b/annotations.jsonl"
+    assert (output / "report.html").read_text().count("<img ") == len(evaluation), "every sample has its picture"
+    told = done.output
+    assert "steps    2 · learning rate" in told and "batch    2 samples a step · 1 process on cpu" in told
+    assert "bleu-4 " in told and "bleu-1" not in told and "brevity" not in told
+    assert "reference  " in told and "model      " in told
+    assert "bleu-1" in json.loads((output / "metrics.json").read_text())
     # The recipe of the run gives the share again; measuring takes it only where it is asked for.
     evaluate = [model, "--data", first, "--data", second, "--recipe", output / "recipe.yaml", "--json"]
     counts = []
-    for more in ([], ["--eval-fraction", "0.3"]):
+    for more in ([], ["--eval-fraction", "0.4"]):
         result = CliRunner().invoke(cli.main, ["evaluate", *map(str, evaluate), *more])
         assert result.exit_code == 0, result.output
         counts.append(json.loads(result.output)["samples"])
-    assert counts == [20, len(evaluation)]
+    assert counts == [40, len(evaluation)]
     again = command(model, "--data", first, "--eval-fraction", "0.3", "--eval-data", second, "-o", tmp_path / "c")
     assert again.exit_code == 2 and "give one of them" in again.output
 
@@ -222,3 +229,15 @@ def test_a_recipe_holds_every_setting_of_data(tmp_path: Path) -> None:
     data = load_recipe(str(tmp_path / "own.yaml")).data
     assert (data.images, data.weights, data.eval_fraction) == (("/", "pictures"), (2.0, 0.5), 0.05)
     assert (data.turns, data.text_only, data.draft) == ("alone", True, 768)
+
+
+@pytest.mark.parametrize(("name", "command_line"), [("florence2", "port-florence2"), ("ofa", "port-ofa")])
+def test_an_original_checkpoint_is_answered_with_the_command_that_converts_it(
+    tiny: Callable[[str], Path], pairs: Path, tmp_path: Path, name: str, command_line: str
+) -> None:
+    original = tiny(name).parent / "original"
+    file = next(each for each in sorted(original.iterdir()) if each.suffix in (".pt", ".safetensors"))
+    for given in (original, file) if name == "ofa" else (original,):
+        done = command(given, "--data", pairs, "-o", tmp_path / "run")
+        assert done.exit_code == 1 and f"Convert it first: {command_line} {given} OUT" in done.output, done.output
+    assert not (tmp_path / "run").exists()

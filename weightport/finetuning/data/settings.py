@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from weightport.errors import RecipeError
 
@@ -99,7 +100,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _weights(given: object) -> tuple[float, ...]:
+def _weights(given: Any) -> tuple[float, ...]:
     try:
         found = tuple(float(each) for each in (given if isinstance(given, (list, tuple)) else [given]))
     except (TypeError, ValueError):
