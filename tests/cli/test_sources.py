@@ -15,7 +15,7 @@ from weightport.errors import CheckpointError
 
 
 def without_times(folder: Path) -> dict[str, bytes]:
-    """Every file's bytes; of the record of ownership, which holds times, names, sizes and SHA-256."""
+    """The bytes of every file; of the record of ownership, which holds times, names, sizes and SHA-256."""
     found = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
     owned = json.loads(found.pop(".weightport.json"))
     return found | {

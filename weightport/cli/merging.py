@@ -120,7 +120,7 @@ def port_merge_lora(
             from weightport.adapters.merging.combination import Combination
             from weightport.adapters.merging.merge import MergeOptions
             from weightport.api import merge_lora
-            from weightport.converters.conversion import parse_dtype
+            from weightport.checkpoints.dtypes import parse_dtype
         options = MergeOptions(
             dtype=parse_dtype(dtype),
             combination=Combination(combination, density, majority_sign, svd_rank),
@@ -226,6 +226,8 @@ def _share(compared: int, changed: int) -> str:
 
 
 def _within(proof: WeightsCheck) -> str:
+    if not proof.compared:
+        return "were compared with base + adapter, computed a second time"
     return f"are base + adapter, computed twice, within {proof.furthest:.2f} of what rounding explains"
 
 

@@ -171,14 +171,19 @@ class SecondComputation:
         return total
 
     def finish(self, place: Rectangle, sums: torch.Tensor) -> torch.Tensor:
-        """Of base + added in float64, what DoRA and trained rows make of it."""
+        """Of base + added in float64, what DoRA makes of it."""
         if self.lengths is not None:
             by_row, factor = self.lengths
             sums = sums * (factor[slice(*place.rows)].unsqueeze(1) if by_row else factor[slice(*place.columns)])
+        return sums
+
+    def with_trained_rows(self, place: Rectangle, base: torch.Tensor) -> torch.Tensor:
+        """`base` with the rows that were trained one by one in it. Pairs are added to these too: of a tied head peft
+        trains the rows below the pair."""
         for row, values in self.tokens.items():
             if place.rows[0] <= row < place.rows[1]:
-                sums[row - place.rows[0]] = values[slice(*place.columns)]
-        return sums
+                base[row - place.rows[0]] = values[slice(*place.columns)]
+        return base
 
     def only_adds(self, place: Rectangle) -> bool:
         """Whether what stands there is base + patches, which `reach` and `at` know."""
@@ -194,7 +199,8 @@ class SecondComputation:
         by_row = torch.zeros(count // self.columns, dtype=torch.float64)
         by_column = torch.zeros(self.columns, dtype=torch.float64)
         for place, _, _ in rectangles(self.columns, 0, count):
-            squares = self.base_values(place).double()
+            # A copy, of float64 too: what is held of the base is read again.
+            squares = self.with_trained_rows(place, self.base_values(place).to(torch.float64, copy=True))
             squares.add_(self.added(place, torch.empty_like(squares))).square_()
             by_row[slice(*place.rows)] += squares.sum(1)
             by_column[slice(*place.columns)] += squares.sum(0)

@@ -339,7 +339,9 @@ class TensorProof:
 
     def _exactly(self, place: Rectangle, base: torch.Tensor, part: slice) -> tuple[torch.Tensor, ...]:
         """(expected values, what is allowed beside their rounding is a multiple of) in float64."""
-        before = self._memory.block("base", torch.float64, place.shape).copy_(base)
+        before = self.again.with_trained_rows(
+            place, self._memory.block("base", torch.float64, place.shape).copy_(base)
+        )
         added = self.again.added(place, self._memory.block("added", torch.float64, place.shape))
         expected = self.again.finish(place, before + added)
         terms = before.abs_().add_(added.abs_())

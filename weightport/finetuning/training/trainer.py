@@ -111,11 +111,11 @@ class PortTrainer(Trainer):
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+    def _run_epoch(self, model: Any, epoch: int, *args: Any, **kwargs: Any) -> None:
         # A resumed run may have come to its end before.
         if not self.control.should_training_stop:
             self._epoch.begin(epoch)
-            super()._run_epoch(*args, epoch=epoch, **kwargs)
+            super()._run_epoch(model, epoch, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         return self._sampler if self._sampler is not None else super()._get_train_sampler(train_dataset)
