@@ -351,7 +351,8 @@ def settle_ties(
         del touched[tied.head]
         return None
     if not others and head is None and embedding is not None and (tied.rows_together or not rows):
-        positions = {change.adapter for change in (*embedding.pairs, *embedding.parameters, *embedding.deltas)}
+        positions = {change.adapter for change in (*embedding.pairs, *embedding.parameters)}
+        positions |= {change.adapter for change in embedding.deltas}
         positions |= {position for position, _, _ in embedding.whole}
         grown = any(ref.shape != tensors[tied.embedding].shape for _, ref, _ in embedding.whole)
         if grown or all(adapters[place].settings.ensure_weight_tying for place in positions):
