@@ -44,7 +44,7 @@ from typing import Any
 import torch
 from guide_loops import GUIDES, train
 from PIL import Image, ImageDraw
-from processes import timed
+from processes import Figures, Timing, save, timed
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM = 2
@@ -314,8 +314,8 @@ def _by_weightport(
     return times, filling[0], operations[0]
 
 
-def compare(name: str, images: int, runs: int, setting: Setting, trainers: tuple[str, ...]) -> None:
-    """Run every trainer of a workload in turn and print medians and ratios."""
+def compare(name: str, images: int, runs: int, setting: Setting, trainers: tuple[str, ...]) -> Figures:
+    """Run every trainer of a workload in turn and print medians and ratios, to the first of them."""
     workload = WORKLOADS[name]
     size = setting.size(workload)
     with tempfile.TemporaryDirectory() as place:
@@ -331,9 +331,20 @@ def compare(name: str, images: int, runs: int, setting: Setting, trainers: tuple
                 command = [sys.executable, __file__, "--work", name, trainer, str(folder)]
                 timing = timed([*command, *options])
                 result = json.loads((folder / "result.json").read_text())
-                found[trainer].append({"megabytes": timing.megabytes, **result})
+                found[trainer].append({"megabytes": timing.megabytes, "unique": timing.unique, **result})
                 shutil.rmtree(folder / "run", ignore_errors=True)
     report(workload, setting, images * CAPTIONS, found)
+    rows = {
+        trainer: [Timing(100 / each["rate"], each["megabytes"], each["unique"]) for each in results]
+        for trainer, results in found.items()
+    }
+    return Figures.of(
+        f"Training by {workload.recipe}",
+        rows,
+        "ours" if "ours" in trainers else trainers[-1],
+        trainers[0],
+        unit="100 samples",
+    )
 
 
 def report(workload: Workload, setting: Setting, samples: int, found: Mapping[str, list[dict[str, float]]]) -> None:
@@ -388,6 +399,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=sorted(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--trainers", nargs="+", choices=TRAINERS, help="in place of the workload's")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     scale = "full" if arguments.gpu else "tiny" if arguments.tiny else "small"
@@ -402,8 +414,11 @@ def main() -> None:
     images = arguments.images or {"full": 400, "small": 24, "tiny": 2}[scale]
     where = torch.cuda.get_device_name() if setting.on_gpu else f"{os.cpu_count()} cores"
     print(f"torch {torch.__version__} · {where}")
-    for name in arguments.only:
+    figures = [
         compare(name, images, arguments.runs, setting, tuple(arguments.trainers or WORKLOADS[name].trainers))
+        for name in arguments.only
+    ]
+    save(arguments.json, figures)
 
 
 if __name__ == "__main__":

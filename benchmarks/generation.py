@@ -23,6 +23,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from processes import Figures, Timing, save
+
 ROOT = Path(__file__).resolve().parents[1]
 BASE: Mapping[str, Any] = {
     "width": 768, "layers": 6, "heads": 12, "inner": 3072, "vocabulary": 59457, "pixels": 480, "text": 8, "tokens": 16,
@@ -220,8 +222,17 @@ def main() -> None:
             f"{row['pictures']} pictures, {arguments.beams} beams: OFA {row['ofa']:.2f} s ({row['tower']:.2f} of them "
             f"its image tower) · {other} {row[other]:.2f} s · {row[other] / row['ofa']:.2f} × as fast"
         )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows))
+    peer = "earlier" if arguments.against else "bart"
+    figures = [
+        Figures(
+            f"Generating for {row['pictures']} pictures, {arguments.beams} beams",
+            "ofa",
+            peer,
+            {name: Timing(row[name], 0.0) for name in ("ofa", peer, "tower")},
+        )
+        for row in rows
+    ]
+    save(arguments.json, figures)
 
 
 if __name__ == "__main__":

@@ -141,8 +141,8 @@ class Collator:
     bad: BadSamples
     features: StoredFeatures | None = None
     full: FullAnswers | None = None
-    draft: int | None = None
     augmentation: Augmentation | None = None
+    draft: int | None = None
 
     def __call__(self, items: Sequence[tuple[int, Sample | str]]) -> dict[str, Any]:
         try:

@@ -49,7 +49,8 @@ class Division:
         """How they make a step, in words."""
         batches = "1 batch" if self.accumulation == 1 else f"{self.accumulation} batches"
         where = "" if self.processes == 1 else f" in each of {self.processes} processes"
-        return f"{batches} of {self.size}{where} make the {self.samples} samples of a step"
+        makes = "makes" if self.accumulation == self.processes == 1 else "make"
+        return f"{batches} of {self.size}{where} {makes} the {self.samples} samples of a step"
 
     def among(self, processes: int) -> Division:
         """The same samples among another number of processes, in batches as large as before where that can be. Raises
@@ -72,7 +73,8 @@ class Division:
 
 def division_of(arguments: TrainingArguments) -> Division:
     """What the arguments say."""
-    return Division(arguments.train_batch_size, arguments.gradient_accumulation_steps, arguments.world_size)
+    size, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+    return Division(size, accumulation, arguments.world_size)
 
 
 def bytes_of(text: str) -> int:
@@ -131,9 +133,9 @@ def fitting_division(
     peak = measure or _Trial(loaded, recipe, arguments, samples).peak
     extra = _not_yet_there(loaded.model, recipe, arguments)
     fits, peaks = 0, list[tuple[int, float]]()
-    with _as_it_was(loaded.model):
+    with _as_it_was(loaded.model, arguments):
         for batch in (each for each in range(1, own + 1) if own % each == 0):
-            if _foreseen(peaks, batch) + extra > budget:
+            if peaks and _foreseen(peaks, batch) + extra > budget:
                 break
             peaks.append((batch, peak(batch)))
             if peaks[-1][1] + extra > budget:
@@ -228,7 +230,8 @@ class _Trial:
         return float(torch.cuda.max_memory_allocated(self._arguments.device) if cuda else _peak())
 
     def _pass(self, inputs: dict[str, Any]) -> None:
-        model, arguments = self._model, self._arguments
+        model: Any = self._model
+        arguments = self._arguments
         if next(model.parameters()).device != arguments.device:
             model.to(arguments.device)
         placed = {name: tensor.to(arguments.device) for name, tensor in inputs.items()}
@@ -254,16 +257,20 @@ class _Trial:
 
 
 @contextmanager
-def _as_it_was(model: Any) -> Iterator[None]:
-    """The model in training mode, its batch statistics and the random state put back at the end."""
+def _as_it_was(model: Any, arguments: TrainingArguments) -> Iterator[None]:
+    """The model as it is trained, its batch statistics and the random state put back at the end."""
     buffers = {name: each.detach().cpu().clone() for name, each in model.named_buffers()}
     training = model.training
+    if arguments.activation_checkpointing:
+        model.activation_checkpointing_enable()
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             model.train()
             yield
     finally:
         model.train(training)
+        if arguments.activation_checkpointing:
+            model.activation_checkpointing_disable()
         with torch.no_grad():
             for name, each in model.named_buffers():
                 each.copy_(buffers[name])

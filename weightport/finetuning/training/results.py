@@ -31,6 +31,8 @@ from weightport.version import __version__
 
 REPORT, HISTORY = "report.html", "history.json"
 RESULTS = ("model", "adapter")
+SHOWN_NAMES = 3
+"""Names of data sets in the records."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,7 @@ def _training_record(
 
 
 def _data_record(samples: Samples) -> dict[str, Any]:
-    return {"name": _public(samples.name), "samples": len(samples)}
+    return {"name": _public_names(samples), "samples": len(samples)}
 
 
 def _evaluated_record(job: Job, prepared: Prepared) -> dict[str, Any] | None:
@@ -219,7 +221,7 @@ def _evaluated_record(job: Job, prepared: Prepared) -> dict[str, Any] | None:
     if samples is None:
         return None
     return {
-        "name": _public(samples.name),
+        "name": _public_names(samples),
         "samples": len(chosen(len(samples), job.recipe.evaluation.samples)),
     }
 
@@ -232,9 +234,13 @@ def _published(recipe: dict[str, Any]) -> dict[str, Any]:
     return recipe | {"data": {**data, "images": [_public(each) for each in data["images"]]}}
 
 
+def _public_names(samples: Samples) -> str:
+    names = getattr(samples, "names", (samples.name,))
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return ", ".join(map(_public, names[:SHOWN_NAMES])) + more
+
+
 def _public(name: str) -> str:
-    """A Hub id as it is, of a path the last two names at most; of several data sets, each."""
-    if ", " in name and not Path(name).exists():
-        return ", ".join(map(_public, name.split(", ")))
+    """A Hub id as it is, of a path the last two names at most."""
     path = Path(name)
     return "/".join(path.parts[-2:]).lstrip("/") if path.exists() else name

@@ -170,7 +170,12 @@ class OFAStack(OFAPreTrainedModel):
 
     def image_relative_bias(self, layer_idx: int, buckets: torch.Tensor) -> torch.Tensor:
         """The layer's bias of relative image positions, [1, heads, queries, keys], for buckets [queries, keys]."""
-        return self.image_rel_pos_tables[layer_idx](buckets).permute(2, 0, 1)[None]
+        table, rows = self.image_rel_pos_tables[layer_idx], (2 * self.config.image_bucket_size - 1) ** 2 + 3
+        if torch.is_grad_enabled() or buckets.numel() < rows:
+            return table(buckets).permute(2, 0, 1)[None]
+        # One head after the other: what adds this to scores reads it in the order of memory.
+        by_head = table(torch.arange(rows, device=buckets.device)).t().contiguous()
+        return by_head.index_select(1, buckets.flatten()).unflatten(1, buckets.shape)[None]
 
     def text_relative_buckets(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Buckets [queries, keys] of text positions, int64 [queries] and [keys], smaller than `MAX_TEXT_POSITIONS`."""
@@ -335,11 +340,15 @@ class OFAEncoder(OFAStack):
         )
 
 
+# Where a recorder can be told (transformers 5.23), hidden states counted from the last need the decoder's own number.
+_COUNTED = {"num_hidden_layers_key": "decoder_layers"} if hasattr(OutputRecorder, "num_hidden_layers_key") else {}
+
+
 class OFADecoder(OFAStack):
     """Decodes text, or the codes of an image, from what the encoder made of the source."""
 
     _can_record_outputs = {
-        "hidden_states": OutputRecorder(OFADecoderLayer, num_hidden_layers_key="decoder_layers"),
+        "hidden_states": OutputRecorder(OFADecoderLayer, **_COUNTED),
         "attentions": OutputRecorder(OFAAttention, index=1, layer_name="self_attn"),
         "cross_attentions": OutputRecorder(OFAAttention, index=1, layer_name="cross_attn"),
     }
