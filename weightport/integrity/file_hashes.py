@@ -46,7 +46,11 @@ def check_hashes(
         if stopped.is_set():
             raise InterruptedError("stopped")
         with lock:
-            advance(amount)
+            try:
+                advance(amount)
+            except BaseException:
+                stopped.set()
+                raise
 
     def judged(name: str) -> Finding | None:
         return _judged(directory, name, files[name], known.get(name), counted)
