@@ -5,14 +5,15 @@
     python benchmarks/convert.py --layers 3      a small one, to try
     python benchmarks/convert.py --family paligemma2                 a PaliGemma 2 3B: an .npz of 6 GB
     python benchmarks/convert.py --family moondream2                 a moondream2 of 2024: safetensors of 3.7 GB
+    python benchmarks/convert.py --family florence2                  a Florence-2-large in float32: 3.3 GB
     python benchmarks/convert.py --family paligemma2 --size 28b --layers 4 --limit-gb 2 --no-straightforward
 
 The last one plans the 28B model in full, on a sparse file of 55 GB, and converts one of its widths with four text
 layers, in processes that may not have more than 2 GB of private memory.
 
 One run makes the checkpoint, then times whole processes in turn (so that a slow moment of the machine hits all of
-them) and prints medians and ratios. Memory is the peak of private anonymous memory (RssAnon): pages of mapped files
-belong to the page cache. The straightforward way is torch.load (or np.load), rename, load_state_dict, save_pretrained.
+them) and prints medians and ratios. Memory is explained in processes.py. The straightforward way is torch.load (or
+np.load), rename, load_state_dict, save_pretrained.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 
-from processes import Timing, timed
+from processes import Figures, Timing, save, timed
 
 START = "import torch, transformers; from transformers import GenerationMixin, PreTrainedModel, ResNetModel"
 
@@ -90,6 +91,66 @@ def write_checkpoint(path: Path, layers: int) -> int:
     document["last_optimizer_state"] = {"state": moments, "param_groups": []}
     write_torch_archive(document, path)
     return sum(tensor.nbytes for tensor in model.values())
+
+
+def write_florence2(folder: Path, layers: int) -> Path:
+    """A Florence-2-large in float32 with `layers` layers a side, as its repository has it; its weights."""
+    import torch
+    from transformers import Florence2Config
+
+    from weightport.checkpoints import Checkpoint, TensorRef
+    from weightport.checkpoints.types import NamedTensors
+    from weightport.converters.export import original_tensors
+    from weightport.families.florence2.original import original_config
+    from weightport.families.registry import registry
+    from weightport.writing.torch_archive import write_torch_archive
+
+    text = {
+        "model_type": "bart", "vocab_size": 51289, "d_model": 1024, "encoder_layers": layers, "decoder_layers": layers,
+        "encoder_attention_heads": 16, "decoder_attention_heads": 16, "encoder_ffn_dim": 4096,
+        "decoder_ffn_dim": 4096, "max_position_embeddings": 4096,
+    }  # fmt: skip
+    vision = {
+        "embed_dim": [256, 512, 1024, 2048], "depths": [1, 1, 9, 1], "num_heads": [8, 16, 32, 64],
+        "num_groups": [8, 16, 32, 64], "projection_dim": 1024,
+    }  # fmt: skip
+    family = registry()["florence2"].conversion
+    config = Florence2Config(text_config=text, vision_config=vision, image_token_id=51288)
+    noise = torch.rand(1 << 22).sub_(0.5).mul_(0.05)
+
+    def values(shape: tuple[int, ...]) -> torch.Tensor:
+        count = torch.Size(shape).numel()
+        return noise.repeat(-(-count // noise.numel()))[:count].reshape(shape)
+
+    refs = NamedTensors(
+        TensorRef(name, shape, torch.float32, lambda shape=shape: values(shape), (name,))
+        for name, shape in family.targets(config).shapes.items()
+    )
+    native = Checkpoint(folder, "generated", (), refs)
+    tensors, _ = original_tensors(native, family.rules_of(config, ""), config, {})
+    folder.mkdir()
+    write_torch_archive(OrderedDict((tensor.name, tensor) for tensor in tensors), folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(original_config(config)))
+    return folder / "pytorch_model.bin"
+
+
+def straightforward_florence2(source: Path, out: Path) -> None:
+    """The whole state in memory, renamed by the family's own table, a model beside it."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from weightport.api import plan_conversion
+
+    state = torch.load(source, map_location="cpu", weights_only=True)
+    planned = plan_conversion(source.parent, "florence2", vocabulary="none")
+    renamed = {
+        target.name: torch.cat([block.reshape(-1) for block in target.blocks()]).reshape(target.shape)
+        for target in planned.plan.targets
+    }
+    model = AutoModelForImageTextToText.from_config(planned.model.config)
+    model.load_state_dict(renamed, strict=False)
+    model.save_pretrained(out)
+    del state
 
 
 def write_moondream2(folder: Path) -> Path:
@@ -205,6 +266,8 @@ def write_source(arguments: argparse.Namespace, folder: Path) -> Path:
         return folder / "ofa.pt"
     if arguments.family == "moondream2":
         return write_moondream2(folder / "moondream2")
+    if arguments.family == "florence2":
+        return write_florence2(folder / "florence2", arguments.layers or 12)
     import paligemma_files
 
     whole = paligemma_files.shapes(arguments.size)
@@ -222,6 +285,15 @@ def write_source(arguments: argparse.Namespace, folder: Path) -> Path:
     return folder / "paligemma.npz"
 
 
+STRAIGHTFORWARD = {
+    "ofa": straightforward,
+    "paligemma2": straightforward_npz,
+    "moondream2": straightforward_safetensors,
+    "florence2": straightforward_florence2,
+}
+"""The straightforward way to each family's model."""
+
+
 def port_command(family: str) -> list[str]:
     """`port-FAMILY`, by the interpreter and the package that run this."""
     return [sys.executable, "-c", f"from weightport import cli; cli.port_{family}()"]
@@ -229,24 +301,20 @@ def port_command(family: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--family", choices=("ofa", "paligemma2", "moondream2"), default="ofa")
+    parser.add_argument("--family", choices=tuple(STRAIGHTFORWARD), default="ofa")
     parser.add_argument("--size", choices=("3b", "10b", "28b"), default="3b", help="of PaliGemma 2")
     parser.add_argument("--layers", type=int, help="OFA: layers a side, 14 make a 2 GB model in a 6 GB file; "
-                        "PaliGemma: text layers, by default all")  # fmt: skip
+                        "PaliGemma: text layers, by default all; Florence-2: layers a side, 12")  # fmt: skip
     parser.add_argument("--runs", type=int, default=3, help="counted runs of each command")
     parser.add_argument("--folder", type=Path, help="where to work; needs 4 times the file's size")
     parser.add_argument("--limit-gb", type=float, help="private memory that a conversion may have")
     parser.add_argument("--no-straightforward", action="store_true", help="leave out what needs most memory and disk")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--straightforward", nargs=2, type=Path, metavar=("SOURCE", "OUT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.limit = int(arguments.limit_gb * 1e9) if arguments.limit_gb else None
     if arguments.straightforward:
-        ways = {
-            "ofa": straightforward,
-            "paligemma2": straightforward_npz,
-            "moondream2": straightforward_safetensors,
-        }
-        ways[arguments.family](*arguments.straightforward)
+        STRAIGHTFORWARD[arguments.family](*arguments.straightforward)
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
@@ -270,7 +338,12 @@ def main() -> None:
                 copy.unlink(missing_ok=True)
                 shutil.rmtree(naive, ignore_errors=True)
                 timings[each].append(timed(command, arguments.limit if each == label else None))
-        report(label, timings, source.stat().st_size, (port / "model.safetensors").stat().st_size)
+        written = (port / "model.safetensors").stat().st_size
+        report(label, timings, source.stat().st_size, written)
+        title = f"Converting {arguments.family}, {written / 1e9:.1f} GB written"
+        peer = "" if arguments.no_straightforward else "straightforward"
+        copy_and_start = {"copy": "cp, then sync", "start": "interpreter start"}
+        save(arguments.json, [Figures.of(title, timings, label, peer, **copy_and_start)])
 
 
 def report(port: str, timings: dict[str, list[Timing]], read: int, written: int) -> None:

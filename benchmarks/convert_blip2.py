@@ -6,8 +6,8 @@ against the straightforward way.
     python benchmarks/convert_blip2.py --layers 4    4 of each, to try
 
 Sources have random values in float16 (vision encoder, language model) and float32 (trained parts). One run makes them,
-then times whole processes in turn. Memory is the peak of private anonymous memory (RssAnon). The straightforward way
-is torch.load of all three, rename, load_state_dict, save_pretrained.
+then times whole processes in turn. Memory is explained in processes.py. The straightforward way is torch.load of all
+three, rename, load_state_dict, save_pretrained.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from processes import Timing, timed
+from processes import Figures, Timing, save, timed
 
 VISION, QFORMER, TEXT = 1408, 768, 2560
 START = "import torch, transformers.modeling_utils"
@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="blocks of the vision encoder and layers of OPT (default: 39, 32)")
     parser.add_argument("--runs", type=int, default=3, help="counted runs of each command")
     parser.add_argument("--folder", type=Path, help="where to work; needs 4 times the sources' size")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--straightforward", nargs=2, type=Path, metavar=("FOLDER", "OUT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.straightforward:
@@ -140,7 +141,11 @@ def main() -> None:
                 shutil.rmtree(naive, ignore_errors=True)
                 copy.mkdir()
                 timings[label].append(timed(each))
-        report(timings, sum(file.stat().st_size for file in files))
+        read = sum(file.stat().st_size for file in files)
+        report(timings, read)
+        title = f"Converting blip2, {read / 1e9:.1f} GB read"
+        copy_and_start = {"copy": "cp of all three", "start": "interpreter start"}
+        save(arguments.json, [Figures.of(title, timings, "port-blip2", "straightforward", **copy_and_start)])
 
 
 def report(timings: dict[str, list[Timing]], read: int) -> None:

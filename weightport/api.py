@@ -224,8 +224,11 @@ def port_adapter(adapter: str | Path, out: str | Path, base: str | Path, *, over
     return run(adapter, out, base, registry(), overwrite=overwrite)
 
 
-def extract_lora(tuned: str | Path, base: str | Path, out: str | Path, rank: int, **settings: Any) -> Extraction:
-    """What fine-tuning changed from the model directory `base` to `tuned`, as a LoRA adapter `out`."""
+def extract_lora(
+    tuned: str | Path, base: str | Path, out: str | Path, rank: int | None, **settings: Any
+) -> Extraction:
+    """What fine-tuning changed from the model directory `base` to `tuned`, as a LoRA adapter `out`: see
+    `weightport.adapters.extraction.extract_lora` for the settings."""
     from weightport.adapters.extraction import extract_lora as run
 
     return run(tuned, base, out, rank, **settings)

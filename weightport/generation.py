@@ -71,7 +71,12 @@ def generate(
     with _loading(directory):
         model: Any = AutoModelForImageTextToText.from_pretrained(directory, dtype="auto", **LOCAL)
     model = model.to(place).eval()
-    inputs = processor(text=_placed(asked, picture, processor, model), images=picture, return_tensors="pt").to(place)
+    try:
+        inputs = processor(text=_placed(asked, picture, processor, model), images=picture, return_tensors="pt")
+    except ValueError as error:
+        # What processors say of a prompt that does not go with the picture.
+        raise UsageError(f"The prompt {asked[:80]!r} cannot be asked: {error}") from error
+    inputs = inputs.to(place)
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     settings: dict[str, Any] = {}

@@ -125,6 +125,12 @@ def _embedding(name: str) -> LoraConfig:
     return LoraConfig(r=4, lora_alpha=8, target_modules=[_EMBEDDED.get(name, "embed_tokens")])
 
 
+def _head(name: str) -> LoraConfig | None:
+    if name in _NO_TOKENS or name == "clip":
+        return None
+    return LoraConfig(r=4, lora_alpha=8, target_modules=[_ends(name)[1]])
+
+
 def _no_dora(name: str) -> LoraConfig:
     return _linear(name, use_dora=True)
 
@@ -145,6 +151,7 @@ CONFIGURATIONS: Mapping[str, Configuration] = {
     "router": Configuration(_router),
     "tokens": Configuration(lambda name: _of_text(name, lambda: _tokens(name))),
     "embedding": Configuration(lambda name: _of_text(name, lambda: _embedding(name)), MergeOptions(untie=True)),
+    "head": Configuration(lambda name: _head(name), MergeOptions(untie=True)),
     "tokens-added-saved": Configuration(
         lambda name: _of_text(name, lambda: _linear(name, modules_to_save=list(_ends(name)))), change=tiny_models.grown
     ),
@@ -232,6 +239,11 @@ REFUSED: Mapping[tuple[str, str], tuple[type[Exception], str]] = {
     **{
         ("mllama", kind): (CoverageError, r"must have one number of rows")
         for kind in ("resized", "tokens-added-saved", "tokens-added-rows")
+    },
+    # peft runs a tied head with trained rows and without its bias, which its merge brings back.
+    **{
+        ("bert", kind): (AdapterError, r"runs that head without its bias \(cls.predictions.bias\)")
+        for kind in ("tokens", "tokens-added-rows")
     },
     # transformers cannot resize them.
     **{

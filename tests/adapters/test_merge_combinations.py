@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from tiny_models import load, write_adapter, write_base
 
 from weightport.adapters.merging.combination import COMBINATIONS, Combination
-from weightport.adapters.merging.merge import MergeOptions
+from weightport.adapters.merging.merge import MergeOptions, Written
+from weightport.adapters.verification.verify import UnverifiableError, Verification, verify_merge, why_not_verified
 from weightport.api import merge_lora
 from weightport.errors import AdapterError, UsageError
 
@@ -127,3 +128,120 @@ def test_two_whole_tensors_for_one_place_are_refused(base: Path, tmp_path: Path)
     ]
     with pytest.raises(AdapterError, match="have no sum"):
         merge_lora(base, [(a, 1.0) for a in adapters], tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["svd", "ties_svd", "magnitude_prune_svd"])
+def test_decomposition_keeps_the_largest_rank_of_any_adapter(kind: str, base: Path, tmp_path: Path) -> None:
+    """Also in modules where rank_pattern gives less, or where only the adapter of the smaller rank is."""
+    adapters = [
+        write_adapter(base, tmp_path / name, LoraConfig(lora_alpha=5, **settings), seed=seed)
+        for seed, (name, settings) in enumerate(
+            {
+                "one": {"r": 2, "rank_pattern": {"q_proj": 5}, "target_modules": ["q_proj", "k_proj", "o_proj"]},
+                "two": {"r": 1, "target_modules": ["k_proj", "up_proj"]},
+            }.items()
+        )
+    ]
+    density = None if kind == "svd" else 0.6
+    expected = truth(base, adapters, combination_type=kind, density=density)
+    options = MergeOptions(combination=Combination(kind, density))
+    merged = merge_lora(base, list(zip(adapters, WEIGHTS)), tmp_path / "out", options).directory
+    for name, weight in load_file(merged / "model.safetensors").items():
+        torch.testing.assert_close(
+            weight.double(), expected[name].double(), rtol=1e-6, atol=2e-7, msg=lambda m, n=name: n + m
+        )
+
+
+@pytest.mark.parametrize("kind", ["linear", "ties", "magnitude_prune"])
+def test_module_in_which_the_adapters_have_different_ranks_is_refused(kind: str, base: Path, tmp_path: Path) -> None:
+    adapters = [
+        write_adapter(base, tmp_path / str(rank), LoraConfig(r=4, target_modules=["q_proj"], rank_pattern=pattern))
+        for rank, pattern in ((4, {}), (2, {"0.self_attn.q_proj": 2}))
+    ]
+    options = MergeOptions(combination=Combination(kind, None if kind == "linear" else 0.5))
+    with pytest.raises(AdapterError, match=r"layers.0.*one rank; the adapters have the ranks 2, 4 there"):
+        merge_lora(base, [(a, 1.0) for a in adapters], tmp_path / "out", options)
+
+
+@pytest.mark.parametrize("kind", ["linear", "ties", "svd"])
+def test_one_adapter_is_merged_by_its_weight_whatever_the_combination(kind: str, base: Path, tmp_path: Path) -> None:
+    adapter = two_adapters(base, tmp_path)[0]
+    options = MergeOptions(combination=Combination(kind, 0.5 if kind == "ties" else None, svd_rank=1))
+    found, expected = (
+        load_file(merge_lora(base, [(adapter, 0.5)], tmp_path / str(o is None), o).directory / "model.safetensors")
+        for o in (options, None)
+    )
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_rank_that_no_weight_has_is_merged_and_not_run_by_peft(base: Path, tmp_path: Path) -> None:
+    adapters = two_adapters(base, tmp_path, target_modules=["q_proj"])
+    reasons: list[str | None] = []
+    exact = merge_lora(base, [(a, 1.0) for a in adapters], tmp_path / "cat").directory
+    merged = merge_lora(
+        base,
+        [(a, 1.0) for a in adapters],
+        tmp_path / "svd",
+        MergeOptions(combination=Combination("svd", svd_rank=999)),
+        check=lambda written: reasons.append(why_not_verified(written)),
+    ).directory
+    assert reasons == ["peft runs no --svd-rank 999 on weights that have the rank 32"]
+    expected = load_file(exact / "model.safetensors")
+    for name, value in load_file(merged / "model.safetensors").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+
+
+BESIDE_PAIRS: dict[str, tuple[dict[str, Any], str]] = {
+    "parameters": ({"target_modules": [], "target_parameters": ["q_proj.weight"]}, "target_parameters"),
+    "saved": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "saved as a whole"),
+    "rows": ({"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3]}}, "single rows"),
+}
+
+
+@pytest.mark.parametrize("what", BESIDE_PAIRS)
+@pytest.mark.parametrize("kind", ["linear", "svd"])
+def test_combination_of_pairs_refuses_what_it_would_leave_out(
+    kind: str, what: str, base: Path, tmp_path: Path
+) -> None:
+    settings, said = BESIDE_PAIRS[what]
+    adapters = [
+        write_adapter(base, tmp_path / "one", LoraConfig(r=4, **settings)),
+        write_adapter(base, tmp_path / "two", LoraConfig(r=4, target_modules=["q_proj"])),
+    ]
+    with pytest.raises(AdapterError, match=f"{kind} combines pairs and leaves out .*{said}"):
+        merge_lora(base, [(a, 1.0) for a in adapters], tmp_path / "out", MergeOptions(combination=Combination(kind)))
+
+
+def test_biases_of_pairs_have_a_sum_and_no_combination(tmp_path: Path) -> None:
+    base = write_base("opt", tmp_path / "base")
+    adapters = [
+        write_adapter(
+            base, tmp_path / str(seed), LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True), seed=seed
+        )
+        for seed in (1, 2)
+    ]
+    with pytest.raises(AdapterError, match="linear combines pairs and leaves out biases of pairs"):
+        merge_lora(
+            base, [(a, 1.0) for a in adapters], tmp_path / "no", MergeOptions(combination=Combination("linear"))
+        )
+    checks: list[Verification] = []
+    merge_lora(base, list(zip(adapters, WEIGHTS)), tmp_path / "out", check=lambda w: checks.append(verify_merge(w)))
+    assert checks[0].weights == checks[0].changed == 4 and checks[0].seams
+
+
+def test_adapters_that_peft_does_not_run_together_are_merged_and_not_verified(base: Path, tmp_path: Path) -> None:
+    adapters = [
+        write_adapter(
+            base,
+            tmp_path / str(row),
+            LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [row]}),
+        )
+        for row in (3, 4)
+    ]
+
+    def check(written: Written) -> None:
+        with pytest.raises(UnverifiableError, match="peft does not run these adapters together"):
+            verify_merge(written)
+
+    merged = merge_lora(base, [(a, 1.0) for a in adapters], tmp_path / "out", check=check)
+    assert merged.record["weights_check"]["compared"] == 3

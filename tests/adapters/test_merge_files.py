@@ -331,6 +331,11 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], type[WeightportError], str]] = {
         AdapterError,
         "x",
     ),
+    "integers": (
+        change_tensors(lambda t: t.update({key("lora_A"): torch.ones(4, 32, dtype=torch.int8)})),
+        AdapterError,
+        "torch.int8 .*expected floating-point",
+    ),
     "a vector for a pair": (
         change_tensors(lambda t: t.update({key("lora_A"): torch.ones(4)})),
         AdapterError,

@@ -197,7 +197,7 @@ def test_extracted_adapter_loads_in_peft_without_a_missing_key(name: str, tmp_pa
 
     base = write_model(name, tmp_path / "base")
     target = tuned(base, tmp_path / "tuned")
-    extract_lora(target, base, tmp_path / "adapter", 2)
+    extract_lora(target, base, tmp_path / "adapter", 2, others="save")
     # merged_by_peft refuses peft's warning of missing keys.
     found = merged_by_peft(base, tmp_path / "adapter")
     expected = load(target, torch.float64).state_dict()

@@ -11,8 +11,10 @@ import torch
 
 pytest.importorskip("peft")
 
+from matrix import write_model
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from test_merge_proof import merged
 from tiny_models import V, applied, load, logits, write_adapter, write_base
 
 from weightport.adapters.merging.merge import MergeOptions
@@ -148,3 +150,33 @@ def test_tokenizer_with_ids_beyond_the_embedding_is_refused(tmp_path: Path) -> N
     with pytest.raises(AdapterError, match=f"ids up to {V}"):
         merge_lora(base, [(adapter, 1.0)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["gemma", "opt", "llama", "paligemma", "blip2"])
+def test_pair_on_the_head_beside_trained_rows_of_the_tied_embedding(name: str, tmp_path: Path) -> None:
+    """The rows are the head's too, and the pair is added to them; peft merges it otherwise than it trains it."""
+    base = write_model(name, tmp_path / "base")
+    rows = {"trainable_token_indices": {"embed_tokens": [5, 7, 90]}}
+    adapter = adapter_on(base, tmp_path / "adapter", "lm_head", "q_proj", **rows)
+    weights, model = merged(base, adapter, tmp_path / "out", MergeOptions(untie=True))
+    assert model.seams and weights.compared == weights.changed
+    if name in ("gemma", "opt", "llama"):
+        assert_same_logits(base, adapter, tmp_path / "out")
+    assert all("both of two tied places" in reason for reason in model.unchecked.values())
+    assert len(model.unchecked) == (2 if name in ("gemma", "opt", "paligemma") else 0)
+
+
+def test_one_row_trained_by_two_adapters_is_refused(tmp_path: Path) -> None:
+    base = write_base("llama", tmp_path / "base")
+    folders = [
+        adapter_on(base, tmp_path / str(rows), "q_proj", trainable_token_indices={"embed_tokens": rows})
+        for rows in ([3, 8], [8, 9], [4])
+    ]
+    with pytest.raises(AdapterError, match=r"row 8 is trained by adapter 1 of the command and by 2; .* have no sum"):
+        merge_lora(base, [(folder, 1.0) for folder in folders[:2]], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    result = merge_lora(base, [(folders[0], 0.5), (folders[2], 1.0)], tmp_path / "out")
+    assert any("3 rows of embeddings take the place" in note for note in result.record["notes"])
+    out = result.directory
+    before, after = (load_file(f / "model.safetensors")["model.embed_tokens.weight"] for f in (base, out))
+    assert (before != after).any(1).nonzero().flatten().tolist() == [3, 4, 8]

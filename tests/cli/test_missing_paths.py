@@ -27,6 +27,7 @@ READ = {
     "merge-lora": [[ABSENT, ".", "out"], [".", ABSENT, "out"], [".", f"{ABSENT}=0.5", "out"]],
     "extract-lora": [[ABSENT, ".", "out", "--rank", "1"], [".", ABSENT, "out", "--rank", "1"]],
     "release": [[ABSENT, "--repo", "org/name"]],
+    "verify": [[ABSENT]],
 }
 """Command lines by command, each with one path that is not there."""
 
@@ -48,6 +49,12 @@ def test_a_path_that_is_not_there_is_a_mistake_of_usage(name, words, tmp_path, m
     assert re.search(r"absent\S* (does not exist|cannot be read)|no vocabulary at ./absent", done.stderr), done.stderr
     assert "Traceback" not in done.output
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_two_options_of_a_command_have_one_name(name):
+    flags = [flag for each in COMMANDS[name].params for flag in (*each.opts, *each.secondary_opts)]
+    assert sorted(flags) == sorted(set(flags))
 
 
 def test_every_path_that_is_read_is_checked_where_it_is_declared():

@@ -74,3 +74,20 @@ def test_usage_error_under_torchrun_is_printed_once(tmp_path: Path) -> None:
     done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=240)
     assert done.returncode != 0
     assert (done.stdout + done.stderr).count("port-finetune: There is no recipe 'docvqua'") == 1, done.stderr
+
+
+def test_usage_error_that_parsing_finds_is_said_by_the_first_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    @click.command("train", cls=processes.OneErrorCommand)
+    @click.argument("model", type=click.Path(exists=True))
+    def train(model: str) -> None:
+        raise AssertionError(model)
+
+    said: list[int] = []
+    monkeypatch.setattr(processes, "_leave_the_word", lambda status: sys.exit(said.append(status) or status))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, words in (("0", "does not exist"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        done = CliRunner().invoke(train, ["nowhere"])
+        assert done.exit_code == 2
+        assert words in done.output and bool(words) == bool(done.output)
+    assert said == [2]

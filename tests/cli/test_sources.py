@@ -15,10 +15,12 @@ from weightport.errors import CheckpointError
 
 
 def without_times(folder: Path) -> dict[str, bytes]:
-    """Every file's bytes; of the record of ownership, which holds times, the files' names and sizes."""
+    """The bytes of every file; of the record of ownership, which holds times, names, sizes and SHA-256."""
     found = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
     owned = json.loads(found.pop(".weightport.json"))
-    return found | {"owned": json.dumps({name: size for name, (size, _) in owned["files"].items()}).encode()}
+    return found | {
+        "owned": json.dumps({name: (size, digest) for name, (size, _, digest) in owned["files"].items()}).encode()
+    }
 
 
 def test_a_folder_with_one_checkpoint_gives_what_the_file_gives(port, spoiled, tmp_path):

@@ -331,7 +331,7 @@ def test_templates_of_2025_are_ids_of_their_words() -> None:
 
 def test_variant_file_alone_is_no_model(tiles, tmp_path: Path) -> None:
     variant = tiles.folder / "lora_final.pt"
-    refused(variant, tmp_path / "out", UnknownFamilyError, "port-moondream2 SOURCE OUT --variant FILE merges it")
+    refused(variant, tmp_path / "out", UnknownFamilyError, "port-moondream2 SOURCE OUT --variant-file FILE merges it")
 
 
 # Variants of 2025.

@@ -1,17 +1,22 @@
 """A process that has imported everything and runs commands in forks of itself: a run costs what it does, no start.
 
-Speaks JSON lines: {"argv", "fault", "below", "user", "cwd"} → {"status", "calls", "output"}. `status` is the exit
-status, negative for a signal; `calls` None where the command did not live to count.
+Speaks JSON lines: a list of {"argv", "fault", "below", "user", "cwd"}, which run at once → a list of {"status",
+"calls", "seconds", "output"}. `status` is the exit status, negative for a signal, 999 for a run that was ended because
+it hung; `seconds` of the processor; `calls` None where the command did not live to count.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import select
+import signal
 import sys
 import tempfile
-import time
-from typing import Any
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import IO, Any
 
 LONGEST = 300.0
 """Seconds after which a run is taken for one that hangs."""
@@ -19,9 +24,30 @@ LONGEST = 300.0
 
 def main() -> None:
     _import_everything()
+    _share()
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
-        print(json.dumps(_forked(json.loads(line))), flush=True)
+        running = [_started(request) for request in json.loads(line)]
+        answers = [_ended(each) for each in running]
+        # What a command imported in its fork, the next one finds.
+        for answer in answers:
+            _import(answer.pop("modules"))
+        _share()
+        print(json.dumps(answers), flush=True)
+
+
+def _share() -> None:
+    """Keep the collector from what is there: walking through it, a fork would copy its memory."""
+    gc.collect()
+    gc.freeze()
+
+
+def _import(names: list[str]) -> None:
+    import importlib
+
+    for name in names:
+        with suppress(Exception):
+            importlib.import_module(name)
 
 
 def _import_everything() -> None:
@@ -38,32 +64,45 @@ def _import_everything() -> None:
         importlib.import_module(name)
 
 
-def _forked(request: dict[str, Any]) -> dict[str, Any]:
-    with tempfile.TemporaryFile() as output:
-        read_end, write_end = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.close(read_end)
-            _run(request, output.fileno(), write_end)
-        os.close(write_end)
-        status = _waited(child)
-        with os.fdopen(read_end, "rb") as pipe:
-            calls = pipe.read()
+@dataclass(frozen=True)
+class _Running:
+    """A command at work: its process, the pipe where it counts, and the file that it prints to."""
+
+    child: int
+    pipe: int
+    output: IO[bytes]
+
+
+def _started(request: dict[str, Any]) -> _Running:
+    output = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the command has ended
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read_end)
+        _run(request, output.fileno(), write_end)
+    os.close(write_end)
+    return _Running(child, read_end, output)
+
+
+def _ended(running: _Running) -> dict[str, Any]:
+    status, seconds = _waited(running.child)
+    with os.fdopen(running.pipe, "rb") as pipe:
+        said = json.loads(pipe.read() or b"{}")
+    with running.output as output:
         output.seek(0)
         text = output.read().decode("utf-8", "backslashreplace")
-    return {"status": status, "calls": int(calls) if calls else None, "output": text[-8000:]}
+    return {"status": status, "seconds": seconds, "calls": None, "modules": [], **said, "output": text[-8000:]}
 
 
-def _waited(child: int) -> int:
-    until = time.monotonic() + LONGEST
-    while time.monotonic() < until:
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
-    os.kill(child, 9)
-    os.waitpid(child, 0)
-    return 999
+def _waited(child: int) -> tuple[int, float]:
+    """Exit status and processor seconds."""
+    handle = os.pidfd_open(child)
+    ended, _, _ = select.select([handle], [], [], LONGEST)
+    os.close(handle)
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+    _, status, used = os.wait4(child, 0)
+    return os.waitstatus_to_exitcode(status) if ended else 999, used.ru_utime + used.ru_stime
 
 
 def _run(request: dict[str, Any], output: int, pipe: int) -> None:
@@ -72,7 +111,10 @@ def _run(request: dict[str, Any], output: int, pipe: int) -> None:
     try:
         from faults.shim import Fault, arm, counted, disarm
 
+        known = set(sys.modules)
         os.setpgid(0, 0)
+        # A shell's background jobs ignore it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.environ.update(request.get("environment", {}))
@@ -85,7 +127,8 @@ def _run(request: dict[str, Any], output: int, pipe: int) -> None:
         status = _command(request["argv"])
         disarm()
         sys.stdout.flush()
-        os.write(pipe, str(counted()).encode())
+        with os.fdopen(pipe, "w") as said:
+            json.dump({"calls": counted(), "modules": sorted(set(sys.modules) - known)}, said)
     except BaseException:
         import traceback
 

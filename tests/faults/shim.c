@@ -18,7 +18,7 @@
 #include <unistd.h>
 
 enum { COUNT, SIGNAL, FAIL_ONCE, FAIL_FROM, SHORT, SHRINK, GROW, CHANGE };
-enum { READS = 1, WRITES = 2 };
+enum { READS = 1, WRITES = 2, REMOVES = 4 };
 
 static int mode, argument, classes;
 static long nth;
@@ -121,6 +121,8 @@ static void *real(const char *name)
 #define FAIL_IF(fault) do { int f_ = (fault); if (f_ > 0) { errno = f_; return -1; } } while (0)
 #define ON_PATH(result, name, parameters, folder, path, arguments) \
     result name parameters { FAIL_IF(of_path(folder, path, WRITES)); return REAL(name) arguments; }
+#define ON_REMOVAL(result, name, parameters, folder, path, arguments) \
+    result name parameters { FAIL_IF(of_path(folder, path, REMOVES)); return REAL(name) arguments; }
 #define ON_HANDLE(result, name, parameters, handle, arguments) \
     result name parameters { FAIL_IF(of_handle(handle, WRITES)); return REAL(name) arguments; }
 
@@ -229,11 +231,11 @@ ON_PATH(int, link, (const char *old, const char *new), AT_FDCWD, new, (old, new)
 ON_PATH(int, linkat, (int from, const char *old, int to, const char *new, int flags), to, new,
         (from, old, to, new, flags))
 ON_PATH(int, symlink, (const char *old, const char *new), AT_FDCWD, new, (old, new))
-ON_PATH(int, unlink, (const char *path), AT_FDCWD, path, (path))
-ON_PATH(int, unlinkat, (int folder, const char *path, int flags), folder, path, (folder, path, flags))
+ON_REMOVAL(int, unlink, (const char *path), AT_FDCWD, path, (path))
+ON_REMOVAL(int, unlinkat, (int folder, const char *path, int flags), folder, path, (folder, path, flags))
 ON_PATH(int, mkdir, (const char *path, mode_t bits), AT_FDCWD, path, (path, bits))
 ON_PATH(int, mkdirat, (int folder, const char *path, mode_t bits), folder, path, (folder, path, bits))
-ON_PATH(int, rmdir, (const char *path), AT_FDCWD, path, (path))
+ON_REMOVAL(int, rmdir, (const char *path), AT_FDCWD, path, (path))
 ON_PATH(int, chmod, (const char *path, mode_t bits), AT_FDCWD, path, (path, bits))
 ON_PATH(int, fchmodat, (int folder, const char *path, mode_t bits, int flags), folder, path,
         (folder, path, bits, flags))

@@ -13,12 +13,12 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("shim.c")
 COUNT, SIGNAL, FAIL_ONCE, FAIL_FROM, SHORT, SHRINK, GROW, CHANGE = range(8)
-READS, WRITES = 1, 2
+READS, WRITES, REMOVES = 1, 2, 4
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens at the `nth` call, of those that `classes` counts (READS, WRITES or both), below a folder.
+    """What happens at the `nth` call below a folder, of those that `classes` counts: READS, WRITES, REMOVES or more.
 
     `kind` COUNT: nothing. SIGNAL: the signal `value`. FAIL_ONCE, FAIL_FROM: the error number `value`, at that call
     alone or at all from it on. SHORT: half of the bytes. SHRINK, GROW, CHANGE: so happens to the file `victim`.

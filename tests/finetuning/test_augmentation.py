@@ -82,7 +82,7 @@ def test_killed_and_resumed_run_sees_the_pictures_of_an_uninterrupted_one(
     assert weights[0] == weights[1]
 
 
-@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("persistent", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_workers_know_the_epoch(persistent: bool, tiny: Callable[[str], Path], pairs: Path, tmp_path: Path) -> None:
     # Workers that stay draw fewer random numbers: without dropout that changes nothing.
     fixed = {**CHANGED, **still(tiny("florence2"))}

@@ -75,6 +75,18 @@ def test_an_answer_that_is_marked_as_context_is_read_and_not_learned(tmp_path: P
     assert said(samples) == [("Its colour?", "Red.", (("What is it?", "A cat."),))]
 
 
+def test_a_row_of_columns_may_list_its_one_picture(tmp_path: Path) -> None:
+    samples = opened(tmp_path, {"query": "what?", "response": "a cat", "images": ["1.png"]})
+    assert said(samples) == [("what?", "a cat", ())]
+    with pytest.raises(DataError, match=r"line 1: 2 pictures\. One a sample was expected"):
+        opened(tmp_path, {"query": "what?", "response": "a cat", "images": ["1.png", "0.png"]})
+
+
+def test_system_messages_are_left_out_where_that_is_said(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "system", "content": "Be kind."}, *TURNS], "image": "1.png"}
+    assert len(opened(tmp_path, row, DataSettings(drop_system=True))) == 2
+
+
 def test_an_empty_system_message_is_left_out(tmp_path: Path) -> None:
     row = {"messages": [{"role": "system", "content": " "}, *TURNS], "image": "1.png"}
     assert len(opened(tmp_path, row)) == 2

@@ -97,3 +97,17 @@ def test_rows_without_a_picture_are_text_alone_where_that_is_said(tmp_path: Path
     assert [samples[i].picture is None for i in range(4)] == [False, True, True, True]
     alone = write_lines(tmp_path / "alone.jsonl", rows[3:])
     assert open_data(alone, DataSettings(text_only=True))[0].picture is None
+
+
+@pytest.mark.parametrize(
+    ("draft", "size"), [(None, (160, 128)), (128, (160, 128)), (64, (80, 64)), (33, (80, 64)), (8, (20, 16))]
+)
+def test_a_draft_has_at_least_the_pixels_that_are_asked_for(
+    tmp_path: Path, draft: int | None, size: tuple[int, int]
+) -> None:
+    draw(1, (160, 128)).save(tmp_path / "1.jpg", quality=95)
+    draw(1, (160, 128)).save(tmp_path / "1.png")
+    for name, expected in (("1.jpg", size), ("1.png", (160, 128))):
+        path = write_lines(tmp_path / "x.jsonl", [{"image": name, "suffix": "a"}])
+        picture = open_data(path, DataSettings())[0].picture
+        assert picture is not None and picture.read(draft).size == expected and picture.read(draft).mode == "RGB"

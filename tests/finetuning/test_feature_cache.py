@@ -21,8 +21,10 @@ from tiny_runs import FIXED_RATE, assigned, job_of, losses, run, still
 
 from weightport.errors import DataError, OutputError, RecipeError
 from weightport.families.registry import registry
-from weightport.finetuning.data.collation import FEATURE_LENGTHS, FEATURES
+from weightport.finetuning.data.collation import FEATURE_LENGTHS, FEATURES, StoredFeatures
 from weightport.finetuning.data.samples import Picture
+from weightport.finetuning.features.cached_part import SharedStates
+from weightport.finetuning.features.plan import FeaturePlan
 from weightport.finetuning.features.store import STATES, FeatureStore, Layout, RecordFile, StoreWriter, open_store
 from weightport.finetuning.setup.preparing import prepare
 from weightport.finetuning.training.trainer import PortTrainer
@@ -349,3 +351,69 @@ def test_a_frozen_beginning_keeps_no_activations(
     monkeypatch.setattr(PortTrainer, "compute_loss", watched)
     trained(tiny(model), questions, tmp_path / "run", cache=False, model__freeze=["vision"])
     assert not saved
+
+
+@pytest.mark.parametrize(
+    ("model", "freeze", "part"),
+    [
+        ("ofa-cn", WHOLE_ENCODER, "encoder"),
+        ("ofa-cn", ["vision"], "vision tower"),
+        ("florence2", ["vision", "projector"], "projector"),
+    ],
+)
+def test_samples_that_share_features_have_the_losses_of_samples_that_do_not(
+    model: str,
+    freeze: list[str],
+    part: str,
+    tiny: Callable[[str], Path],
+    questions: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read: list[int] = []
+    read_records = FeatureStore.read
+
+    def count(store: FeatureStore, records: list[int]) -> Any:
+        read.append(len(records))
+        return read_records(store, records)
+
+    monkeypatch.setattr(FeatureStore, "read", count)
+    settings = {"batch__group_by_image": True, "model__freeze": freeze}
+    settings["more"] = {"training.gradient_checkpointing": model == "ofa-cn", "training.max_steps": 4}
+    shared = trained(tiny(model), questions, tmp_path / "shared", cache=True, **settings)
+    assert part in part_in(shared)
+    # Nine questions about three pictures, in batches of four (and one of one): two of a batch share a record.
+    assert 0 < sum(read) < 17
+    monkeypatch.setattr(FeaturePlan, "stored", lambda self, store: StoredFeatures(store, self.records.of))
+    alone = trained(tiny(model), questions, tmp_path / "alone", cache=True, **settings)
+    assert max(read) == 4
+    assert losses(shared.history) == pytest.approx(losses(alone.history), rel=0, abs=2e-6)
+
+
+def test_keys_of_a_picture_are_projected_once(
+    tiny: Callable[[str], Path], muge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []
+    by_sample = SharedStates.by_sample
+
+    def note(held: SharedStates, states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        seen.append((len(states), len(rows)))
+        return by_sample(held, states, rows)
+
+    projected: list[int] = []
+    linear = torch.nn.Linear.forward
+
+    def count(module: torch.nn.Linear, states: torch.Tensor) -> torch.Tensor:
+        if states.dim() == 3 and states.shape[1] > 16:
+            projected.append(len(states))
+        return linear(module, states)
+
+    monkeypatch.setattr(SharedStates, "by_sample", note)
+    monkeypatch.setattr(torch.nn.Linear, "forward", count)
+    # Two captions a picture, which follow each other.
+    trained(
+        tiny("ofa-cn"), muge, tmp_path / "run", cache=True, recipe="muge-caption", batch__image_size=64,
+        batch__group_by_image=True, more={"training.max_steps": 1},
+    )  # fmt: skip
+    assert seen == [(2, 4)]
+    assert projected.count(2) >= 4, "keys and values of two layers"

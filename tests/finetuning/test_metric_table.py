@@ -10,7 +10,10 @@ import pytest
 from metric_cases import answered, boxed
 
 from weightport.errors import DataError, UsageError
-from weightport.finetuning.metrics import METRICS, metric_named, score_all
+from weightport.finetuning.data.samples import Objects
+from weightport.finetuning.evaluation.predictions import Prediction
+from weightport.finetuning.metrics import METRICS, headline, metric_named, score_all
+from weightport.finetuning.metrics.ranking import recall
 
 TEXTS = [name for name, metric in METRICS.items() if metric.needs == "text"]
 CHINESE = [("一件红色的连衣裙",) * 2, ("男士纯棉短袖T恤",) * 2]
@@ -82,8 +85,10 @@ def test_no_two_metrics_share_the_name_of_a_figure():
     names = [
         figure
         for name, metric in METRICS.items()
+        if metric.needs != "ranks"
         for figure in score_all([name], texts if metric.needs == "text" else boxes)
     ]
+    names += ["recall", *recall([0], [0]).details, "recall-contrast", *recall([0], [0], "-contrast").details]
     assert len(names) == len(set(names))
 
 
@@ -109,3 +114,14 @@ def test_the_table_loads_without_the_libraries_of_the_finetune_extra():
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "rapidfuzz" in shown
     assert "pip install '.[finetune]' in weightport's checkout" in shown
+
+
+def test_every_figure_beside_a_metrics_own_is_a_known_detail() -> None:
+    boxes = Objects(("cat",), ((0.0, 0.0, 4.0, 4.0),), (8, 8))
+    predictions = [
+        Prediction(n, "p", f"{n}.png", "q", '{"cat": 1}', ('{"cat": 1}', f'{{"dog": {n}}}'), boxes, boxes)
+        for n in range(2)
+    ]
+    answers = [name for name, metric in METRICS.items() if metric.needs != "ranks"]
+    figures = score_all(answers, predictions)
+    assert list(headline(figures)) == answers and len(figures) > len(answers)

@@ -366,19 +366,19 @@ def test_previews_are_the_same_samples_each_time_whatever_their_order():
     assert spread([], 4) == [] and spread(predictions, 0) == [] and spread(predictions, -1) == []
 
 
-def test_a_preview_says_what_was_asked_said_and_wanted():
+def test_a_preview_tells_what_the_model_said_from_the_reference():
     lines = preview_lines([prediction(0, "12 March", "March 12", "3/12", prompt="When?")], 3, width=80)
     assert lines == [
         "sample 0 · val.jsonl, line 1",
-        "  asked   When?",
-        "  said    12 March",
-        "  wanted  March 12 (or 1 other)",
+        "  asked      When?",
+        "  model      12 March",
+        "  reference  March 12 (or 1 other)",
     ]
-    assert preview_lines([prediction(0, "yes ", "no", "yes")], 1, width=80)[2] == "  said ✓  yes"
-    assert preview_lines([prediction(0, "", "no")], 1, width=80)[2] == "  said    (nothing)"
+    assert preview_lines([prediction(0, "yes ", "no", "yes")], 1, width=80)[2] == "  model ✓    yes"
+    assert preview_lines([prediction(0, "", "no")], 1, width=80)[2] == "  model      (nothing)"
 
 
-@pytest.mark.parametrize("width", [26, 40, 80])
+@pytest.mark.parametrize("width", [29, 40, 80])
 @pytest.mark.parametrize("text", ["一只红色的球在绿色的草地上" * 9, "word " * 60, "x" * 500, "a一" * 70])
 def test_no_preview_line_is_wider_than_the_terminal(width, text):
     lines = preview_lines([prediction(0, text, text, prompt=text)], 1, width=width)
@@ -389,8 +389,8 @@ def test_no_preview_line_is_wider_than_the_terminal(width, text):
 
 def test_a_text_that_fits_is_shown_whole():
     text = "一只红色的球在绿色的草地上"
-    lines = preview_lines([prediction(0, text, text)], 1, width=26)
-    assert "".join(line[10:] for line in lines[2:4]) == text
+    lines = preview_lines([prediction(0, text, text)], 1, width=29)
+    assert "".join(line[13:] for line in lines[2:4]) == text
     assert not any("…" in line for line in lines[1:])
 
 
@@ -405,7 +405,7 @@ def test_a_detection_is_previewed_by_its_boxes():
     assert described(boxes) == "3 boxes: 2 dog, 1 cat"
     assert described(Objects((), (), (2, 2))) == "0 boxes"
     lines = preview_lines([prediction(0, "dog<loc_1>", found=Objects((), (), (2, 2)), expected=boxes)], 1, width=80)
-    assert lines[2:] == ["  said    0 boxes", "  wanted  3 boxes: 2 dog, 1 cat"]
+    assert lines[2:] == ["  model      0 boxes", "  reference  3 boxes: 2 dog, 1 cat"]
 
 
 def test_previews_are_written_line_by_line():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_processes import killed_at, side_by_side
+from tiny_processes import killed_at, killed_when, side_by_side
 from tiny_runs import job_of, losses, run
 
 from weightport.errors import RecipeError, TrainingError
@@ -68,7 +68,7 @@ def test_result_is_the_average_of_the_steps_weights_and_so_is_what_is_measured(
     assert any("moving average of the weights (model.ema_decay 0.2)" in note for note in out.notes)
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_killed_and_resumed_run_has_the_average_of_an_uninterrupted_one(
     method: str, tiny: Callable[[str], Path], pairs: Path, tmp_path: Path
 ) -> None:
@@ -81,6 +81,21 @@ def test_killed_and_resumed_run_has_the_average_of_an_uninterrupted_one(
     assert (resumed.directory / file).read_bytes() == (whole.directory / file).read_bytes()
     last = Path("checkpoints") / "checkpoint-4" / "ema.safetensors"
     assert (tmp_path / "killed" / last).read_bytes() == (tmp_path / "whole" / last).read_bytes()
+
+
+def test_run_that_was_killed_while_it_saved_goes_on_from_the_checkpoint_before(
+    tiny: Callable[[str], Path], pairs: Path, tmp_path: Path
+) -> None:
+    whole = run(tiny("florence2"), "docvqa", pairs, tmp_path / "whole", more=AVERAGED)
+    third = tmp_path / "killed" / "checkpoints" / "checkpoint-3"
+    # The weights are written first, and the state that makes a checkpoint whole last.
+    killed_when(job_of(tiny("florence2"), "docvqa", pairs, tmp_path / "killed", more=AVERAGED), third.is_dir)
+    (third / "ema.safetensors").write_bytes(b"\0" * 9)
+    (third / "trainer_state.json").unlink(missing_ok=True)
+    resumed = run(tiny("florence2"), "docvqa", pairs, tmp_path / "killed", resume=True, more=AVERAGED)
+    assert losses(resumed.history) == losses(whole.history)
+    weights = [(each.directory / "model.safetensors").read_bytes() for each in (whole, resumed)]
+    assert weights[0] == weights[1]
 
 
 def test_best_model_is_the_average_of_its_step(tiny: Callable[[str], Path], pairs: Path, tmp_path: Path) -> None:

@@ -437,9 +437,10 @@ def test_loss_that_is_no_number_offers_the_checkpoint_that_there_is(
 
 def test_header_says_what_the_run_will_do(finetune: Callable[..., Result], pairs: Path) -> None:
     short = finetune("--eval-data", pairs, "--set", "evaluation.samples=2")
-    assert "steps    3, of up to 2 samples each" in short.output and "epoch" not in short.output.split("train ")[0]
+    assert "steps    3 · learning rate" in short.output and "epoch" not in short.output.split("train ")[0]
     assert "measured on 2 of 4" in short.output
     steps = [each for each in FEW if not each.startswith("max_steps")]
     whole = finetune("--overwrite", "--set", "num_train_epochs=2", steps=steps)
-    assert "steps    4 in 2 epochs, of up to 2 samples each" in whole.output
-    assert "nothing is measured (--eval-data)" in whole.output
+    assert "steps    4 in 2 epochs · learning rate" in whole.output
+    assert "batch    2 samples a step · 1 process on cpu" in whole.output
+    assert "nothing is measured (--eval-data, --eval-fraction)" in whole.output

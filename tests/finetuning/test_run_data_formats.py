@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 from drawn_data import draw_jsonl, encoded, write_lines
+from PIL import Image
 from tiny_runs import CAPTIONS, FIXED_RATE, job_of, losses, run, still
+from transformers import Trainer
 
 from weightport import cli
 from weightport.errors import DataError
+from weightport.finetuning.augmentation import Augmentation
 from weightport.finetuning.data import DataSettings, open_data, open_divided
 from weightport.finetuning.data.collation import BadSamples, Collator, Indexed
+from weightport.finetuning.data.samples import Picture
 from weightport.finetuning.recipes.recipe import load_recipe
 from weightport.finetuning.setup.model_loading import load_processor
+from weightport.finetuning.training.trainer import PortTrainer
 
 FEW = {
     **FIXED_RATE,
@@ -129,26 +135,33 @@ def test_text_alone_in_a_mixed_batch_has_the_loss_that_it_has_alone(
 def test_several_data_sets_and_a_held_out_share_on_the_command_line(
     tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    first, second = draw_jsonl(tmp_path / "a", 12), draw_jsonl(tmp_path / "b", 8)
+    first, second = draw_jsonl(tmp_path / "a", 24), draw_jsonl(tmp_path / "b", 16)
     words = [word for key, value in FEW.items() for word in ("--set", f"{key}={json.dumps(value)}")]
     model, output = tiny("florence2"), tmp_path / "run"
     done = command(
         model, "--data", first, "--data", f"{tmp_path}/[b]/*.jsonl", "--data-weights", "2,1", "--eval-fraction",
-        "0.3", "-o", output, "--set", "evaluation.metrics=[exact-match, bleu-4]", *words,
+        "0.4", "-o", output, "--set", "evaluation.metrics=[exact-match, bleu-4]", *words,
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    training, evaluation = open_divided([first, second], DataSettings(weights=(2, 1)), 0.3)
+    training, evaluation = open_divided([first, second], DataSettings(weights=(2, 1)), 0.4)
     assert f"{len(training)} samples · measured on {len(evaluation)}" in done.output
     record = json.loads((output / "model" / "training.json").read_text())
-    assert record["eval_data"]["samples"] == len(evaluation)
+    assert record["eval_data"]["samples"] == len(evaluation) > 12
+    assert record["data"]["name"] == "a/annotations.jsonl, b/annotations.jsonl"
+    assert (output / "report.html").read_text().count("<img ") == len(evaluation), "every sample has its picture"
+    told = done.output
+    assert "steps    2 · learning rate" in told and "batch    2 samples a step · 1 process on cpu" in told
+    assert "bleu-4 " in told and "bleu-1" not in told and "brevity" not in told
+    assert "reference  " in told and "model      " in told
+    assert "bleu-1" in json.loads((output / "metrics.json").read_text())
     # The recipe of the run gives the share again; measuring takes it only where it is asked for.
     evaluate = [model, "--data", first, "--data", second, "--recipe", output / "recipe.yaml", "--json"]
     counts = []
-    for more in ([], ["--eval-fraction", "0.3"]):
+    for more in ([], ["--eval-fraction", "0.4"]):
         result = CliRunner().invoke(cli.main, ["evaluate", *map(str, evaluate), *more])
         assert result.exit_code == 0, result.output
         counts.append(json.loads(result.output)["samples"])
-    assert counts == [20, len(evaluation)]
+    assert counts == [40, len(evaluation)]
     again = command(model, "--data", first, "--eval-fraction", "0.3", "--eval-data", second, "-o", tmp_path / "c")
     assert again.exit_code == 2 and "give one of them" in again.output
 
@@ -168,6 +181,44 @@ def test_class_folders_say_what_they_took_for_the_answer(tiny: Callable[[str], P
     assert any("answers are the names of its 2 folders (cat, dog)" in note for note in outcome.notes)
 
 
+def test_drafts_and_changes_are_for_training_and_evaluation_reads_whole_pictures(
+    tiny: Callable[[str], Path], pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafts: list[tuple[str, int | None]] = []
+    changed: list[int] = []
+    read, change, stage = Picture.read, Augmentation.__call__, ["prepare"]
+
+    def reading(picture: Picture, draft: int | None = None) -> Image.Image:
+        drafts.append((stage[0], draft))
+        return read(picture, draft)
+
+    def changing(own: Augmentation, index: int, *found: Any) -> Any:
+        changed.append(index)
+        return change(own, index, *found)
+
+    monkeypatch.setattr(Picture, "read", reading)
+    monkeypatch.setattr(Augmentation, "__call__", changing)
+    settings = {**FEW, "data.draft": 16, "batch.augment": ["color"]}
+    monkeypatch.setattr(Trainer, "train", staged(Trainer.train, "train", stage))
+    monkeypatch.setattr(PortTrainer, "evaluate", staged(PortTrainer.evaluate, "evaluate", stage))
+    run(tiny("florence2"), "default", pairs, tmp_path / "run", eval_data=pairs, more=settings)
+    assert {draft for where, draft in drafts if where == "train"} == {16} and len(changed) == 4
+    assert {draft for where, draft in drafts if where != "train"} == {None}
+
+
+def staged(method: Callable[..., Any], name: str, stage: list[str]) -> Callable[..., Any]:
+    """The method, naming itself while it runs."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        before, stage[0] = stage[0], name
+        try:
+            return method(*args, **kwargs)
+        finally:
+            stage[0] = before
+
+    return call
+
+
 def test_a_recipe_holds_every_setting_of_data(tmp_path: Path) -> None:
     text = (
         "name: own\ntitle: Own\nfamilies: [florence2]\n"
@@ -178,3 +229,15 @@ def test_a_recipe_holds_every_setting_of_data(tmp_path: Path) -> None:
     data = load_recipe(str(tmp_path / "own.yaml")).data
     assert (data.images, data.weights, data.eval_fraction) == (("/", "pictures"), (2.0, 0.5), 0.05)
     assert (data.turns, data.text_only, data.draft) == ("alone", True, 768)
+
+
+@pytest.mark.parametrize(("name", "command_line"), [("florence2", "port-florence2"), ("ofa", "port-ofa")])
+def test_an_original_checkpoint_is_answered_with_the_command_that_converts_it(
+    tiny: Callable[[str], Path], pairs: Path, tmp_path: Path, name: str, command_line: str
+) -> None:
+    original = tiny(name).parent / "original"
+    file = next(each for each in sorted(original.iterdir()) if each.suffix in (".pt", ".safetensors"))
+    for given in (original, file) if name == "ofa" else (original,):
+        done = command(given, "--data", pairs, "-o", tmp_path / "run")
+        assert done.exit_code == 1 and f"Convert it first: {command_line} {given} OUT" in done.output, done.output
+    assert not (tmp_path / "run").exists()

@@ -57,7 +57,7 @@ def stopped_after_two_steps(folder: Path) -> None:
     newest.rename(folder / "checkpoints" / "tmp-checkpoint-4")
 
 
-@pytest.mark.parametrize("name", ["florence2", "ofa-cn"])
+@pytest.mark.parametrize("name", ["florence2", pytest.param("ofa-cn", marks=pytest.mark.slow)])
 def test_shared_out_weights_have_the_losses_and_the_result_of_whole_ones(
     name: str, tiny: Callable[[str], Path], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

@@ -37,10 +37,16 @@ SETTINGS = {
 }
 
 
+def without_records(model: Path, folder: Path) -> Path:
+    """A copy whose weights may be replaced: no record speaks of them."""
+    ignored = shutil.ignore_patterns(".weightport.json", "conversion.json")
+    return Path(shutil.copytree(model, folder, ignore=ignored))
+
+
 @pytest.fixture
 def even(tiny: Callable[[str], Path], tmp_path: Path) -> Path:
     """A model whose matrices have rows of whole blocks of 64: bitsandbytes' kernels for CPUs know no others."""
-    folder = shutil.copytree(tiny("ofa-cn"), tmp_path / "base")
+    folder = without_records(tiny("ofa-cn"), tmp_path / "base")
     config = AutoConfig.from_pretrained(folder)
     config.encoder_ffn_dim = config.decoder_ffn_dim = 128
     torch.manual_seed(0)
@@ -69,7 +75,7 @@ def test_merge_into_the_4_bit_base_is_the_model_that_was_measured(even: Path, mu
 @pytest.fixture
 def even_paligemma(tiny: Callable[[str], Path], tmp_path: Path) -> Path:
     """PaliGemma whose language model has matrices of whole blocks of 64."""
-    folder = shutil.copytree(tiny("paligemma2"), tmp_path / "base")
+    folder = without_records(tiny("paligemma2"), tmp_path / "base")
     config = AutoConfig.from_pretrained(folder)
     config.text_config.hidden_size = config.projection_dim = config.vision_config.projection_dim = 64
     config.text_config.intermediate_size, config.text_config.head_dim = 128, 32
@@ -106,3 +112,41 @@ def test_json_extract_learns_beside_a_language_model_in_4_bits(
     recipe = with_settings(resolved(load_recipe("json-extract"), "paligemma2", as_published=False)[0], more, "here")
     measured = evaluate(tmp_path / "merged", registry()["paligemma2"].training, receipts, recipe).metrics
     assert measured["json-f1"] == pytest.approx(out.metrics["json-f1"], abs=0.1)
+
+
+@pytest.fixture
+def even_blip2(tiny: Callable[[str], Path], tmp_path: Path) -> Path:
+    """BLIP-2 whose language model has matrices of whole blocks of 64."""
+    folder = without_records(tiny("blip2"), tmp_path / "base")
+    config = AutoConfig.from_pretrained(folder)
+    text = config.text_config
+    text.hidden_size = text.word_embed_proj_dim = 64
+    text.ffn_dim, text.dropout = 128, 0.0
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "embed_tokens" not in name:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_lora_caption_learns_beside_a_language_model_in_4_bits(even_blip2: Path, pairs: Path, tmp_path: Path) -> None:
+    more = {
+        **SETTINGS, "model.freeze": ["vision", "bridge"], "evaluation.metrics": ["rouge-l"],
+        "training.max_steps": 200, "training.learning_rate": 1e-2, "training.per_device_train_batch_size": 4,
+        "lora.lora_dropout": 0.0, "training.bf16": False,
+    }  # fmt: skip
+    del more["batch.image_size"]
+    out = run(even_blip2, "lora-caption", pairs, tmp_path / "run", eval_data=pairs, more=more)
+    held = recorded_quantization(out.directory)
+    assert held is not None and held.kind == "nf4-double"
+    parts = [*(f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")), "fc1", "fc2"]
+    layers = {f"language_model.model.decoder.layers.{layer}.{part}" for layer in (0, 1) for part in parts}
+    assert held.layers == layers, "vision encoder, Q-Former and projection stay as they are"
+    assert out.metrics["rouge-l"] > 0.9, "nothing was learned"
+    merge_lora(even_blip2, [(out.directory, 1.0)], tmp_path / "merged", MergeOptions(quantized_base="nf4-double"))
+    recipe = with_settings(resolved(load_recipe("lora-caption"), "blip2", as_published=False)[0], more, "here")
+    measured = evaluate(tmp_path / "merged", registry()["blip2"].training, str(pairs), recipe).metrics
+    assert measured["rouge-l"] == pytest.approx(out.metrics["rouge-l"], abs=0.1)

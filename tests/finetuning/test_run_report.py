@@ -281,7 +281,7 @@ def test_the_nearest_reference_is_the_one_compared():
     written = gallery(predictions, {})
     assert '<mark class="missing">1987</mark>' in written and "differs" in written
     right = gallery([replace(predictions[0], text="nothing of it")], {})
-    assert "as expected" in right and "differs" not in right
+    assert "equals a reference" in right and "differs" not in right
 
 
 def test_a_large_data_set_shows_its_samples_with_pictures():
@@ -319,3 +319,17 @@ def test_a_report_that_cannot_be_written_says_so(tmp_path):
 def test_a_trained_share_never_rounds_to_all_or_nothing():
     page = Page(report_page(summary(trainable=[("adapter", 1, 10**9), ("rest", 10**9 - 1, 10**9)])))
     assert "0.01 %" in page.words and "99.99 %" in page.words
+
+
+def test_details_of_metrics_are_folded_away_and_not_drawn():
+    figures = {"bleu-4": 20.0, "bleu-1": 41.0, "bleu-brevity-penalty": 0.875, "ap/cat": 0.5}
+    page = report_page(
+        replace(
+            summary(),
+            metrics=figures,
+            history=[{"step": 1, "eval_loss": 1.0, **{f"eval_{k}": v for k, v in figures.items()}}],
+        )
+    )
+    shown, _, folded = page.partition("<details>")
+    assert "bleu-4" in shown and not any(name in shown for name in ("bleu-1", "brevity", "ap/cat"))
+    assert all(name in folded.partition("</details>")[0] for name in ("bleu-1", "0.875", "ap/cat"))

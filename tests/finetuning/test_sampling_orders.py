@@ -21,6 +21,8 @@ from weightport.finetuning.training.sampling import BalancedSampler, GroupedSamp
 
 ANSWERS = ("cat", "cat", "cat", "cat", "cat", "dog", "cat", "cat")
 
+GROUPED = {"batch.group_by_image": True, "model.cache_features": True}
+
 SHORT = {
     "training.learning_rate": 1e-3,
     "training.per_device_train_batch_size": 2,
@@ -87,7 +89,7 @@ def test_samples_of_one_picture_follow_each_other(uneven: Path) -> None:
     assert len({tuple(order) for order in orders}) > 1
 
 
-@pytest.mark.parametrize("settings", [{"batch.sampling": "balanced"}, {"batch.group_by_image": True}], ids=str)
+@pytest.mark.parametrize("settings", [{"batch.sampling": "balanced"}, GROUPED], ids=["balanced", "grouped"])
 def test_order_is_the_same_after_a_kill_and_in_two_processes(
     settings: dict[str, object], tiny: Callable[[str], Path], uneven: Path, tmp_path: Path
 ) -> None:
@@ -112,8 +114,10 @@ def test_data_with_nothing_to_balance_or_group_are_refused(
         assert not (tmp_path / "run").exists()
 
     refused(pairs, {"batch.sampling": "balanced"}, r"each of the 4 answers in .* is there once")
-    refused(pairs, {"batch.group_by_image": True}, r"every sample of .* has a picture of its own")
+    refused(uneven, {"batch.group_by_image": True}, r"it does nothing without\. Pass both")
+    refused(uneven, {**GROUPED, "training.torch_compile": True}, r"torch_compile do not go together")
+    refused(pairs, GROUPED, r"every sample of .* has a picture of its own")
     same = draw_jsonl(tmp_path / "same", 3, suffix="cat")
     refused(same, {"batch.sampling": "balanced"}, r"has one class, 'cat'. There is nothing to balance")
-    both = {"batch.sampling": "balanced", "batch.group_by_image": True}
+    both = {"batch.sampling": "balanced", **GROUPED}
     refused(uneven, both, r"batch\.sampling=balanced and batch\.group_by_image are two orders of samples")

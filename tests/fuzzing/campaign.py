@@ -26,8 +26,9 @@ from fuzzing import cases
 from fuzzing.cases import Case
 from fuzzing.judge import ACCEPTED, COMPARED, FINDING, REFUSED, Verdict, judge, limit_memory
 
-TRACED_EVERY = 4
-"""One input in so many is traced; tracing makes it several times slower."""
+TRACED, LATER_TRACED = 4, 25
+"""One input in so many is traced, at the beginning and once most lines are known; it is several times slower."""
+BEGINNING = 4000
 CORPUS = 400
 LONGEST_SILENCE = 60.0
 """Seconds after which a worker that reports nothing is ended: it hangs where no signal of Python's reaches it."""
@@ -39,7 +40,7 @@ class Target:
 
     `seeds` gives well-formed cases, `change` a case from one of them, `read` the reader (which reads whatever it
     opened), `compare` holds what it gave against another reader, `modules` are the folders and files below
-    weightport/ whose lines lead. `cost` is about how many milliseconds an input takes.
+    weightport/ whose lines lead.
     """
 
     name: str
@@ -48,7 +49,6 @@ class Target:
     read: Callable[[Path], Any]
     compare: Callable[[Path, Any], bool] = lambda folder, found: False
     modules: tuple[str, ...] = ("checkpoints/",)
-    cost: float = 1.0
 
 
 @dataclass
@@ -183,10 +183,11 @@ class Campaign:
         coverage = Coverage(self.target.modules)
         coverage.seen |= self.reached
         corpus, place = list(self.corpus), self.room / "case"
+        every = TRACED if self.result.inputs < BEGINNING else LATER_TRACED
         for number in range(count):
             case = self.target.change(rng, rng.choice(corpus if rng.random() < 0.7 else self.seeds), corpus)
             cases.write(case, place)
-            if number % TRACED_EVERY == 0:
+            if number % every == 0:
                 with coverage:
                     verdict = judge(self.target.read, self._unjudged, case, place)
                 if coverage.fresh and verdict.kind != FINDING:
@@ -258,9 +259,11 @@ def minimised(target: Target, case: Case, key: str, seconds: float = 20.0) -> di
 
 def quiet_libraries() -> None:
     """What other readers say of a broken input is no news."""
+    import faulthandler
     import logging
     import warnings
 
+    faulthandler.disable()
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     sink = os.open(os.devnull, os.O_WRONLY)

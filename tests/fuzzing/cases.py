@@ -18,12 +18,13 @@ def write(case: Case, folder: Path) -> None:
             shutil.rmtree(entry.path)
         elif entry.name not in case:
             os.unlink(entry.path)
-    folder.mkdir(parents=True, exist_ok=True)
+    os.makedirs(folder, exist_ok=True)
     for name, data in case.items():
-        path = folder / name
+        path = f"{folder}/{name}"
         if "/" in name:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(data)
 
 
 def read(folder: Path, skip: Iterable[str] = ()) -> dict[str, bytes]:

@@ -6,8 +6,10 @@ import argparse
 import json
 import os
 import random
+import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -18,9 +20,10 @@ os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELIS
 
 from fuzzing import cases  # noqa: E402
 from fuzzing.campaign import Campaign, Result, judged_in_worker, minimised  # noqa: E402
-from fuzzing.targets import TARGETS  # noqa: E402
+from fuzzing.targets import MILLISECONDS, TARGETS  # noqa: E402
 
-BATCH = 2000
+BATCH = 1000
+"""Milliseconds that a batch is to take."""
 KEPT = HERE / "findings"
 COLUMNS = ("inputs", "accepted", "compared", "refused", "finding")
 
@@ -33,20 +36,26 @@ def main() -> int:
     campaigns = {name: Campaign(TARGETS[name], arguments.seed) for name in names}
     print(f"seed {arguments.seed}; {sum(shares.values()):,} inputs for {len(names)} readers", flush=True)
     started = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        while left := [name for name in names if campaigns[name].result.inputs < shares[name]]:
-            for name in left:
-                result = campaigns[name].result
-                size = max(1, min(int(BATCH / TARGETS[name].cost ** 0.5), shares[name] - result.inputs))
-                campaigns[name].batch(size)
-            if arguments.state:
-                _save(arguments.state, campaigns)
-            print(f"{time.monotonic() - started:7.0f} s  {_total(campaigns)}", flush=True)
-        print(_table({name: campaign.result for name, campaign in campaigns.items()}))
+        with suppress(KeyboardInterrupt):
+            _judge(campaigns, shares, arguments.state, started)
+        print(_table({name: campaign.result for name, campaign in campaigns.items()}), flush=True)
         return _report(campaigns, arguments.out, arguments.minimise)
     finally:
         for campaign in campaigns.values():
             campaign.close()
+
+
+def _judge(campaigns: dict[str, Campaign], shares: dict[str, int], state: Path | None, started: float) -> None:
+    """Batches of every reader in turn until each has had its share; Ctrl-C ends it with what there is."""
+    while left := [name for name in campaigns if campaigns[name].result.inputs < shares[name]]:
+        for name in left:
+            result = campaigns[name].result
+            campaigns[name].batch(max(1, min(int(BATCH / MILLISECONDS[name]), shares[name] - result.inputs)))
+            if state:
+                _save(state, campaigns)
+        print(f"{time.monotonic() - started:7.0f} s  {_total(campaigns)}", flush=True)
 
 
 def _arguments() -> argparse.Namespace:
@@ -62,7 +71,7 @@ def _arguments() -> argparse.Namespace:
 
 def _shares(names: list[str], inputs: int) -> dict[str, int]:
     """How many inputs each reader gets: fewer where one takes long."""
-    weights = {name: 1 / TARGETS[name].cost for name in names}
+    weights = {name: 1 / MILLISECONDS[name] for name in names}
     return {name: max(1, round(inputs * weight / sum(weights.values()))) for name, weight in weights.items()}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -17,6 +18,7 @@ from transformers import (
     AutoProcessor,
     Blip2ForConditionalGeneration,
     GenerationConfig,
+    T5Config,
     pipeline,
 )
 from transformers.utils import logging
@@ -89,28 +91,58 @@ def test_exact_and_native_directories_hold_the_same_tensors_under_the_same_names
     assert type(AutoModelForImageTextToText.from_pretrained(exact)) is Blip2LavisForConditionalGeneration
 
 
-def test_a_directory_loads_answers_and_saves_without_a_word(vit_l: Path, tmp_path: Path, caplog) -> None:
+@pytest.fixture(scope="module")
+def native_opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return converted("opt-tiny", tmp_path_factory.mktemp("opt"))[1]
+
+
+@pytest.mark.parametrize("made", ["vit_l", "native_opt"])
+def test_a_directory_loads_answers_and_saves_without_a_word(
+    made: str, request: pytest.FixtureRequest, tmp_path: Path, caplog
+) -> None:
+    directory: Path = request.getfixturevalue(made)
     logging.enable_propagation()
     try:
         with caplog.at_level("WARNING"):
-            model = AutoModelForImageTextToText.from_pretrained(vit_l)
-            processor = AutoProcessor.from_pretrained(vit_l)
+            model = AutoModelForImageTextToText.from_pretrained(directory)
+            processor = AutoProcessor.from_pretrained(directory)
             picture = torch.randint(0, 255, (30, 40, 3), dtype=torch.uint8).numpy()
             ids = model.generate(**processor(images=picture, text="a photo of", return_tensors="pt"), max_new_tokens=4)
+            pipe = pipeline("image-text-to-text", model=str(directory))
+            said = pipe(images=Image.fromarray(picture), text="a photo of", max_new_tokens=2)[0]["generated_text"]
             model.save_pretrained(tmp_path / "again")
     finally:
         logging.disable_propagation()
-    assert ids.shape[0] == 1
+    assert ids.shape[0] == 1 and said
     assert not caplog.records, [record.getMessage() for record in caplog.records]
-    again, first = (load_file(folder / "model.safetensors") for folder in (tmp_path / "again", vit_l))
-    assert again.keys() == first.keys() and all(torch.equal(again[key], first[key]) for key in first)
+    again, first = (load_file(folder / "model.safetensors") for folder in (tmp_path / "again", directory))
+    # A directory of float16 with norms in float32 is loaded in one of them.
+    same = [torch.equal(again[key], first[key].to(again[key].dtype)) for key in first]
+    assert again.keys() == first.keys() and all(same)
 
 
-def test_pipelines_take_the_directory(vit_l: Path) -> None:
-    from PIL import Image
-
-    pipe = pipeline("image-text-to-text", model=str(vit_l))
-    assert pipe(images=Image.new("RGB", (20, 20)), text="a photo of", max_new_tokens=2)[0]["generated_text"]
+def test_transformers_t5_has_one_switch_for_three_ties_so_that_its_word_at_loading_stays(
+    tmp_path: Path, caplog
+) -> None:
+    _, directory = converted("t5-coco-tiny", tmp_path)
+    logging.enable_propagation()
+    try:
+        with caplog.at_level("WARNING"):
+            AutoModelForImageTextToText.from_pretrained(directory)
+    finally:
+        logging.disable_propagation()
+    (message,) = {record.getMessage() for record in caplog.records}
+    assert "so we will NOT tie them" in message
+    # The configuration forces the switch on. Where it is off by a detour, the stacks' embeddings are not the shared
+    # one, and begin with random numbers.
+    config = json.loads((directory / "config.json").read_text())
+    names = {**T5Config.attribute_map, "scale_decoder_outputs": "tie_word_embeddings"}
+    config["text_config"]["attribute_map"] = names
+    config["text_config"]["scale_decoder_outputs"] = False
+    (directory / "config.json").write_text(json.dumps(config))
+    _, found = AutoModelForImageTextToText.from_pretrained(directory, output_loading_info=True)
+    stacks = {f"language_model.{stack}.embed_tokens.weight" for stack in ("encoder", "decoder")}
+    assert set(found["missing_keys"]) == stacks
 
 
 def test_flan_t5s_head_is_no_embedding_even_when_rows_are_added(vit_l: Path) -> None:
@@ -216,7 +248,6 @@ for folder, auto_class in json.loads(sys.argv[1]):
 
 def test_portable_directories_need_no_weightport(tmp_path: Path) -> None:
     import transformers
-    from PIL import Image
 
     classes = {
         "t5-vitL-tiny": "AutoModelForImageTextToText",

@@ -370,6 +370,27 @@ def test_answer_token_may_only_come_first(model, period: str) -> None:
     assert (found[:, -4] == 7).all() and not (found[:, -3:] == 7).any()
 
 
+@pytest.mark.parametrize("period", ["one_view"], indirect=True)
+def test_repetition_penalty_is_of_start_and_answer_alone(model, period: str) -> None:
+    """The original generates behind embeddings: no id of the prompt is penalised, but the start, which is the end."""
+    inputs = inputs_of(period, (5,))
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 1, **NO_IMAGE}
+    with torch.no_grad():
+        model.lm_head.weight *= 20
+        said, plain = [], [1]
+        while len(said) < 8:
+            ids = torch.cat([inputs["input_ids"], torch.tensor([said], dtype=torch.long)], 1)
+            scores = model(**inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[0, -1]
+            for seen in set(plain):
+                scores[seen] = scores[seen] * 1.5 if scores[seen] < 0 else scores[seen] / 1.5
+            scores[IMAGE] = -torch.inf
+            said.append(int(scores.argmax()))
+            plain.append(said[-1])
+    found = model.generate(**inputs, **settings, repetition_penalty=1.5)[0, inputs["input_ids"].shape[1] :]
+    assert found.tolist() == said
+    assert model.generate(**inputs, **settings)[0, -8:].tolist() != said
+
+
 # Regions and thoughts.
 
 
@@ -467,3 +488,13 @@ def test_revision_that_does_not_reason_is_asked_in_vain(model, period: str) -> N
         model.config.reasoning_config = None
     with pytest.raises(ValueError, match="This revision does not reason"):
         model.reason(**inputs_of(period, (3,)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("period", ["one_view", "tiles"], indirect=True)
+def test_traced_model_computes_the_same(model, period: str) -> None:
+    """What torch.compile traces, run without a compiler."""
+    inputs = inputs_of(period)
+    with torch.no_grad():
+        found = torch.compile(model.forward, backend="eager")(**inputs).logits
+        assert torch.allclose(found, model(**inputs).logits, atol=1e-5)

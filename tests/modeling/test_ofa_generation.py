@@ -7,7 +7,11 @@ import logging
 import pytest
 import torch
 
-from weightport.modeling.ofa.generation_ofa import ConstraintRangeLogitsProcessor, EosAtMaxLengthLogitsProcessor
+from weightport.modeling.ofa.generation_ofa import (
+    ConstraintRangeLogitsProcessor,
+    EosAtMaxLengthLogitsProcessor,
+    OFAGenerationMixin,
+)
 from weightport.modeling.ofa.modeling_ofa import OFAForConditionalGeneration
 
 END = torch.tensor([2])
@@ -160,3 +164,55 @@ def test_the_models_own_limit_gives_way_to_any_that_is_given(endless, source, tm
         logging.getLogger("transformers").propagate = False
     said = [record.getMessage() for record in caplog.records] + [str(each.message) for each in recwarn]
     assert not [line for line in said if "max_length" in line or "max_new_tokens" in line], said
+
+
+def test_beams_of_a_sample_share_its_encoded_source(make_model, source, monkeypatch):
+    """Against beams that each have a copy of the source: the same ids and scores, and rows of the cache by sample."""
+    model = make_model()
+    options = {"max_new_tokens": 8, "num_beams": 3, "num_return_sequences": 3, "return_dict_in_generate": True}
+    shared = model.generate(**source, **options, output_scores=True, output_attentions=True)
+    cache = shared.past_key_values
+    assert {layer.keys.shape[0] for layer in cache.cross_attention_cache.layers} == {2}
+    assert {layer.keys.shape[0] for layer in cache.self_attention_cache.layers} == {6}
+    monkeypatch.delattr(OFAGenerationMixin, "_expand_inputs_for_generation")
+    monkeypatch.delattr(OFAGenerationMixin, "_reorder_cache")
+    copied = model.generate(**source, **options, output_scores=True, output_attentions=True)
+    assert {layer.keys.shape[0] for layer in copied.past_key_values.cross_attention_cache.layers} == {6}
+    assert torch.equal(shared.sequences, copied.sequences)
+    assert torch.allclose(shared.sequences_scores, copied.sequences_scores, atol=1e-5)
+    for ours, theirs in zip(shared.cross_attentions, copied.cross_attentions):
+        assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(ours, theirs))
+
+
+@pytest.mark.parametrize("code", [False, True])
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_targets_that_share_a_source_get_the_logits_of_copies(make_model, inputs, attn_implementation, code):
+    model = make_model(attn_implementation)
+    targets = inputs.pop("decoder_input_ids").repeat_interleave(2, dim=0)
+    targets[1::2] += 1
+    codes = torch.tensor([True, True, False, False]) if code else None
+    with torch.no_grad():
+        encoded = model.model.encoder(**inputs)
+        shared = model(encoder_outputs=encoded, decoder_input_ids=targets, code_masks=codes).logits
+        copies = {name: value.repeat_interleave(2, dim=0) for name, value in inputs.items()}
+        copied = model(**copies, decoder_input_ids=targets, code_masks=codes).logits
+    assert torch.allclose(shared, copied, atol=1e-5)
+
+
+def test_targets_that_no_source_goes_with_are_refused(make_model, inputs):
+    model = make_model()
+    with torch.no_grad():
+        encoded = model.model.encoder(**{key: inputs[key] for key in ("input_ids", "pixel_values", "patch_masks")})
+    with pytest.raises(ValueError, match="3 targets cannot share 2 encoded sources"):
+        model(encoder_outputs=encoded, decoder_input_ids=torch.tensor([[0], [0], [0]]))
+
+
+@pytest.mark.parametrize("options", [{"num_return_sequences": 3}, {"num_return_sequences": 2, "num_beams": 4}])
+def test_sampled_sequences_share_their_source(make_model, source, options, monkeypatch):
+    model = make_model()
+    torch.manual_seed(1)
+    shared = model.generate(**source, max_new_tokens=8, do_sample=True, **options)
+    monkeypatch.delattr(OFAGenerationMixin, "_expand_inputs_for_generation")
+    monkeypatch.delattr(OFAGenerationMixin, "_reorder_cache")
+    torch.manual_seed(1)
+    assert torch.equal(model.generate(**source, max_new_tokens=8, do_sample=True, **options), shared)

@@ -103,6 +103,13 @@ def test_caption_is_asked_for_as_the_revision_does(name: str, length: str, wante
     assert found == (processor.text_ids(wanted) if isinstance(wanted, str) else wanted)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_captions_of_august_2024_have_settings_of_their_own(name: str, folders) -> None:
+    own = processor_of(name, folders, caption_settings=dict(revision_named(name).caption_settings))
+    august = {"repetition_penalty": 1.2, "max_new_tokens": 512}
+    assert own.settings("caption") == (august if name == "2024-08-26" else {}) and own.settings("query") == {}
+
+
 @pytest.mark.parametrize(
     ("name", "task", "before", "behind"),
     [
@@ -184,6 +191,7 @@ def test_prompt_that_is_too_long_is_refused_and_not_cut(processor) -> None:
         ("2025-01-09", ("caption", "long"), r"This revision has no prompt for 'caption' \(long\)"),
         ("2025-06-21", ("caption", "huge"), "A caption is short, normal, long, not 'huge'"),
         ("2025-06-21", ("dance", ""), "There is no task 'dance'"),
+        ("2025-06-21", ("detect", " "), "'detect' asks for an object: name what"),
     ],
 )
 def test_task_that_a_revision_does_not_have_is_refused(name: str, asked: tuple, said: str, folders) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
 from weightport.errors import OutputError
 from weightport.writing import exchange, own_file, whole_directory, whole_file, whole_output, working_places
-from weightport.writing.ownership import MADE_BY, RECORD
+from weightport.writing.ownership import MADE_BY, RECORD, record_file
 
 
 def written(target, *names: str, overwrite: bool = False, **options) -> None:
@@ -286,3 +287,31 @@ def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch):
     written(tmp_path / "out", "file")
     assert listed(tmp_path / "out") == ["file"]
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("error", [Exception, SafetensorError])
+def test_an_error_of_the_disk_that_rust_says_in_words_is_one_of_ours(tmp_path, error):
+    with pytest.raises(OutputError, match="the disk is full"), whole_directory(tmp_path / "out"):
+        raise error("No space left on device (os error 28)")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_without_a_number_of_the_system_stays_what_it_is(tmp_path):
+    with pytest.raises(Exception, match="no such thing"), whole_directory(tmp_path / "out"):
+        raise Exception("no such thing")
+
+
+def test_a_list_of_files_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypatch):
+    with whole_directory(tmp_path / "out") as work:
+        (work / "a").write_text("a")
+    kept = (tmp_path / "out" / RECORD).read_text()
+
+    def full(path, text, encoding=None):
+        path.touch()
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="full"):
+        record_file(tmp_path / "out" / "a")
+    assert sorted(os.listdir(tmp_path / "out")) == [RECORD, "a"]
+    assert (tmp_path / "out" / RECORD).read_text() == kept

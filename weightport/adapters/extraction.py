@@ -1,8 +1,8 @@
 """extract_lora(): a fully fine-tuned model as an adapter of its base.
 
 Each change of a matrix is cut to its `rank` largest singular values, the best approximation of that rank there is
-(Eckart and Young); what cannot be low rank (norms, biases, embeddings) is saved as a whole, and every tensor's share
-of the change that is kept is reported.
+(Eckart and Young), and every tensor's share of the change that is kept is reported. What pairs do not hold (norms,
+biases, embeddings) is refused by name, saved as a whole or left out, as the user says.
 
 A first pass over both models finds what differs, and so the names and shapes of the adapter's tensors; a second one
 decomposes matrix by matrix and writes each pair as it comes. Memory is bounded by the largest tensor.
@@ -21,8 +21,10 @@ from typing import Any
 
 import torch
 
+from weightport.adapters.arithmetic import arithmetic_dtype
 from weightport.adapters.base.base_model import Base, open_base
 from weightport.adapters.base.base_record import record_base
+from weightport.adapters.decomposition import Rank, factors, rank_that_keeps
 from weightport.adapters.reading.lora_tensors import is_finite
 from weightport.checkpoints import TensorRef
 from weightport.checkpoints.lazy_tensors import chunks, same_bits
@@ -35,17 +37,21 @@ from weightport.writing.safetensors_shards import aligned, write_safetensors
 
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "extraction.json"
 _PREFIX = "base_model.model."
-_FULL_SVD = 1 << 22
-"""Matrices with more elements than this get a randomised decomposition (arXiv:0909.4061) of the wanted rank."""
+OTHERS = ("refuse", "save", "leave")
+KEEP = 0.99
+"""The share of the squared change that a rank found by itself keeps."""
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """A finished extraction. `kept` is the share of the squared change that the adapter holds, by tensor."""
+    """A finished extraction. `kept` is the share of the squared change that the adapter holds, by tensor, `ranks` the
+    rank that holds it; `whole` are tensors saved as they are, `left` those whose changes were left out."""
 
     directory: Path
     kept: Mapping[str, float]
+    ranks: Mapping[str, int]
     whole: tuple[str, ...]
+    left: tuple[str, ...]
     share: float
 
 
@@ -53,31 +59,40 @@ def extract_lora(
     tuned: str | Path,
     base: str | Path,
     out: str | Path,
-    rank: int,
+    rank: int | None,
     *,
+    keep: float | None = None,
+    others: str = "refuse",
     overwrite: bool = False,
     announce: Callable[[int], None] = lambda total: None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Extraction:
     """Write the difference of the model directories `tuned` and `base` to the folder `out` as a LoRA adapter.
 
-    Linear and convolutional weights get pairs of `rank` (less where the weight is smaller); changed biases, norms and
-    embeddings are saved as whole tensors (modules_to_save). Raises CoverageError when the two are not of one
-    architecture, UsageError when nothing differs, NonFiniteError, OutputError.
+    Linear and convolutional weights get pairs of `rank` (less where the weight is smaller), or of the least rank that
+    holds the share `keep` of the weight's squared change (rank None; KEEP by default). `others`: what happens where
+    biases, norms and embeddings have changed: "refuse" it, "save" them as whole tensors (modules_to_save), or "leave"
+    their changes out. Raises CoverageError when the two are not of one architecture or others have changed,
+    UsageError when nothing differs, NonFiniteError, OutputError.
     """
+    _require_settings(rank, keep, others)
+    wanted = None if rank is not None else float(KEEP if keep is None else keep)
     tuned, base, out = Path(tuned), Path(base), Path(out)
     inputs = [tuned, base]
     require_directory(out, overwrite=overwrite, inputs=inputs)
-    if rank < 1:
-        raise UsageError(f"The rank is {rank}; expected at least 1.")
     before, after = open_base(base), open_base(tuned)
     names = _require_same_model(before, after)
     space = _running_names(before)
     announce(2 * sum(before.checkpoint[name].nbytes for name in names))
-    pairs, saved = _differences(before, after, names, space, rank, advance)
-    if not pairs and not saved:
+    pairs, other = _differences(before, after, names, space, rank or wanted or KEEP, advance)
+    if not pairs and not other:
         raise UsageError(f"{tuned} and {base} hold the same weights: there is nothing to extract.")
-    ranks = {pair.module: pair.rank for pair in pairs}
+    if other and others == "refuse":
+        _refuse_others(tuned, other)
+    saved = other if others == "save" else []
+    if not pairs and not saved:
+        raise UsageError(f"No matrix of a layer has changed between {base} and {tuned}: an adapter would be empty.")
+    ranks = {pair.module: pair.rank.kept for pair in pairs}
     # Counters too: peft loads a module that is saved as a whole with all its buffers.
     plain = [name for name in after.checkpoint.tensors if _is_plain(space, name)]
     running = {_running_name(space, name): after.checkpoint[name] for name in plain}
@@ -89,12 +104,36 @@ def extract_lora(
         kept = {name: 1 - left / change if change else 1.0 for name, (change, left) in changes.items()}
         share = 1 - lost / total if total else 1.0
         turned = any(module in space.turned for module in ranks)
-        config = _config(base, rank, ranks, [*modules, *places], fan_in_fan_out=turned)
+        config = _config(
+            base, rank or max(ranks.values(), default=1), ranks, [*modules, *places], fan_in_fan_out=turned
+        )
         (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        record = {"rank": rank, "share": share, "kept": kept, "whole": saved}
+        by_tensor = {pair.new.name: pair.rank.kept for pair in pairs}
+        left = [name for name in other if name not in saved]
+        record = {"rank": rank, "keep": wanted, "share": share, "kept": kept, "ranks": by_tensor}
+        record |= {"whole": saved, "left": left}
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         record_base(folder, base)
-    return Extraction(out, kept, tuple(saved), share)
+    return Extraction(out, kept, by_tensor, tuple(saved), tuple(left), share)
+
+
+def _require_settings(rank: int | None, keep: float | None, others: str) -> None:
+    if rank is not None and rank < 1:
+        raise UsageError(f"The rank is {rank}; expected at least 1, or auto.")
+    if keep is not None and rank is not None:
+        raise UsageError(f"--keep chooses the rank by itself, but the rank is {rank}: pass --rank auto.")
+    if keep is not None and not 0 < keep <= 1:
+        raise UsageError(f"--keep is {keep:g}; expected a share of more than 0 and at most 1.")
+    if others not in OTHERS:
+        raise UsageError(f"{others!r} is none of {', '.join(OTHERS)}.")
+
+
+def _refuse_others(tuned: Path, names: Sequence[str]) -> None:
+    more = f"\n      … and {len(names) - 10} more" if names[10:] else ""
+    raise CoverageError(
+        f"In {tuned} tensors have changed that pairs do not hold:\n      " + "\n      ".join(names[:10]) + more + "\n"
+        "  Pass --others save to save them as they are (modules_to_save), or --others leave to leave the changes out."
+    )
 
 
 def _running_names(base: Base) -> NameSpace:
@@ -131,9 +170,13 @@ class _Changed:
 
     new: TensorRef
     old: TensorRef
-    rank: int
+    rank: Rank
     flipped: bool
     module: str
+
+    def change(self) -> torch.Tensor:
+        """What was added, as the matrix [out, in] that a pair approximates: float32."""
+        return _change(self.new, self.old, flipped=self.flipped)
 
     def outgoing(self, done: Callable[[float, float], None]) -> tuple[Outgoing, Outgoing]:
         """A [rank, in, …] and B [out, rank, …], to be written in this order: the change is decomposed when A is
@@ -144,19 +187,19 @@ class _Changed:
         second: list[torch.Tensor] = []
 
         def blocks_of_a() -> Iterator[torch.Tensor]:
-            a, b, total, left = _factors(self)
-            second.append(b)
-            done(total, left)
-            yield from chunks(a, torch.float32)
+            found = factors(self.change(), self.rank)
+            second.append(found.b)
+            done(found.total, found.lost)
+            yield from chunks(found.a, torch.float32)
 
         def blocks_of_b() -> Iterator[torch.Tensor]:
             yield from chunks(second.pop(), torch.float32)
 
         return (
-            Outgoing(f"{key}.lora_A.weight", (self.rank, *inputs), torch.float32, blocks_of_a),
+            Outgoing(f"{key}.lora_A.weight", (self.rank.kept, *inputs), torch.float32, blocks_of_a),
             Outgoing(
                 f"{key}.lora_B.weight",
-                (outputs, self.rank, *(1 for _ in inputs[1:])),
+                (outputs, self.rank.kept, *(1 for _ in inputs[1:])),
                 torch.float32,
                 blocks_of_b,
             ),
@@ -168,10 +211,11 @@ def _differences(
     tuned: Base,
     names: Sequence[str],
     space: NameSpace,
-    rank: int,
+    rank: int | float,
     advance: Callable[[int], None],
 ) -> tuple[list[_Changed], list[str]]:
-    """(what becomes a pair, names of what is saved as a whole), in the base's order. Raises NonFiniteError."""
+    """(what becomes a pair, names of what else has changed), in the base's order. `rank`: a share to keep where it is
+    no integer. Raises NonFiniteError."""
     pairs: list[_Changed] = []
     saved: list[str] = []
     for name in names:
@@ -185,8 +229,12 @@ def _differences(
         running = _running_name(space, name)
         if _is_factorable(running, new, space):
             module = running.removesuffix(".weight")
-            rank_of = min(rank, new.shape[0], math.prod(new.shape[1:]))
-            pairs.append(_Changed(new, old, rank_of, module in space.turned, module))
+            turned = module in space.turned
+            if isinstance(rank, int):
+                rank_of = Rank.fixed(rank, new.shape[0], math.prod(new.shape[1:]))
+            else:
+                rank_of = rank_that_keeps(_change(new, old, flipped=turned), rank)
+            pairs.append(_Changed(new, old, rank_of, turned, module))
         else:
             saved.append(name)
             advance(old.nbytes)
@@ -242,24 +290,11 @@ def _is_factorable(name: str, ref: TensorRef, space: NameSpace) -> bool:
     return not (name == space.head and name in (*space.bound, *space.bound.values()))
 
 
-def _factors(pair: _Changed) -> tuple[torch.Tensor, torch.Tensor, float, float]:
-    """(A, B, squared norm of the change, squared norm of what the rank leaves out): float32, shaped as the specs
-    say."""
-    change = pair.new.read().to(torch.float32) - pair.old.read().to(torch.float32)
-    matrix = change.T if pair.flipped else change.flatten(1)
-    rank = pair.rank
-    if matrix.numel() <= _FULL_SVD:
-        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-        v = v[:rank]
-    else:
-        torch.manual_seed(0)
-        u, s, v = torch.svd_lowrank(matrix, q=min(rank + 16, *matrix.shape), niter=4)
-        v = v.T[:rank]
-    root = s[:rank].sqrt()
-    total = float(torch.linalg.vector_norm(matrix)) ** 2
-    held = float(s[:rank].double().square().sum())
-    a, b = (root.unsqueeze(1) * v).contiguous(), (u[:, :rank] * root).contiguous()
-    return a, b, total, max(total - held, 0.0)
+def _change(new: TensorRef, old: TensorRef, *, flipped: bool) -> torch.Tensor:
+    """The change of a weight as the matrix [out, in]: float32, of the difference in float64 where that is wider."""
+    wide = arithmetic_dtype(new.dtype, old.dtype)
+    change = (new.read().to(wide) - old.read().to(wide)).to(torch.float32)
+    return change.T if flipped else change.flatten(1)
 
 
 def _whole_tensors(

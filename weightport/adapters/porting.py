@@ -155,10 +155,12 @@ def read_settings(adapter: Path) -> LoraSettings:
 def read_base(base: Path, families: FamilyLookup) -> Base:
     """The family's table and native shapes, of an original checkpoint or of a converted directory."""
     config, family, layout, directory = _native_config(base, families)
-    tied = bool(config.tie_word_embeddings)
     # An adapter on the head is one on the head alone, also where the base ties it to the embedding.
     apart = copy.deepcopy(config)
-    apart.tie_word_embeddings = False
+    # Some models of several parts say so in their language model's configuration alone.
+    words: Any = apart if hasattr(apart, "tie_word_embeddings") else apart.get_text_config(decoder=True)
+    tied = bool(words.tie_word_embeddings)
+    words.tie_word_embeddings = False
     conversion = family.conversion
     return Base(family, conversion.rules_of(apart, layout), conversion.targets(apart).shapes, directory, tied)
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weightport.cli.display import Lines, echo, names_in
+from weightport.cli.lean_imports import without_compiler
 from weightport.cli.paths import ExistingPath
 from weightport.cli.running import command_body, json_option, quiet_option, uncollected
 from weightport.converters.options import CommandOption, ConversionOptions, declared_options
@@ -179,11 +180,12 @@ def _run(
     as_json: bool,
     **own: Any,
 ) -> None:
-    with uncollected():
-        import transformers.modeling_utils  # noqa: F401 - planning needs it, and it is most of all imports
-
+    with uncollected(), without_compiler():
+        # Used further on: model classes for planning are most of all that is imported.
+        from weightport import modeling  # noqa: F401
         from weightport.api import convert, plan_conversion
-        from weightport.converters.conversion import parse_dtype
+        from weightport.checkpoints.dtypes import parse_dtype
+        from weightport.converters import conversion  # noqa: F401
 
     given = {name: value for name, value in own.items() if value is not None}
     beside = {name.removeprefix("source_"): value for name, value in given.items() if name.startswith("source_")}

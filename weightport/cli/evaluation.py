@@ -82,12 +82,14 @@ def evaluate_command(
         from weightport.finetuning.display.previews import preview_lines
         from weightport.finetuning.evaluation.evaluate import evaluate
         from weightport.finetuning.evaluation.retrieval import evaluate_retrieval
+        from weightport.finetuning.metrics import headline
         from weightport.finetuning.recipes.recipe import load_recipe, parse_assignments, with_settings
         from weightport.finetuning.setup.preparing import resolved
 
     retrieval = registry().retrieval_of(model)
-    family = retrieval or registry().training_of(model)
-    recipe, _ = resolved(load_recipe(recipe_name), family.name, as_published=False)
+    family = registry().training_of(model) if retrieval is None else None
+    listed_as = (family or retrieval).name  # type: ignore[union-attr]  # one of them is there
+    recipe, _ = resolved(load_recipe(recipe_name), listed_as, as_published=False)
     settings = parse_assignments(assignments)
     if metrics:
         settings["evaluation.metrics"] = list(metrics)
@@ -108,14 +110,14 @@ def evaluate_command(
         }  # fmt: skip
         if retrieval is not None:
             result = evaluate_retrieval(model, retrieval, data, recipe, advance=advance, **common)
-        else:
+        elif family is not None:
             result = evaluate(model, family, data, recipe, adapter=adapter, advance=advance, **common)
     if as_json:
         echo(json.dumps({"metrics": dict(result.metrics), "samples": len(result.predictions)}))
         return
     for line in preview_lines(result.predictions, recipe.evaluation.previews):
         lines.line("", line)
-    for name, value in result.metrics.items():
+    for name, value in headline(result.metrics).items():
         lines.line("measured", f"{name} {value:.4g}")
     if output is not None:
         lines.line(f"{output}/", names_in(output))

@@ -50,6 +50,6 @@ def export_command(
         )
     for name, what in list(result.lost.items())[:SHOWN]:
         lines.line("lost", f"{name}: {what}")
-    for start, why in result.left_out.items():
-        lines.line("left out", f"{start}*: {why} (--part all writes it too)")
+    for beginning, why in result.left_out.items():
+        lines.line("left out", f"{beginning}*: {why} (--part all writes it too)")
     lines.line(str(target), f"{result.tensors} tensors · {size(result.nbytes)}")

@@ -13,7 +13,7 @@ import click
 
 from weightport.cli.display import Lines, echo, names_in
 from weightport.cli.paths import ExistingPath
-from weightport.cli.processes import one_error
+from weightport.cli.processes import OneErrorCommand, one_error
 from weightport.cli.running import INTERRUPTED, Terminated, command_body, fail, json_option, quiet_option, uncollected
 from weightport.errors import UsageError
 from weightport.extras import install_command
@@ -21,13 +21,15 @@ from weightport.families.registry import registry
 from weightport.formatting import count, samples
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
     from weightport.finetuning.recipes.settings import Recipe
     from weightport.finetuning.setup.preparing import Job, Prepared
 
 DEFAULT_RECIPE = "default"
 
 
-@click.command("port-finetune", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("port-finetune", cls=OneErrorCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model", type=ExistingPath())
 @click.option(
     "--data",
@@ -147,6 +149,7 @@ def port_finetune(
     The result is OUTPUT/model (or OUTPUT/adapter), with its metrics and OUTPUT/report.html."""
     require_extra()
     with uncollected():
+        from weightport.finetuning.metrics import headline
         from weightport.finetuning.recipes.recipe import load_recipe, parse_assignments, qualified, with_settings
         from weightport.finetuning.setup.preparing import Job, resolved
         from weightport.finetuning.training.run import finetune
@@ -214,7 +217,7 @@ def port_finetune(
         return
     last = max((entry.get("step", 0) for entry in outcome.history), default=outcome.step)
     where = "" if outcome.step == last else f" · at step {outcome.step:,}"
-    for name, value in outcome.metrics.items():
+    for name, value in headline(outcome.metrics).items():
         lines.line("measured", f"{name} {value:.4g}{where}")
     for note in outcome.notes:
         if note not in told:
@@ -253,19 +256,40 @@ def _show_start(lines: Lines, job: Job, prepared: Prepared) -> None:
         lines.line("part", f"{share.part}: {trained if share.trainable else f'{count(share.total)}, stands still'}")
     lines.line("trained", f"{count(trainable)} of {count(total)} parameters ({trainable / total:.2%})")
     arguments = prepared.arguments
-    batch = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
     lines.line("data", f"{samples(len(prepared.samples))}{_measured_on(job, prepared)}")
     steps = planned_steps(arguments, len(prepared.samples))
     # max_steps decides where it is given, whatever num_train_epochs says.
     epochs = "" if arguments.max_steps > 0 else f" in {arguments.num_train_epochs:g} epoch"
     lines.line(
         "steps",
-        f"{steps:,}{epochs}{'s' if epochs and arguments.num_train_epochs != 1 else ''}, of up to {batch} samples each"
-        f" · learning rate {arguments.learning_rate:g}"
-        + (f" · resumed from {prepared.checkpoint.name}" if prepared.checkpoint else ""),
+        f"{steps:,}{epochs}{'s' if epochs and arguments.num_train_epochs != 1 else ''}{_left(prepared, steps)}"
+        f" · learning rate {arguments.learning_rate:g}",
     )
+    lines.line("batch", _batch(arguments))
     for note in prepared.notes:
         lines.line("note", note)
+
+
+def _left(prepared: Prepared, steps: int) -> str:
+    """What a resumed run has before it."""
+    from weightport.finetuning.training.resuming import checkpoint_step
+
+    if prepared.checkpoint is None:
+        return ""
+    done = checkpoint_step(prepared.checkpoint) or 0
+    return f", {max(steps - done, 0):,} to go (resumed from {prepared.checkpoint.name})"
+
+
+def _batch(arguments: TrainingArguments) -> str:
+    """The samples of a step, and how they are shared out."""
+    held, processes = arguments.train_batch_size, arguments.world_size
+    accumulated = arguments.gradient_accumulation_steps
+    factors = [f"{held} at a time"]
+    factors += [f"{accumulated} accumulated"] if accumulated > 1 else []
+    factors += [f"{processes} processes"] if processes > 1 else []
+    every = " × ".join(factors) if len(factors) > 1 else ""
+    where = f"1 process on {arguments.device}" if processes == 1 else f"on {arguments.device.type}"
+    return " · ".join(filter(None, (f"{samples(held * processes * accumulated)} a step", every, where)))
 
 
 def _measured_on(job: Job, prepared: Prepared) -> str:
@@ -356,6 +380,6 @@ def _installed(module: str) -> bool:
     return find_spec(module) is not None
 
 
-finetune_command = click.Command(
+finetune_command = OneErrorCommand(
     "finetune", params=port_finetune.params, callback=port_finetune.callback, help=port_finetune.help
 )

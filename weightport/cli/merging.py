@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from weightport.adapters.merging.weights_check import WeightsCheck
 
 COMBINATIONS = ("cat", "linear", "svd", "ties", "ties_svd", "magnitude_prune", "magnitude_prune_svd")
+OTHERS = ("refuse", "save", "leave")
 RANDOM = ("dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd")
 
 
@@ -119,7 +120,7 @@ def port_merge_lora(
             from weightport.adapters.merging.combination import Combination
             from weightport.adapters.merging.merge import MergeOptions
             from weightport.api import merge_lora
-            from weightport.converters.conversion import parse_dtype
+            from weightport.checkpoints.dtypes import parse_dtype
         options = MergeOptions(
             dtype=parse_dtype(dtype),
             combination=Combination(combination, density, majority_sign, svd_rank),
@@ -225,6 +226,8 @@ def _share(compared: int, changed: int) -> str:
 
 
 def _within(proof: WeightsCheck) -> str:
+    if not proof.compared:
+        return "were compared with base + adapter, computed a second time"
     return f"are base + adapter, computed twice, within {proof.furthest:.2f} of what rounding explains"
 
 
@@ -245,32 +248,89 @@ merge_lora_command = click.Command(
 )
 
 
+class RankOrAuto(click.ParamType):
+    """A rank of at least 1, or auto (None)."""
+
+    name = "rank|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """The rank; None for auto."""
+        if value is None or value == "auto":
+            return None
+        try:
+            rank = int(value)
+        except ValueError:
+            rank = 0
+        if rank < 1:
+            self.fail(f"{value!r} is neither auto nor a rank of at least 1.", param, ctx)
+        return rank
+
+
 @click.command("extract-lora")
 @click.argument("tuned", type=ExistingPath())
 @click.argument("base", type=ExistingPath())
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--rank", required=True, type=click.IntRange(min=1), help="Largest rank of a pair.")
+@click.option(
+    "--rank",
+    required=True,
+    type=RankOrAuto(),
+    help="Largest rank of a pair, or auto: of each the least that --keep takes.",
+)
+@click.option(
+    "--keep", type=float, help="With --rank auto: share of a weight's squared change to keep.  [default: 0.99]"
+)
+@click.option(
+    "--others",
+    type=click.Choice(OTHERS),
+    default="refuse",
+    show_default=True,
+    help="What happens where norms, biases or embeddings have changed, which pairs do not hold: refuse it by name, "
+    "save them as they are (modules_to_save), or leave their changes out.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @quiet_option
 @json_option
 @command_body
 def extract_lora_command(
-    tuned: Path, base: Path, out: Path, rank: int, overwrite: bool, quiet: bool, as_json: bool
+    tuned: Path,
+    base: Path,
+    out: Path,
+    rank: int | None,
+    keep: float | None,
+    others: str,
+    overwrite: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Write what fine-tuning changed from the model directory BASE to TUNED as a LoRA adapter OUT: of each matrix the
-    best approximation of the rank, everything else as a whole."""
+    best approximation of the rank."""
     from weightport.adapters.extraction import extract_lora, largest_loss
 
     lines = Lines(quiet=quiet or as_json)
     with lines.progress("compare") as (start, advance):
-        result = extract_lora(tuned, base, out, rank, overwrite=overwrite, announce=start, advance=advance)
+        result = extract_lora(
+            tuned, base, out, rank, keep=keep, others=others, overwrite=overwrite, announce=start, advance=advance
+        )
     if as_json:
-        found = {"directory": str(out), "share": result.share, "kept": dict(result.kept), "whole": list(result.whole)}
+        found = {
+            "directory": str(out),
+            "share": result.share,
+            "kept": dict(result.kept),
+            "ranks": dict(result.ranks),
+            "whole": list(result.whole),
+            "left": list(result.left),
+        }
         echo(json.dumps(found, ensure_ascii=False))
         return
-    lines.heading(f"{out} · rank {rank} · {len(result.kept)} pairs · {len(result.whole)} tensors saved as a whole")
+    ranks = sorted(result.ranks.values()) or [0]
+    shown = f"rank {ranks[-1]}" if ranks[0] == ranks[-1] else f"ranks {ranks[0]} to {ranks[-1]}"
+    lines.heading(f"{out} · {shown} · {len(result.kept)} pairs · {len(result.whole)} tensors saved as a whole")
     lines.line("kept", f"{result.share:.1%} of the squared change of the pairs' weights")
     worst_kept = largest_loss(result)
     if worst_kept is not None:
         lines.line("least", f"{worst_kept[0]}: {worst_kept[1]:.1%}")
+    if result.left:
+        lines.line(
+            "left out", f"the changes of {len(result.left)} tensors, {result.left[0]} among them (extraction.json)"
+        )
     lines.line("next", f"port-merge-lora {shlex.quote(str(base))} {shlex.quote(str(out))} MERGED")

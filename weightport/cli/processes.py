@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import click
+
 from weightport.cli.running import Terminated
 from weightport.errors import TrainingError, WeightportError
 
@@ -25,9 +27,9 @@ def one_error(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if not _several():
             return function(*args, **kwargs)
-        first = int(os.environ.get("RANK", "0")) == 0
+        first = _is_first()
         try:
             return function(*args, **kwargs)
         except WeightportError as error:
@@ -49,6 +51,26 @@ def one_error(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+class OneErrorCommand(click.Command):
+    """A command whose usage errors, which every process of a run finds, are said by the first alone."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **kwargs)
+        except click.ClickException as error:
+            if _several() and not _is_first():
+                _leave_the_word(error.exit_code)
+            raise
+
+
+def _several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _is_first() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def lost_peer(error: RuntimeError) -> bool:
     """Whether this is what torch.distributed raises where another process has gone."""
     return type(error).__name__.startswith("Dist") or any(sign in str(error) for sign in _SIGNS_OF_A_LOST_PEER)
@@ -57,6 +79,7 @@ def lost_peer(error: RuntimeError) -> bool:
 def _leave_the_word(status: int) -> None:
     """Wait for the launcher's signal, and end without a word when it comes."""
     try:
-        time.sleep(GRACE)
+        # Of the processes on a machine that the first is not on, one speaks before the others.
+        time.sleep(GRACE + int(os.environ.get("LOCAL_RANK", "0")))
     except (KeyboardInterrupt, Terminated):
         sys.exit(status)

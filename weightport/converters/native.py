@@ -28,7 +28,10 @@ class NativeTensors:
 
 def loadable_tensors(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> NativeTensors:
     """Every parameter and persistent buffer of the model; built on the meta device, so no memory is used."""
-    with torch.device("meta"):
+    from transformers.initialization import no_init_weights
+
+    # torch works random values out on the meta device in Python, and loads its compiler for that.
+    with torch.device("meta"), no_init_weights():
         model = model_class(config)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}

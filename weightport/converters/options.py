@@ -75,7 +75,7 @@ def options_of(
             flag = "--" + name.replace("_", "-")
             raise UsageError(f"{flag} means nothing for a checkpoint of {title}, whose own options are {known}.")
         choices = flags[name].choices
-        if choices and value not in choices:
+        if choices and value not in choices and value != own[name].default:
             raise UsageError(f"{flags[name].flag} is one of {', '.join(choices)}, not {value!r}.")
     shared = {each.name: getattr(common, each.name) for each in fields(ConversionOptions)}
     return kind(**shared, **given)

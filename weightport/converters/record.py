@@ -16,13 +16,14 @@ from weightport.converters.family import SourceModel
 from weightport.converters.plan import Plan
 from weightport.errors import CheckpointError
 from weightport.hashing import FileDigest
-from weightport.tokenizers.provenance import Provenance
 from weightport.version import __version__
 from weightport.writing import own_file
 from weightport.writing.safetensors_shards import WrittenFile
 
 if TYPE_CHECKING:
     import torch
+
+    from weightport.tokenizers.provenance import Provenance
 
 FILE = "conversion.json"
 FORMAT = 2

@@ -42,7 +42,7 @@ STRANGERS = (
     Signature("BART (fairseq)", r"(model\.)?encoder\.sentence_encoder\..+|(model\.)?encoder\.layers\.0\.fc1\.weight"),
     Signature("a LoRA adapter", r".+\.lora_A\.(.+\.)?weight"),
     Signature(
-        "a variant of moondream2 (2025), which is no model by itself: port-moondream2 SOURCE OUT --variant FILE "
+        "a variant of moondream2 (2025), which is no model by itself: port-moondream2 SOURCE OUT --variant-file FILE "
         "merges it into its base",
         r"text_model\.transformer\.h\.\d+\.(mixer|mlp)\..+\.parametrizations\.weight\.0\.A",
     ),

@@ -56,8 +56,10 @@ def disk_errors(target: Path) -> Iterator[None]:
             raise
         raise OutputError(f"Cannot write {target}: {reason}. Nothing was left behind.") from error
     except Exception as error:
-        # safetensors writes in Rust and gives the number of the system's error in words only.
-        found = _IN_WORDS.search(str(error)) if type(error).__module__.startswith("safetensors") else None
+        # safetensors and tokenizers write in Rust and give the number of the system's error in words only; tokenizers'
+        # errors are of no type of their own.
+        rust = type(error) is Exception or type(error).__module__.startswith("safetensors")
+        found = _IN_WORDS.search(str(error)) if rust else None
         if found is None:
             raise
         reason = _REASONS.get(int(found.group(1)), os.strerror(int(found.group(1))))

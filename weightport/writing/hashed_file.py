@@ -1,4 +1,4 @@
-"""A large file written front to back: one thread fills blocks, a second hashes them, a third writes them.
+"""A large file written front to back: one thread fills blocks, others hash them, look at them and write them.
 
 Where the file system allows it, blocks go to the disk past the page cache (O_DIRECT). The file must be on the disk
 before it takes its name, so the cache would only add a copy of every byte, and push out the source that is being read.
@@ -13,6 +13,7 @@ import mmap
 import os
 import queue
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,26 +29,33 @@ BLOCKS = 12
 _ALIGNMENT = 4096
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
+_Queue = queue.Queue[tuple[mmap.mmap, int] | None]
+"""Blocks on their way from one thread to the next, with the bytes used of each; None after the last."""
+
 
 class HashedFile:
     """A context manager: `write` copies bytes, so the caller's buffer is free again when it returns.
 
-    `write` and the end of the block raise OSError when the disk does (ENOSPC …), perhaps a few blocks later. `size` is
-    what was given to `write`; `sha256` is complete once the file is closed.
+    `watch` is called with the file's bytes, run after run, in a thread of its own, before they are written. `write`
+    and the end of the block raise OSError when the disk does (ENOSPC …), and what `watch` raises, perhaps a few blocks
+    later. `size` is what was given to `write`; `sha256` is complete once the file is closed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, watch: Callable[[memoryview], None] | None = None) -> None:
         self._path = path
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         self._digest = hashlib.sha256()
-        self._error: OSError | None = None
+        self._error: Exception | None = None
         self._blocks: list[mmap.mmap] = []
         self._free: queue.Queue[mmap.mmap] = queue.Queue()
-        self._filled: queue.Queue[tuple[mmap.mmap, int] | None] = queue.Queue()
-        self._hashed: queue.Queue[tuple[mmap.mmap, int] | None] = queue.Queue()
+        self._filled = _Queue()
         self._block: mmap.mmap | None = None
         self._used = 0
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._hash, self._store)]
+        stages = [self._digest.update, *([watch] if watch is not None else []), self._write_block]
+        queues = [self._filled, *(_Queue() for _ in stages[1:]), None]
+        self._threads = [
+            threading.Thread(target=self._run, args=stage, daemon=True) for stage in zip(stages, queues, queues[1:])
+        ]
         for thread in self._threads:
             thread.start()
         self.size = 0
@@ -92,22 +100,22 @@ class HashedFile:
             self._filled.put((self._block, self._used))
         self._block = None
 
-    def _hash(self) -> None:
-        while (item := self._filled.get()) is not None:
-            block, used = item
-            self._digest.update(memoryview(block)[:used])
-            self._hashed.put(item)
-        self._hashed.put(None)
-
-    def _store(self) -> None:
-        while (item := self._hashed.get()) is not None:
+    def _run(self, stage: Callable[[memoryview], None], filled: _Queue, onward: _Queue | None) -> None:
+        """Do `stage` with each block of `filled`, and hand it on, or back to who fills it. After an error blocks only
+        pass."""
+        while (item := filled.get()) is not None:
             block, used = item
             if self._error is None:
                 try:
-                    self._write_block(memoryview(block)[:used])
-                except OSError as error:
+                    stage(memoryview(block)[:used])
+                except Exception as error:
                     self._error = error
-            self._free.put(block)
+            if onward is not None:
+                onward.put(item)
+            else:
+                self._free.put(block)
+        if onward is not None:
+            onward.put(None)
 
     def _write_block(self, rest: memoryview) -> None:
         """Write past the page cache what is whole pages, the file's last bytes through it."""

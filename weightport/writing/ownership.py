@@ -13,6 +13,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -114,8 +115,13 @@ def read_record(folder: Path) -> FolderRecord | None:
 def write_record(folder: Path, record: FolderRecord) -> None:
     """Write the record in one step."""
     work = folder / f"{RECORD}.new"
-    work.write_text(_sealed(record), encoding="utf-8")
-    os.replace(work, folder / RECORD)
+    try:
+        work.write_text(_sealed(record), encoding="utf-8")
+        os.replace(work, folder / RECORD)
+    except BaseException:
+        with suppress(OSError):
+            work.unlink()
+        raise
 
 
 def is_intact(folder: Path) -> bool:

@@ -118,10 +118,16 @@ def write_index(
 
 
 def write_safetensors(
-    tensors: Sequence[Outgoing], path: Path, *, allow_nonfinite: bool = True, advance: Advance = lambda count: None
+    tensors: Sequence[Outgoing],
+    path: Path,
+    *,
+    allow_nonfinite: bool = True,
+    advance: Advance = lambda count: None,
+    watch: Callable[[memoryview], None] | None = None,
 ) -> WrittenFile:
-    """Write one file with `tensors` in this order; what is stored once and named twice is written under each name."""
-    with HashedFile(path) as out:
+    """Write one file with `tensors` in this order; what is stored once and named twice is written under each name.
+    `watch`: see HashedFile."""
+    with HashedFile(path, watch) as out:
         out.write(safetensors_header(tensors))
         for tensor in tensors:
             for block in tensor.blocks():

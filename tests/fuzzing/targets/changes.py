@@ -16,6 +16,7 @@ BY_SUFFIX: Mapping[str, Mutation] = {
     ".zarray": mutation.of_json,
     ".txt": mutation.of_text,
     ".tsv": mutation.of_text,
+    ".csv": mutation.of_text,
     ".bpe": mutation.of_text,
     ".yaml": mutation.of_text,
     ".py": mutation.of_text,

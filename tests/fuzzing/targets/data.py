@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import json
+import os
 import sys
+import tarfile
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
-from fuzzing import cases
+from fuzzing import cases, mutation
 from fuzzing.campaign import Target
 from fuzzing.cases import Case
 from fuzzing.judge import MismatchError
@@ -114,6 +119,142 @@ def _as_counts(folder: Path, samples: EntrySamples) -> bool:
     return True
 
 
+def _chat_seeds(folder: Path) -> list[Case]:
+    messages = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "red"}]
+    parts = [{"type": "image", "image": "0.png"}, {"type": "text", "text": "what?"}]
+    told = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}] * 2
+    told[2] = {"from": "human", "value": "and now?"}
+    rows = {
+        "plain": {"image": "0.png", "messages": messages},
+        "parts": {"messages": [{"role": "user", "content": parts}, messages[1]]},
+        "llava": {"id": 1, "image": "0.png", "conversations": told},
+    }
+    made = []
+    for name, row in rows.items():
+        (folder / name).mkdir(parents=True)
+        draw(0).save(folder / name / "0.png")
+        write_lines(folder / name / "train.jsonl", [row, row])
+        made.append(cases.read(folder / name))
+    return made
+
+
+def _list_seeds(folder: Path) -> list[Case]:
+    """The same rows as a JSON list, as CSV and as TSV."""
+    (folder / "x").mkdir(parents=True)
+    draw(0).save(folder / "x" / "0.png")
+    picture = {"0.png": (folder / "x" / "0.png").read_bytes()}
+    row = {"image": "0.png", "prefix": "what?", "suffix": "red"}
+    quoted = b'image,prefix,suffix\n0.png,"what, and ""why""?",red\n0.png,"two\nlines",blue\n'
+    return [
+        {"train.json": json.dumps([row, row]).encode(), **picture},
+        {"train.csv": quoted, **picture},
+        {"train.tsv": b"image\tprefix\tsuffix\n0.png\twhat?\tred\n", **picture},
+    ]
+
+
+def _as_csv(folder: Path, samples: EntrySamples) -> bool:
+    path = folder / "train.csv"
+    if not path.is_file():
+        return False
+    rows = list(csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")))
+    rows = [row for row in rows if any(value for value in row.values())]
+    for index, row in enumerate(rows[:SAMPLES]):
+        if index >= len(samples) or samples[index].suffix not in map(str, row.values()):
+            raise MismatchError(f"answer: row {index} is {row!r:.80} there")
+    return True
+
+
+def _captions_seeds(folder: Path) -> list[Case]:
+    document = coco_document()
+    document["annotations"] = [{"id": n, "image_id": n % 3, "caption": f"a picture {n}"} for n in range(4)]
+    draw_coco(folder / "captions", document)
+    return [cases.read(folder / "captions")]
+
+
+def _as_captions(folder: Path, samples: EntrySamples) -> bool:
+    document = json.loads((folder / "_annotations.coco.json").read_bytes())
+    texts = [text for each in document["annotations"] for text in _leaves(each.get("caption"))]
+    for index in range(min(len(samples), SAMPLES)):
+        if samples[index].suffix not in texts:
+            raise MismatchError(f"caption: {samples[index].suffix!r:.80} is no caption there")
+    return True
+
+
+def _tar_seeds(folder: Path) -> list[Case]:
+    stream = io.BytesIO()
+    draw(1).save(stream, "PNG")
+    members = {}
+    for number in range(2):
+        members |= {f"{number:05}.png": stream.getvalue(), f"{number:05}.txt": b"a cat"}
+    members |= {"2.png": stream.getvalue(), "2.json": b'{"prefix": "what?", "suffix": "red"}'}
+    texts = {name: data for name, data in members.items() if not name.startswith("2.")}
+    return [{"train.tar": _tar(texts)}, {"train.tar": _tar(dict(list(members.items())[-2:]))}]
+
+
+def _tar(members: Mapping[str, bytes]) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return stream.getvalue()
+
+
+def _tar_change(rng: Random, case: Case, corpus: list[Case]) -> Case:
+    """Bytes of the archive, or a member's name, kind or content, packed again."""
+    data = case["train.tar"]
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
+            members = [(info, (archive.extractfile(info) or io.BytesIO()).read()) for info in archive if info.isreg()]
+    except (tarfile.TarError, EOFError, ValueError, OSError):
+        members = []
+    if not members or rng.random() < 0.4:
+        return {"train.tar": mutation.of_bytes(rng, data)}
+    stream, at = io.BytesIO(), rng.randrange(len(members))
+    kinds = (tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE)
+    with tarfile.open(fileobj=stream, mode="w", format=rng.choice((tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT))) as made:
+        for number, (info, content) in enumerate(members):
+            if number == at:
+                choice = rng.randrange(4)
+                if choice == 0:
+                    info.name = mutation.of_text(rng, info.name.encode()).decode("utf-8", "surrogateescape")[:90]
+                elif choice == 1:
+                    info.type, info.linkname = rng.choice(kinds), rng.choice(("../x", "/etc/passwd", "00000.png"))
+                else:
+                    content = mutation.of_json(rng, content) if info.name.endswith("json") else b"" + content[::-1]
+            info.size = len(content) if info.isreg() else 0
+            try:
+                made.addfile(info, io.BytesIO(content))
+            except (ValueError, UnicodeError, OSError):
+                return case
+    return {"train.tar": stream.getvalue()}
+
+
+def _class_seeds(folder: Path) -> list[Case]:
+    for number in range(3):
+        place = folder / "classes" / ("cat", "dog")[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        draw(number).save(place / f"{number}.png")
+    return [cases.read(folder / "classes")]
+
+
+def _class_change(rng: Random, case: Case, corpus: list[Case]) -> Case:
+    """Names of folders and files, and bytes of pictures."""
+    made = dict(case)
+    name = rng.choice(list(made))
+    content = made.pop(name)
+    if rng.random() < 0.5:
+        made[name] = mutation.of_bytes(rng, content)
+        return made
+    other = mutation.of_text(rng, os.fsencode(name)).decode("utf-8", "surrogateescape").replace("\0", "")
+    parts = [part[:200] for part in other.split("/") if part not in ("", ".", "..")][:4]
+    if not parts or any("/".join(parts[:depth]) in made for depth in range(1, len(parts) + 1)):
+        return case
+    made["/".join(parts)] = content
+    return case if any(each.startswith("/".join(parts) + "/") for each in made) else made
+
+
 def _table_seeds(folder: Path) -> list[Case]:
     import pyarrow
     import pyarrow.parquet
@@ -145,5 +286,10 @@ TARGETS = (
     Target("muge", _muge_seeds, _CHANGE, partial(_with, _COUNT), _as_base64, _MODULES),
     Target("coco-counting", _coco_seeds, _CHANGE, partial(_with, _COUNT), _as_counts, _MODULES),
     Target("coco-detection", _coco_seeds, _CHANGE, partial(_with, _DETECT), modules=_MODULES),
-    Target("table", _table_seeds, _CHANGE, partial(_with, _COUNT), _as_parquet, _MODULES, cost=50.0),
+    Target("chats", _chat_seeds, _CHANGE, partial(_with, _COUNT), modules=_MODULES),
+    Target("csv-and-lists", _list_seeds, _CHANGE, partial(_with, _COUNT), _as_csv, _MODULES),
+    Target("coco-captions", _captions_seeds, _CHANGE, partial(_with, _COUNT), _as_captions, _MODULES),
+    Target("tar", _tar_seeds, _tar_change, partial(_with, _COUNT), modules=_MODULES),
+    Target("class-folders", _class_seeds, _class_change, partial(_with, _COUNT), modules=_MODULES),
+    Target("table", _table_seeds, _CHANGE, partial(_with, _COUNT), _as_parquet, _MODULES),
 )

@@ -45,7 +45,7 @@ def _blip2() -> tuple[Callable[[Path], Any], str]:
 
 def _target(family: str, case: str, read: Callable[[Path], Any], *, trainer: bool = False) -> Target:
     modules = (f"families/{family}", "converters/", "tokenizers/")
-    return Target(f"plan-{family}", partial(_seeds, case, trainer), _change, read, modules=modules, cost=100.0)
+    return Target(f"plan-{family}", partial(_seeds, case, trainer), _change, read, modules=modules)
 
 
 def _change(rng: Random, case: Case, corpus: list[Case]) -> Case:

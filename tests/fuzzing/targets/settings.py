@@ -115,15 +115,9 @@ def _as_safetensors(folder: Path, found: Reference) -> bool:
 
 
 TARGETS = (
-    Target("recipe", _recipe_seeds, change, _read_recipe, _as_written, ("finetuning/recipes",), 6.0),
+    Target("recipe", _recipe_seeds, change, _read_recipe, _as_written, ("finetuning/recipes",)),
     Target(
-        "settings",
-        lambda folder: [{"in.txt": ASSIGNMENTS}],
-        change,
-        _assign,
-        _as_written,
-        ("finetuning/recipes",),
-        3.0,
+        "settings", lambda folder: [{"in.txt": ASSIGNMENTS}], change, _assign, _as_written, ("finetuning/recipes",)
     ),
     Target("reference", _reference_seeds, _reference_change, _read_reference, _as_safetensors, ("parity/",)),
 )

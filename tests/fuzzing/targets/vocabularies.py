@@ -167,7 +167,6 @@ TARGETS = (
         change,
         lambda folder: read_paligemma2(folder / "paligemma_tokenizer.model"),
         modules=("tokenizers/", "families/paligemma2/tokenizer"),
-        cost=12.0,
     ),
     Target(
         "florence2-tokenizer",
@@ -176,7 +175,6 @@ TARGETS = (
         read_florence2_vocabulary,
         _as_json,
         ("families/florence2/tokenizer", "tokenizers/"),
-        cost=2.0,
     ),
     Target(
         "moondream2-tokenizer",
@@ -186,7 +184,5 @@ TARGETS = (
         _as_json,
         ("families/moondream2/tokenizer", "tokenizers/"),
     ),
-    Target(
-        "opt-tokenizer", _blip2_seeds, change, partial(load_tokenizer, "opt"), modules=("families/blip2/",), cost=5.0
-    ),
+    Target("opt-tokenizer", _blip2_seeds, change, partial(load_tokenizer, "opt"), modules=("families/blip2/",)),
 )

@@ -26,7 +26,7 @@ _INPUTS = 512
 
 
 class ExpectedDelta:
-    """What a change adds to a stored tensor of `shape`, by rows: float64."""
+    """What a change adds to a stored tensor of `shape`: float64."""
 
     def __init__(self, change: DeltaChange, settings: Settings, weight: float, shape: Sequence[int]) -> None:
         place, piece = change.part.place, change.part.piece
@@ -41,9 +41,9 @@ class ExpectedDelta:
             whole[tuple(slice(*span) for span in piece.source)] = block
             self._values = whole
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows `start` to `stop`, excluded."""
-        return self._values[start:stop]
+    def matrix(self, columns: int) -> torch.Tensor:
+        """All of it, as [rows, columns]."""
+        return self._values.reshape(-1, columns)
 
 
 def expected_matrix(

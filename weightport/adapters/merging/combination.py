@@ -39,7 +39,11 @@ class Weighted:
     pair: Pair
     scaling: float
     weight: float
-    rank: int
+
+
+def combines_matrices(combination: Combination) -> bool:
+    """Whether A and B are combined apart, which takes one rank of all adapters in a module."""
+    return combination.kind in ("linear", "ties", "magnitude_prune")
 
 
 def check_combination(combination: Combination, ranks: Sequence[int], *, rslora: bool) -> None:
@@ -58,7 +62,7 @@ def check_combination(combination: Combination, ranks: Sequence[int], *, rslora:
         raise UsageError(f"--density is for {', '.join(NEEDS_DENSITY)}, not for {kind}.")
     if combination.density is not None and not 0 < combination.density <= 1:
         raise UsageError(f"--density is {combination.density:g}; expected more than 0 and at most 1.")
-    if kind in ("linear", "ties", "magnitude_prune") and len(set(ranks)) > 1:
+    if combines_matrices(combination) and len(set(ranks)) > 1:
         raise UsageError(
             f"{kind} adds matrices of one rank; the adapters have the ranks {', '.join(map(str, ranks))}."
         )
@@ -69,13 +73,14 @@ def check_combination(combination: Combination, ranks: Sequence[int], *, rslora:
         )
 
 
-def combine(combination: Combination, parts: Sequence[Weighted]) -> list[LowRank]:
-    """The changes to one weight. `parts` are the adapters that touch it, in the order given."""
+def combine(combination: Combination, parts: Sequence[Weighted], rank: int) -> list[LowRank]:
+    """The changes to one weight. `parts` are the adapters that touch it, in the order given; `rank` is the largest of
+    any adapter of the merge in any module, which a decomposition keeps."""
     if combination.kind == SUM:
         return [part.pair.low_rank(part.scaling * part.weight) for part in parts]
     flipped = parts[0].pair.flipped
     if combination.kind.endswith("svd"):
-        a, b = _decomposed(combination, parts)
+        a, b = _decomposed(combination, parts, combination.svd_rank or rank)
     else:
         signs = [1.0 if part.scaling * part.weight >= 0 else -1.0 for part in parts]
         roots = [abs(part.scaling * part.weight) ** 0.5 for part in parts]
@@ -85,13 +90,12 @@ def combine(combination: Combination, parts: Sequence[Weighted]) -> list[LowRank
     return [Pair(a, b, flipped).low_rank(1.0)]
 
 
-def _decomposed(combination: Combination, parts: Sequence[Weighted]) -> tuple[torch.Tensor, torch.Tensor]:
+def _decomposed(combination: Combination, parts: Sequence[Weighted], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     # peft prunes the product in the weight's own orientation and decomposes it as [out, in].
     flipped = parts[0].pair.flipped
     products = [part.scaling * (part.pair.b @ part.pair.a) for part in parts]
     product = _rule(combination)([p.T if flipped else p for p in products], [part.weight for part in parts])
     product = product.T if flipped else product
-    rank = combination.svd_rank or max(part.rank for part in parts)
     u, s, v = torch.linalg.svd(product, full_matrices=False)
     return v[:rank], u[:, :rank] * s[:rank]
 

@@ -118,6 +118,7 @@ def gather(
             found.token_base(position, key, ref)
         for key, ref in adapter.tokens.items():
             found.tokens(position, adapter, key, ref)
+    found.require_no_bias_beside_rows()
     if found.lost:
         has = f", a {names.space.architecture}" if names.space is not None else ""
         raise AdapterError(
@@ -235,6 +236,21 @@ class _Gathering:
                     "rows that take the place of the base's have no sum"
                 )
         self._at(stored).tokens.append((position, ref, rows))
+
+    def require_no_bias_beside_rows(self) -> None:
+        """peft runs a tied head with the rows that were trained in the embedding, and without the head's bias."""
+        tied = self.tied
+        rows = self.touched.get(tied.embedding, Touched()).tokens if tied is not None else []
+        if tied is None or not rows or not tied.rows_together:
+            return
+        name = f"{tied.running.removesuffix('.weight')}.bias"
+        place = self.names.find(name)
+        stored = place.plain if place is not None else self.names.bound(name)
+        if stored is not None and self.base.checkpoint[stored].read().any():
+            raise AdapterError(
+                f"The adapter trained single rows of {tied.embedding}, which is the head too, and peft runs that head "
+                f"without its bias ({stored}): the merged model, which has it, would not be the one that was trained."
+            )
 
     def token_base(self, position: int, key: str, ref: TensorRef) -> None:
         """What trained rows are rows of: the base's own, unless the vocabulary was resized."""

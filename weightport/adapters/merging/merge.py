@@ -41,7 +41,7 @@ from weightport.adapters.merging.module_names import ModuleNames, earlier_names,
 from weightport.adapters.merging.quantized import KINDS
 from weightport.adapters.merging.tensor_edit import Norms, Output, edited_chunks
 from weightport.adapters.merging.ties import tied_head
-from weightport.adapters.merging.weights_check import WeightsCheck, check_weights
+from weightport.adapters.merging.weights_check import WeightsCheck, WeightsProof
 from weightport.adapters.reading.lora_tensors import LoraAdapter, open_adapter
 from weightport.checkpoints.formats.sharded import read_json
 from weightport.errors import AdapterError, UsageError
@@ -143,15 +143,15 @@ def merge_lora(
         announce(plan)
         needs = plan.nbytes + (1 << 20)
         with whole_directory(out, overwrite=options.overwrite, inputs=inputs, needs=needs) as folder:
+            proof = WeightsProof(plan, opened, weights)
             with one_thread():
-                files, tensors = _write(plan, source, folder, advance)
+                files, tensors = _write(plan, source, folder, proof, advance)
+            weighed(proof.result())
             write_companions(folder, base, tokenizer, others, source.config, config_changes)
-            proof = check_weights(folder, plan, opened, weights)
-            weighed(proof)
             digests_read = hashed.result(source.checkpoint.states)
             require_recorded(base, {digest.name: digest.sha256 for digest in digests_read})
             record = _record(source, opened, adapters, plan, options, files, tensors, digests_read)
-            record["weights_check"] = proof.record()
+            record["weights_check"] = proof.result().record()
             _write_record(folder, record)
             verification = check(Written(folder, base, tuple(opened), tuple(weights), plan, options))
             if verification is not None:
@@ -280,15 +280,16 @@ def _configuration(
 
 
 def _write(
-    plan: MergePlan, base: Base, folder: Path, advance: Advance
+    plan: MergePlan, base: Base, folder: Path, proof: WeightsProof, advance: Advance
 ) -> tuple[list[WrittenFile], dict[str, dict[str, Any]]]:
-    """Write every shard and the index; returns the files and, by name, what became of each changed tensor."""
+    """Write every shard and the index, each shard under the eyes of `proof`; returns the files and, by name, what
+    became of each changed tensor."""
     files: list[WrittenFile] = []
     changed: dict[str, dict[str, Any]] = {}
     for shard, outputs in plan.shards.items():
         norms = {out.name: Norms() for out in outputs}
         tensors = [_outgoing(out, norms[out.name]) for out in outputs]
-        files.append(write_safetensors(tensors, folder / shard, advance=advance))
+        files.append(write_safetensors(tensors, folder / shard, advance=advance, watch=proof.shard(shard)))
         changed |= {out.name: _change(out, norms[out.name]) for out in outputs if out.edit is not None}
     if len(plan.shards) > 1:
         metadata = (base.checkpoint.document or {}).get("weights", {}).get("metadata", {})

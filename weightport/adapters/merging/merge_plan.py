@@ -17,7 +17,7 @@ from weightport.adapters.base.base_model import Base
 from weightport.adapters.merging.combination import SUM, Combination, check_combination
 from weightport.adapters.merging.lora_targets import Touched, gather, listed, names_of, require_all_layers, settle_ties
 from weightport.adapters.merging.module_names import ModuleNames, names_of_base
-from weightport.adapters.merging.planned_edits import EditBuilder
+from weightport.adapters.merging.planned_edits import EditBuilder, largest_rank
 from weightport.adapters.merging.tensor_edit import Edit, Output
 from weightport.adapters.merging.ties import TiedHead, tied_head
 from weightport.adapters.reading.lora_tensors import LoraAdapter
@@ -66,13 +66,13 @@ def plan_merge(
     _require_pairs(adapters, combination)
     check_combination(
         combination,
-        [
-            max(adapter.settings.default_rank, *(adapter.settings.data.get("rank_pattern") or {0: 0}).values())
-            for adapter in adapters
-        ],
+        [largest_rank(adapter) for adapter in adapters],
         rslora=any(adapter.settings.use_rslora for adapter in adapters),
     )
     _require_weights(adapters, weights, combination)
+    if len(adapters) == 1:
+        # peft combines one adapter by its weight alone, whatever it is asked for.
+        combination = WEIGHTED_SUM
     tensors = base.checkpoint.tensors
     names = names or names_of_base(base, adapters, untie=untie)
     tied = tied_head(names.space, tensors, base.model_type) if names.space is not None else None
@@ -242,5 +242,10 @@ def _notes(
     if whole:
         notes.append(
             f"{whole} tensors are taken from the adapter as they are (biases, modules_to_save); no weight applies."
+        )
+    rows = sum(len(indices) for found in touched.values() for _, _, indices in found.tokens)
+    if rows:
+        notes.append(
+            f"{rows} rows of embeddings take the place of the base's, as they were trained; no weight applies."
         )
     return notes

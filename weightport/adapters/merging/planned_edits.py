@@ -9,7 +9,7 @@ import torch
 
 from weightport.adapters.base.base_model import Base
 from weightport.adapters.merging.additive_delta import additive_change, additive_misfit, additive_part, is_turned
-from weightport.adapters.merging.combination import Combination, Weighted, combine
+from weightport.adapters.merging.combination import SUM, Combination, Weighted, combine, combines_matrices
 from weightport.adapters.merging.lora_targets import DeltaChange, PairChange, Part, Touched
 from weightport.adapters.merging.low_rank_delta import (
     Change,
@@ -43,6 +43,11 @@ class EditBuilder:
     quantized: str | None
     quantized_layers: frozenset[str] | None
 
+    @property
+    def largest_rank(self) -> int:
+        """Of any adapter in any module, as their settings say."""
+        return max(largest_rank(adapter) for adapter in self.adapters)
+
     def edits(self, touched: Mapping[str, Touched], untied: TiedHead | None) -> tuple[dict[str, Edit], list[str]]:
         """(edit by tensor, what cannot be done)."""
         edits: dict[str, Edit] = {}
@@ -75,6 +80,14 @@ class EditBuilder:
                     f"{change.key}: DoRA sets lengths of rows, and the files hold this weight in other rows "
                     f"({change.part.piece.stored})"
                 )
+        if self.combination.kind != SUM:
+            _refuse(_beside_pairs(found, ref, replacement, self.combination.kind))
+        ranks = {change.module.a.shape[0] for change in found.pairs}
+        if combines_matrices(self.combination) and len(ranks) > 1:
+            _refuse(
+                f"{found.pairs[0].key}: {self.combination.kind} adds matrices of one rank; the adapters have the "
+                f"ranks {', '.join(map(str, sorted(ranks)))} there"
+            )
         for change in found.parameters:
             rank = self.adapters[change.adapter].settings.rank(change.key)
             _refuse(parameter_misfit(change.module, change.key, _model_shape(change, shape), rank))
@@ -120,12 +133,11 @@ class EditBuilder:
                         read_pair(change.module, dtype, flipped=flipped),
                         self.adapters[change.adapter].settings.scaling(change.key),
                         self.weights[change.adapter] * change.times,
-                        change.module.a.shape[0],
                     )
                     for change, flipped in together
                 ]
                 part = together[0][0].part
-                combined = combine(self.combination, parts)
+                combined = combine(self.combination, parts, self.largest_rank)
                 changes += combined if part.plain else [stored_part(c, part.piece, shape) for c in combined]
             for change in (*found.parameters, *found.biases):
                 changes.append(self._alone(change, shape, dtype))
@@ -158,9 +170,30 @@ class EditBuilder:
         return whole if change.part.plain else stored_part(whole, change.part.piece, shape)
 
 
+def largest_rank(adapter: LoraAdapter) -> int:
+    """The largest rank that the adapter's settings give a module."""
+    patterns = adapter.settings.data.get("rank_pattern") or {}
+    return max(adapter.settings.default_rank, *patterns.values(), 0)
+
+
 def _model_shape(change: PairChange | DeltaChange, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the model's tensor: the stored one's, which may have grown, or its own where the two differ."""
     return shape if change.part.plain else change.part.place.shape
+
+
+def _beside_pairs(found: Touched, ref: TensorRef, replacement: TensorRef | None, kind: str) -> str | None:
+    """What peft's combinations of pairs leave out; None where the tensor has none of it."""
+    saved = replacement is not None and (
+        replacement.shape != ref.shape or not same_bits(replacement.read(), ref.read())
+    )
+    what = {
+        "pairs beside parameters (target_parameters)": found.parameters,
+        "biases of pairs (lora_bias)": found.biases,
+        "single rows (trainable_token_indices)": found.tokens,
+        "tensors saved as a whole": saved,
+    }
+    beside = next((name for name, there in what.items() if there), None)
+    return f"{ref.name}: {kind} combines pairs and leaves out {beside}; use {SUM}, the exact sum" if beside else None
 
 
 def _refuse(problem: str | None) -> None:

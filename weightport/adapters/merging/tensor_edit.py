@@ -37,7 +37,7 @@ class Edit:
     """What happens to one tensor of the base.
 
     `replacement` is taken instead of the base's values; `quantized` ("nf4", "nf4-double") rounds these first;
-    `changes` builds what is added, in the dtype of the arithmetic; `rows` then replaces single rows: index and value.
+    `rows` then replaces single rows: index and value; `changes` builds what is added, in the dtype of the arithmetic.
     `stacked`: a matrix for each expert, [experts, rows, columns].
     """
 
@@ -144,6 +144,10 @@ def edited_chunks(output: Output, norms: Norms) -> Iterator[torch.Tensor]:
         stop = min(start + step, rows)
         block = blocks.first(stop - start)
         block.values.copy_(source[start:stop])
+        for indices, replaced in edit.rows:
+            for place, index in enumerate(indices):
+                if start <= index < stop:
+                    block.values[index - start] = replaced.read()[place].to(wide)
         if only_added:
             _add_up(changes, start, stop, block.added)
             norms.add(block.values, block.added)
@@ -158,10 +162,6 @@ def edited_chunks(output: Output, norms: Norms) -> Iterator[torch.Tensor]:
         elif magnitude is not None:
             lengths = torch.linalg.vector_norm(block.values, dim=1)
             block.values.mul_((magnitude[start:stop] / lengths).unsqueeze(1))
-        for indices, replaced in edit.rows:
-            for place, index in enumerate(indices):
-                if start <= index < stop:
-                    block.values[index - start] = replaced.read()[place].to(wide)
         unchanged = before[start:stop].to(wide)
         norms.add(unchanged, torch.sub(block.values, unchanged, out=block.added))
         yield _rounded(block, output)

@@ -1,38 +1,52 @@
-"""The first proof of a merge: every changed tensor against base + scaling · B · A, computed a second time.
+"""The first proof of a merge: every changed tensor against base + scaling · B·A, computed a second time.
 
-Everything is read again and computed in float64 by code that shares no arithmetic with the merge: neither its scaling
-nor its changes, edits and combinations. Memory is bounded by blocks of rows. What only peft computes (combinations
-other than the sum) and what is rounded first (a 4-bit base) is left to the check of the model, and named.
+It looks at the bytes of a file as they are hashed and written, and finds the tensors by the header among them, so that
+what is proven is what merge.json has the SHA-256 of. An element counts as right when it is what a computation of known
+error rounds to; each other one is computed in float64. What only peft computes (combinations other than the sum) and
+what is rounded first (a 4-bit base) is left to the check of the model, and named.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from weightport.adapters.merging.additive_check import ExpectedDelta
 from weightport.adapters.merging.combination import SUM
-from weightport.adapters.merging.lora_targets import PairChange, Touched
+from weightport.adapters.merging.lora_targets import Touched
 from weightport.adapters.merging.merge_plan import MergePlan
+from weightport.adapters.merging.second_computation import (
+    BLOCK_ELEMENTS,
+    Rectangle,
+    SecondComputation,
+    UnknownOrderError,
+    rectangles,
+)
 from weightport.adapters.merging.tensor_edit import Output
 from weightport.adapters.reading.lora_tensors import LoraAdapter
-from weightport.checkpoints import open_checkpoint
 from weightport.errors import ParityError
+from weightport.writing.safetensors_shards import SAFETENSORS_DTYPES
 
-_ROWS = 1 << 17
-"""Elements of a block."""
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_READ_BYTES = 8 << 20
+_HALF = 0.5001
+"""Half a rounding, and what converting float64 by way of float32 adds to it."""
+
+_SLACK = 64
+"""Roundings of the arithmetic's dtype, of the terms of a sum, that a correct merge may be off by before its last
+rounding."""
 
 
 @dataclass(frozen=True)
 class WeightsCheck:
-    """How many changed tensors were compared, the furthest element in what rounding explains, and what was not
-    compared, with the reason."""
+    """How many changed tensors were compared, how far an element lies at most in what rounding explains, and what was
+    not compared, with the reason."""
 
     changed: int
     compared: int
@@ -49,34 +63,68 @@ class WeightsCheck:
         }
 
 
+class WeightsProof:
+    """The proof of one merge: `shard` watches a file's bytes, `result` says what was found."""
+
+    def __init__(self, plan: MergePlan, adapters: Sequence[LoraAdapter], weights: Sequence[float]) -> None:
+        self.plan = plan
+        self.weights = tuple(weights)
+        self.settings = [
+            json.loads((adapter.folder / "adapter_config.json").read_text("utf-8")) for adapter in adapters
+        ]
+        self.furthest: dict[str, float] = {}
+        self.unchecked: dict[str, str] = {}
+        self._memory = _Memory()
+
+    def shard(self, file: str) -> ShardWatch:
+        """What takes the bytes of the plan's file `file` from its first to its last."""
+        return ShardWatch(self, {out.name: out for out in self.plan.shards[file]})
+
+    def tensor(self, out: Output) -> TensorProof | None:
+        """The proof of one tensor; None for one that did not change or cannot be compared."""
+        if out.edit is None:
+            return None
+        reason = _why_not(out, self.plan)
+        if reason is None:
+            try:
+                again = SecondComputation(
+                    out, self.plan.touched.get(out.name) or Touched(), self.settings, self.weights
+                )
+                return TensorProof(out, again, self._memory)
+            except UnknownOrderError:
+                reason = "the files hold its values in an order that the check cannot follow"
+        self.unchecked[out.name] = reason
+        return None
+
+    def settle(self, out: Output, found: float) -> None:
+        """Note how far a tensor lies. Raises ParityError when that is too far."""
+        if not found <= 1:
+            raise ParityError(
+                f"{out.name} as written lies {found:.1f} roundings from base + adapter, computed a second "
+                "time; at most one is explained. Nothing was written."
+            )
+        self.furthest[out.name] = found
+
+    def result(self) -> WeightsCheck:
+        """Raises ParityError when a changed tensor was never seen whole."""
+        changed = [out.name for out in self.plan.outputs if out.edit is not None]
+        missing = [name for name in changed if name not in self.furthest and name not in self.unchecked]
+        if missing:
+            raise ParityError(f"{missing[0]} is not in the files as written. Nothing was written.")
+        return WeightsCheck(len(changed), len(self.furthest), max(self.furthest.values(), default=0.0), self.unchecked)
+
+
 def check_weights(
     folder: Path, plan: MergePlan, adapters: Sequence[LoraAdapter], weights: Sequence[float]
 ) -> WeightsCheck:
     """Compare the finished files in `folder` with base and adapters. Raises ParityError when a tensor is wrong."""
-    settings = [json.loads((adapter.folder / "adapter_config.json").read_text("utf-8")) for adapter in adapters]
-    changed = unchecked_count = 0
-    furthest = 0.0
-    unchecked: dict[str, str] = {}
-    for shard, outputs in plan.shards.items():
-        # Read, not mapped: a mapping of a whole shard counts as private memory.
-        file = open_checkpoint(folder / shard)
-        for out in outputs:
-            if out.edit is None:
-                continue
-            changed += 1
-            reason = _why_not(out, plan)
-            if reason is not None:
-                unchecked[out.name] = reason
-                unchecked_count += 1
-                continue
-            found = _furthest(file[out.name].read(), out, plan.touched.get(out.name), settings, weights)
-            if not found <= 1:
-                raise ParityError(
-                    f"{out.name} as written lies {found:.1f} roundings from base + adapter, computed a second "
-                    "time; at most one is explained. Nothing was written."
-                )
-            furthest = max(furthest, found)
-    return WeightsCheck(changed, changed - unchecked_count, furthest, unchecked)
+    proof = WeightsProof(plan, adapters, weights)
+    for file in plan.shards:
+        watch = proof.shard(file)
+        with (folder / file).open("rb", buffering=0) as stream:
+            while block := stream.read(_READ_BYTES):
+                watch(memoryview(bytearray(block)))
+    return proof.result()
 
 
 def _why_not(out: Output, plan: MergePlan) -> str | None:
@@ -91,152 +139,237 @@ def _why_not(out: Output, plan: MergePlan) -> str | None:
     return None
 
 
-def _furthest(
-    stored: torch.Tensor,
-    out: Output,
-    touched: Touched | None,
-    settings: Sequence[Mapping[str, Any]],
-    weights: Sequence[float],
-) -> float:
-    """The furthest element of a tensor as written, in roundings of its dtype."""
-    if not out.dtype.is_floating_point or out.edit is None:
-        return 0.0
-    base = (out.edit.replacement or out.base).read()
-    if not out.shape:
-        return float((stored.double() - base.double()).abs())
-    columns = max(base[0].numel(), 1) if base.shape[0] else 1
-    step = max(1, _ROWS // columns)
-    touched = touched or Touched()
-    deltas: list[_Delta | ExpectedDelta] = [
-        _delta(change, settings[change.adapter], weights[change.adapter], out) for change in _changes(touched)
-    ]
-    deltas += [ExpectedDelta(c, settings[c.adapter], weights[c.adapter], out.shape) for c in touched.deltas]
-    length = _dora_factor(out, touched, base, deltas, step)
-    worst = 0.0
-    for start in range(0, base.shape[0], step):
-        stop = min(start + step, base.shape[0])
-        before = base[start:stop].double().reshape(stop - start, -1)
-        added = torch.zeros_like(before)
-        for delta in deltas:
-            added += delta.rows(start, stop).reshape(stop - start, -1)
-        expected = before + added
-        if length is not None:
-            expected = expected * length(start, stop)
-        for _, values, rows in touched.tokens:
-            for place, row in enumerate(rows):
-                if start <= row < stop:
-                    expected[row - start] = values.read()[place].double()
-        written = stored[start:stop].double().reshape(stop - start, -1)
-        worst = max(worst, _in_roundings(written, expected, before.abs() + added.abs(), out.dtype))
-    return worst
+@dataclass(frozen=True)
+class _Place:
+    """A changed tensor in a file: its first and last byte (excluded), counted from the file's first."""
+
+    out: Output
+    begin: int
+    end: int
+
+
+class ShardWatch:
+    """Called with the bytes of one safetensors file, run after run; reads its header, and compares what it says."""
+
+    def __init__(self, proof: WeightsProof, outputs: Mapping[str, Output]) -> None:
+        self._proof, self._outputs = proof, outputs
+        self._position = 0
+        self._header = b""
+        self._places: list[_Place] | None = None
+        self._tensor: TensorProof | None = None
+        self._split = b""
+
+    def __call__(self, data: memoryview) -> None:
+        """Raises ParityError when the bytes are not what they should be."""
+        start = 0
+        if self._places is None:
+            start = self._take_header(data)
+        while self._places and start < len(data):
+            place = self._places[0]
+            at = self._position + start
+            if at == place.begin:
+                self._tensor = self._proof.tensor(place.out)
+            begin, end = max(place.begin - self._position, start), min(place.end - self._position, len(data))
+            if begin >= len(data):
+                break
+            if begin > start:
+                start = begin
+                continue
+            if self._tensor is not None:
+                self._compare(self._tensor, data[begin:end])
+            start = end
+            if self._position + end == place.end:
+                if self._tensor is not None:
+                    self._proof.settle(place.out, self._tensor.finish())
+                self._places.pop(0)
+                self._tensor = None
+        self._position += len(data)
+
+    def _take_header(self, data: memoryview) -> int:
+        """Collect the header; returns how many bytes of `data` belong to it."""
+        before = len(self._header)
+        self._header += bytes(data)
+        length = 8 + int.from_bytes(self._header[:8], "little")
+        if len(self._header) < max(length, 8):
+            return len(data)
+        stated = json.loads(self._header[8:length])
+        self._header = b""
+        places = []
+        for name, out in self._outputs.items():
+            found = stated.get(name, {})
+            if (found.get("dtype"), found.get("shape")) != (SAFETENSORS_DTYPES[out.dtype], list(out.shape)):
+                raise ParityError(f"{name} should be {out.dtype} {list(out.shape)}; the file as written has {found}.")
+            first, last = found["data_offsets"]
+            if last - first != prod(out.shape) * out.dtype.itemsize:
+                raise ParityError(f"{name} should have {out.nbytes} bytes; the file as written has {last - first}.")
+            if out.edit is not None and last > first:
+                places.append(_Place(out, length + first, length + last))
+            elif out.edit is not None:
+                self._proof.settle(out, 0.0)
+        self._places = sorted(places, key=lambda place: place.begin)
+        return length - before
+
+    def _compare(self, tensor: TensorProof, data: memoryview) -> None:
+        """Hand whole elements on; the bytes of one that two runs share wait for the rest of it."""
+        width = tensor.out.dtype.itemsize
+        if self._split:
+            missing = width - len(self._split)
+            self._split += bytes(data[:missing])
+            data = data[missing:]
+            if len(self._split) < width:
+                return
+            tensor.compare(torch.frombuffer(bytearray(self._split), dtype=tensor.out.dtype))
+            self._split = b""
+        count, rest = divmod(len(data), width)
+        if rest:
+            self._split = bytes(data[len(data) - rest :])
+        if count:
+            tensor.compare(torch.frombuffer(data, dtype=tensor.out.dtype, count=count))
+
+
+class _Memory:
+    """Memory for one block, used again for every block: fresh memory costs more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+    def block(self, use: str, dtype: torch.dtype, shape: tuple[int, int]) -> torch.Tensor:
+        """Memory of `shape`, at most BLOCK_ELEMENTS, valid until it is asked for again for the same `use`."""
+        if (use, dtype) not in self._held:
+            self._held[use, dtype] = torch.empty(BLOCK_ELEMENTS, dtype=dtype)
+        return self._held[use, dtype][: prod(shape)].view(shape)
+
+
+class TensorProof:
+    """The comparison of one tensor: `compare` takes its elements in order, `finish` says how far the furthest lies, in
+    roundings of its dtype."""
+
+    def __init__(self, out: Output, again: SecondComputation, memory: _Memory) -> None:
+        self.out, self.again, self._memory = out, again, memory
+        self._next = 0
+        self._worst = 0.0
+        self._doubtful: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._screens = (torch.float32, torch.float64) if out.dtype.itemsize <= 2 else (torch.float64,)
+        self._integers = _INTEGERS[out.dtype.itemsize]
+
+    def compare(self, written: torch.Tensor) -> None:
+        """The next elements as they stand in the file, 1-D."""
+        first, last = self._next, self._next + written.numel()
+        for place, start, stop in rectangles(self.again.columns, first, last):
+            part = place.covering(self.again.columns, start, stop)
+            self._block(place, part, start, written[start - first : stop - first])
+        self._next = last
+
+    def finish(self) -> float:
+        """The largest distance, once all elements were compared."""
+        self._settle()
+        return self._worst if self._next == prod(self.out.shape) else float("inf")
+
+    def _block(self, place: Rectangle, part: slice, start: int, written: torch.Tensor) -> None:
+        base = self.again.base_values(place)
+        if not self.out.dtype.is_floating_point:
+            same = torch.equal(base.reshape(-1)[part].to(self.out.dtype), written)
+            self._note(0.0 if same else float("inf"))
+            return
+        if self.again.only_adds(place):
+            for dtype in self._screens:
+                if self._screened(place, part, start, base, written, dtype):
+                    return
+        self._note(_in_roundings(written.double(), *self._exactly(place, base, part), self.out.dtype))
+
+    def _screened(
+        self,
+        place: Rectangle,
+        part: slice,
+        start: int,
+        base: torch.Tensor,
+        written: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> bool:
+        """Compare bits with what a computation in `dtype` rounds to; False where its own error could be more than half
+        of what is allowed.
+
+        That error is at most (depth + 4) · eps / 2 · (|base| + reach) an element. Elements that differ wait for a
+        computation in float64.
+        """
+        out = self.out.dtype
+        wide = self._memory.block("sums", dtype, place.shape).copy_(base)
+        absolute = torch.abs(wide, out=self._memory.block("added", dtype, place.shape))
+        reach, total = self.again.reach(place), float(absolute.sum())
+        limit = torch.finfo(out).max / 2
+        if not total + reach < limit and not float(absolute.max()) + reach < limit:
+            return False
+        # A sum of so many float32 is right to one in a hundred.
+        mean = 0.98 * total / wide.numel()
+        error = (self.again.depth + 4) * torch.finfo(dtype).eps / 2 * reach
+        if not error <= _SLACK * _arithmetic_eps(out) * mean / 2:
+            return False
+        if self.again.patches:
+            wide += self.again.added(place, self._memory.block("added", dtype, place.shape))
+        return self._same_bits(wide, part, start, base, written, mean)
+
+    def _same_bits(
+        self,
+        wide: torch.Tensor,
+        part: slice,
+        start: int,
+        base: torch.Tensor,
+        written: torch.Tensor,
+        mean: float,
+    ) -> bool:
+        rounded = self._memory.block("rounded", self.out.dtype, wide.shape).copy_(wide)
+        expected = rounded.reshape(-1)[part].view(self._integers).numpy()
+        differing = np.flatnonzero(expected != written.view(self._integers).numpy())
+        if len(differing) > written.numel() // 8 + 8:
+            return False
+        if len(differing):
+            where = torch.from_numpy(differing)
+            self._doubtful.append(
+                (
+                    where + start,
+                    base.reshape(-1)[part][where].double(),
+                    written[where].double(),
+                    torch.full(where.shape, mean, dtype=torch.float64),
+                )
+            )
+            if sum(len(found) for found, *_ in self._doubtful) > BLOCK_ELEMENTS:
+                self._settle()
+        self._note(_HALF)
+        return True
+
+    def _exactly(self, place: Rectangle, base: torch.Tensor, part: slice) -> tuple[torch.Tensor, ...]:
+        """(expected values, what is allowed beside their rounding is a multiple of) in float64."""
+        before = self.again.with_trained_rows(
+            place, self._memory.block("base", torch.float64, place.shape).copy_(base)
+        )
+        added = self.again.added(place, self._memory.block("added", torch.float64, place.shape))
+        expected = self.again.finish(place, before + added)
+        terms = before.abs_().add_(added.abs_())
+        terms += terms.mean()
+        return expected.reshape(-1)[part], terms.reshape(-1)[part]
+
+    def _settle(self) -> None:
+        """Compute the doubtful elements in float64."""
+        if not self._doubtful:
+            return
+        places, base, written, mean = (torch.cat(found) for found in zip(*self._doubtful))
+        self._doubtful.clear()
+        added = self.again.at(places)
+        self._note(_in_roundings(written, base + added, base.abs() + added.abs() + mean, self.out.dtype))
+
+    def _note(self, found: float) -> None:
+        # Not max(): a comparison with NaN has to count.
+        if not found <= self._worst:
+            self._worst = found
+
+
+def _arithmetic_eps(dtype: torch.dtype) -> float:
+    """The rounding of what sums are computed in before they become `dtype`."""
+    return torch.finfo(torch.float32 if dtype.itemsize <= 2 else torch.float64).eps
 
 
 def _in_roundings(written: torch.Tensor, expected: torch.Tensor, terms: torch.Tensor, dtype: torch.dtype) -> float:
-    """The largest distance in roundings; the terms of the sum, in the wider dtype, may themselves be rounded."""
-    wide = torch.finfo(torch.float32 if dtype.itemsize <= 2 else torch.float64).eps
+    """The largest distance in roundings; the `terms` of the sum, in the wider dtype, may themselves be rounded."""
     info = torch.finfo(dtype)
-    allowed = info.eps * expected.abs() + 64 * wide * (terms + terms.mean()) + info.smallest_normal * info.eps
+    allowed = info.eps * expected.abs() + _SLACK * _arithmetic_eps(dtype) * terms + info.smallest_normal * info.eps
     return float(((written - expected).abs() / allowed).max()) if written.numel() else 0.0
-
-
-class _Delta:
-    """What one pair adds to a stored tensor [rows, …]: by rows, in float64."""
-
-    def __init__(
-        self, matrices: Sequence[tuple[torch.Tensor, torch.Tensor]], change: PairChange, shape: Sequence[int]
-    ):
-        self.matrices, self.piece, self.shape = matrices, change.part.piece, tuple(shape)
-        self.plain = change.part.plain
-
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        if self.plain:
-            if len(self.matrices) > 1:
-                return torch.stack([left @ right for left, right in self.matrices[start:stop]])
-            left, right = self.matrices[0]
-            return left[start:stop] @ right
-        piece = self.piece
-        out = torch.zeros(stop - start, *self.shape[1:], dtype=torch.float64)
-        first, last = max(start, piece.source[0][0]), min(stop, piece.source[0][1])
-        if first < last:
-            target = (slice(first - start, last - start), *(slice(*span) for span in piece.source[1:]))
-            offset = piece.source[0][0]
-            out[target] = self._block()[first - offset : last - offset]
-        return out
-
-    def _block(self) -> torch.Tensor:
-        """The piece's values, in the axes of the stored tensor."""
-        spans = [slice(start, start + self.piece.extent(axis)) for axis, start in enumerate(self.piece.start)]
-        if len(spans) == 3:
-            block = torch.stack([(left @ right)[spans[1], spans[2]] for left, right in self.matrices[spans[0]]])
-        else:
-            left, right = self.matrices[0]
-            block = (left[spans[0]] @ right)[:, spans[1]] if len(spans) == 2 else left[spans[0]] @ right
-        kept = [axis for axis, of in enumerate(self.piece.axes) if of is not None]
-        block = block.reshape([block.shape[axis] for axis in kept]) if len(spans) == block.ndim else block
-        order = sorted(range(len(kept)), key=lambda place: self.piece.axes[kept[place]] or 0)
-        return block.permute(order) if block.ndim == len(order) else block
-
-
-def _changes(touched: Touched) -> Iterator[PairChange]:
-    yield from touched.pairs
-    yield from touched.parameters
-    yield from touched.biases
-
-
-def _delta(change: PairChange, settings: Mapping[str, Any], weight: float, out: Output) -> _Delta:
-    module = change.module
-    scale = _strength(settings, change.key) * weight * change.times
-    shape = out.shape if change.part.plain else change.part.place.shape
-    if len(out.shape) == 1 and module.bias is not None:
-        bias = module.bias.read().double().reshape(-1, 1) * scale
-        return _Delta([(bias, torch.ones(1, 1, dtype=torch.float64))], change, out.shape)
-    a, b = module.a.read().double().flatten(1), module.b.read().double().flatten(1) * scale
-    if change.key != module.module and len(shape) == 3:
-        experts = shape[0]
-        rank = a.shape[0] // experts
-        pairs = [(b[:, index::experts], a[index * rank : (index + 1) * rank]) for index in range(experts)]
-    else:
-        pairs = [(b, a)]
-    rows, columns = (shape[1], shape[2]) if len(pairs) > 1 else (shape[0], a.shape[1])
-    turned = module.embedding or (b.shape[0], a.shape[1]) != (rows, columns)
-    if not turned and rows == columns:
-        known = change.part.place.turned
-        turned = bool(settings.get("fan_in_fan_out")) if known is None else known
-        turned = turned and len(shape) == (3 if len(pairs) > 1 else 2)
-    if not module.embedding and len(shape) > 2 and len(pairs) == 1:
-        turned = False
-    return _Delta([(right.T, left.T) if turned else (left, right) for left, right in pairs], change, out.shape)
-
-
-def _strength(settings: Mapping[str, Any], name: str) -> float:
-    """alpha / r of the module or parameter `name`, as peft's documentation states it."""
-
-    def of(field: str, otherwise: Any) -> float:
-        patterns = settings.get(field) or {}
-        return float(next((v for key, v in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{key})", name)), otherwise))
-
-    rank = of("rank_pattern", settings.get("r", 8))
-    return of("alpha_pattern", settings.get("lora_alpha", 8)) / (rank**0.5 if settings.get("use_rslora") else rank)
-
-
-def _dora_factor(
-    out: Output, touched: Touched, base: torch.Tensor, deltas: Sequence[_Delta | ExpectedDelta], step: int
-) -> Any:
-    """By rows, what DoRA multiplies the sum with; None without DoRA."""
-    magnitude = next((change.module.magnitude for change in touched.pairs if change.module.magnitude), None)
-    if magnitude is None:
-        return None
-    values = magnitude.read().double().reshape(-1)
-    by_row = torch.empty(base.shape[0], dtype=torch.float64)
-    by_column = torch.zeros(base[0].numel(), dtype=torch.float64)
-    for start in range(0, base.shape[0], step):
-        stop = min(start + step, base.shape[0])
-        total = base[start:stop].double().reshape(stop - start, -1)
-        for delta in deltas:
-            total = total + delta.rows(start, stop).reshape(stop - start, -1)
-        by_row[start:stop] = total.norm(dim=1)
-        by_column += total.square().sum(0)
-    if out.edit is not None and out.edit.dora is not None and out.edit.dora.by_column:
-        factor = values / by_column.sqrt()
-        return lambda start, stop: factor
-    return lambda start, stop: (values[start:stop] / by_row[start:stop]).unsqueeze(1)

@@ -212,6 +212,11 @@ def _check(adapter: LoraAdapter, tensors: Mapping[str, TensorRef]) -> None:
                 "A and the second of B should be the rank. Parameters of DeepSpeed or FSDP must be gathered "
                 "before saving."
             )
+        if not (module.a.dtype.is_floating_point and module.b.dtype.is_floating_point):
+            raise AdapterError(
+                f"{module.a.name} and {module.b.name} are {module.a.dtype} and {module.b.dtype}; expected "
+                "floating-point numbers. A quantised adapter must be brought back first."
+            )
         rank = settings.rank(module.key)
         # Ranks of parameters depend on which parameter of the module it is, which the base says.
         of_parameter = any(_of_parameter(name, module.module) for name in settings.target_parameters)

@@ -28,7 +28,7 @@ from weightport.adapters.verification.peft_loading import load_adapter
 from weightport.adapters.verification.sample_inputs import sample_inputs
 from weightport.checkpoints import open_checkpoint
 from weightport.converters.name_spaces import NameSpace, name_space
-from weightport.errors import ConfigurationError, ParityError
+from weightport.errors import AdapterError, ConfigurationError, ParityError
 from weightport.extras import install_command
 
 if TYPE_CHECKING:
@@ -94,6 +94,9 @@ def why_not_verified(written: Written, available: int | None = None) -> str | No
     others = [adapter.settings.method for adapter in written.adapters if adapter.deltas]
     if others and (len(written.adapters) > 1 or written.weights[0] != 1):
         return f"peft has neither weights nor sums for {others[0]} adapters"
+    rank, sides = written.options.combination.svd_rank, [min(o.shape[:2]) for o in written.plan.outputs if o.edit]
+    if len(written.adapters) > 1 and rank is not None and sides and rank > min(sides):
+        return f"peft runs no --svd-rank {rank} on weights that have the rank {min(sides)}"
     needed = int(sum(math.prod(out.shape) for out in written.plan.outputs) * 4 * MODELS_AT_ONCE)
     available = available_memory() if available is None else available
     if needed > available:
@@ -116,10 +119,17 @@ def verify_merge(written: Written, prompt: str | None = None) -> Verification:
     UnverifiableError where the model takes none of the inputs that can be made for it, AdapterError where peft does
     not take the adapter, ParityError for a difference; what cannot be compared is in `unchecked`, never a verdict."""
     changed = {out.name: out.dtype for out in written.plan.outputs if out.edit is not None}
+    apart = _tied_in_training(written)
     with _quiet(), ExitStack() as stack:
         names = ModuleNames({}, _space_of(written))
         held = names.space.held() if names.space is not None else {}
-        loaded = _tuned(written, names, stack)
+        try:
+            loaded = _tuned(written, names, stack)
+        except (AdapterError, ParityError):
+            raise
+        except Exception as error:
+            # Adapters that peft loads alone and does not run together.
+            raise UnverifiableError(f"peft does not run these adapters together ({_first_line(error)})") from error
         if loaded.missing:
             reason = f"peft did not load {len(loaded.missing)} keys of the adapter, {loaded.missing[0]} among them"
             return Verification((), len(changed), 0, 0.0, (), dict.fromkeys(changed, reason))
@@ -129,16 +139,17 @@ def verify_merge(written: Written, prompt: str | None = None) -> Verification:
             expected = _outputs(tuned, arguments)
         except Exception as error:
             # Code of any architecture, called with inputs that were made without knowing it.
-            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             raise UnverifiableError(
-                f"{type(tuned.get_base_model()).__name__} does not run on sample inputs ({reason})"
+                f"{type(tuned.get_base_model()).__name__} does not run on sample inputs ({_first_line(error)})"
             ) from error
         weights = dict(tuned.merge_and_unload().state_dict())
         del tuned, loaded
         model = load_model(written.folder)
         ran = _running_modules(model)
         found = _outputs(model, arguments)
-    steps, unchecked = _compare_weights(weights, model.state_dict(), changed, held)
+    comparable = {name: dtype for name, dtype in changed.items() if name not in apart}
+    steps, unchecked = _compare_weights(weights, model.state_dict(), comparable, held)
+    unchecked |= dict.fromkeys(apart, "peft merges it into both of two tied places (its outputs were compared)")
     compared = len(changed) - len(unchecked)
     for name in changed:
         idle = [of for of in held.get(name, ()) if not _has_run(of, model, ran)]
@@ -154,6 +165,19 @@ def verify_merge(written: Written, prompt: str | None = None) -> Verification:
     )
     _require(result, expected, found)
     return result
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
+
+
+def _tied_in_training(written: Written) -> list[str]:
+    """The tensors that are written apart, and that base and adapter hold as one in peft: rows that are trained in all
+    tied places at once, and a pair on the head beside them. peft runs them rightly, and merges them wrongly."""
+    untied = written.plan.untied
+    if untied is None or not untied.rows_together or not any(t.tokens for t in written.plan.touched.values()):
+        return []
+    return [name for name in (untied.embedding, untied.head) if name in written.plan.touched]
 
 
 def _space_of(written: Written) -> NameSpace | None:
@@ -211,7 +235,7 @@ def _tuned(written: Written, names: ModuleNames, stack: ExitStack) -> _Tuned:
         _quantize(model, kind, quantized_layers(written.adapters, kind))
     if written.plan.resized is not None:
         model.resize_token_embeddings(written.plan.resized[1], mean_resizing=False)
-    if written.plan.untied is not None:
+    if written.plan.untied is not None and not _tied_in_training(written):
         _untie(model)
     labels = [f"adapter_{place}" for place in range(len(written.adapters))]
     folders = [_under_todays_names(adapter, names, stack) for adapter in written.adapters]

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from weightport.errors import DataError, RecipeError
+from weightport.errors import RecipeError
 from weightport.families.blip2.layouts import Kind
+from weightport.finetuning.batches import image_inputs, padded, padded_with_mask
 from weightport.finetuning.data.samples import Sample
 from weightport.finetuning.family import Answer, Images, Parts, Room, filled, shifted, shortened
 from weightport.finetuning.features.cached_part import CachedPart, Features, Inputs, as_pixels, whole
@@ -176,7 +178,7 @@ class Blip2Training:
         self, processor: Any, batch: BatchSettings, prompts: Sequence[str], images: Images
     ) -> dict[str, torch.Tensor]:
         rows = [_tokens(processor, prompt) for prompt in prompts]
-        return _sequences(processor, rows, left=self.causal) | _pixels(processor, images)
+        return _sequences(processor, rows, left=self.causal) | image_inputs(processor, images, "BLIP-2")
 
     def encode(
         self,
@@ -188,8 +190,8 @@ class Blip2Training:
         images: Images,
     ) -> dict[str, torch.Tensor]:
         if self.kind == "t5":
-            return self._encoded_for_t5(processor, batch, prompts, answers) | _pixels(processor, images)
-        return self._encoded_for_opt(processor, batch, prompts, answers) | _pixels(processor, images)
+            return self._encoded_for_t5(processor, batch, prompts, answers) | image_inputs(processor, images, "BLIP-2")
+        return self._encoded_for_opt(processor, batch, prompts, answers) | image_inputs(processor, images, "BLIP-2")
 
     def _encoded_for_opt(
         self, processor: Any, batch: BatchSettings, prompts: Sequence[str], answers: Sequence[str]
@@ -213,17 +215,16 @@ class Blip2Training:
     ) -> dict[str, torch.Tensor]:
         end = processor.tokenizer.eos_token_id
         rows = [[*_tokens(processor, answer)[:-1][: batch.max_target_length - 1], end] for answer in answers]
-        longest = max(map(len, rows))
-        pad = processor.tokenizer.pad_token_id if batch.count_padding else IGNORED
+        fill = processor.tokenizer.pad_token_id if batch.count_padding else IGNORED
         tensors = _sequences(processor, [_tokens(processor, prompt) for prompt in prompts], left=False)
-        labels = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows])
+        labels = padded(rows, fill, left=False)
         # T5 begins with its pad.
         start = processor.tokenizer.pad_token_id
         return {
             **tensors,
             "labels": labels,
             "decoder_input_ids": shifted(labels, start, start),
-            "decoder_attention_mask": torch.tensor([[*[1] * len(row), *[0] * (longest - len(row))] for row in rows]),
+            "decoder_attention_mask": padded([[1] * len(row) for row in rows], 0, left=False),
         }
 
     def read(self, processor: Any, batch: BatchSettings, ids: torch.Tensor, size: tuple[int, int] | None) -> Answer:
@@ -239,27 +240,11 @@ def _tokens(processor: Any, text: str) -> list[int]:
 def _sequences(processor: Any, rows: Sequence[Sequence[int]], *, left: bool) -> dict[str, torch.Tensor]:
     """input_ids and attention_mask, int64 [batch, queries + longest]: places of the image, then the text, padded on
     the `left` or behind."""
-    tokenizer, queries = processor.tokenizer, processor.num_query_tokens
-    places = [tokenizer.convert_tokens_to_ids(str(processor.image_token))] * queries
-    longest = max(map(len, rows))
-
-    def padded(row: Sequence[int], fill: int, before: Sequence[int]) -> list[int]:
-        padding = [fill] * (longest - len(row))
-        return [*before, *padding, *row] if left else [*before, *row, *padding]
-
-    return {
-        "input_ids": torch.tensor([padded(row, tokenizer.pad_token_id, places) for row in rows]),
-        "attention_mask": torch.tensor([padded([1] * len(row), 0, [1] * queries) for row in rows]),
-    }
-
-
-def _pixels(processor: Any, images: Images) -> dict[str, torch.Tensor]:
-    """Nothing where features stand for the images."""
-    if images is None:
-        return {}
-    if any(image is None for image in images):
-        raise DataError("BLIP-2 answers about images, and a sample has none.")
-    return {"pixel_values": processor.image_processor(list(images), return_tensors="pt")["pixel_values"]}
+    tokenizer = processor.tokenizer
+    tensors = padded_with_mask(rows, tokenizer.pad_token_id, left=left)
+    image = tokenizer.convert_tokens_to_ids(str(processor.image_token))
+    before = {"input_ids": image, "attention_mask": 1}
+    return {name: pad(tensors[name], (processor.num_query_tokens, 0), value=before[name]) for name in before}
 
 
 TRAINING = Blip2Training()

@@ -24,7 +24,7 @@ FAMILY = Family(
     sources=(
         Source(
             "variant",
-            "--variant",
+            "--variant-file",
             "A variant of a model of 2025 (final.pt, low-rank pairs without a base), to be merged into it.",
             metavar="FILE",
         ),

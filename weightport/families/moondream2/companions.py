@@ -272,5 +272,6 @@ def build_processor(model: SourceModel, checkpoint: Checkpoint, options: Moondre
         answer_space=revision.answer_space,
         end_text=revision.end_text,
         clean_spaces=revision.keys == "2024",
+        caption_settings=dict(revision.caption_settings) if revision.caption_settings else None,
     )
     return Processor(processor, vocabulary.provenance)

@@ -27,8 +27,9 @@ class Revision:
     `keys`: whose names its tensors have. `merge`: see MoondreamConfig.feature_merge. `exact_gelu`: of the vision tower
     and the projector, whose norms then have an epsilon of 1e-6. `image_texts`, `answer_space`, `end_text`,
     `question_space`: see MoondreamProcessor. `region`: the kind of tensors that its region head has, whose sizes are
-    on the `size_scale`. `new_tokens`: of an answer at most. `normalize_dtype`: type that pixels are normalised in.
-    `own_tokenizer`: it is not GPT-2's, and not what stands beside the weights.
+    on the `size_scale`. `new_tokens`: of an answer at most. `caption_settings`: what captions are generated with,
+    where that is not what answers are. `normalize_dtype`: type that pixels are normalised in. `own_tokenizer`: it is
+    not GPT-2's, and not what stands beside the weights.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Revision:
     region: Literal["points", "coordinates", "bins"] | None = None
     size_scale: Literal["log", "linear"] = "log"
     new_tokens: int = 512
+    caption_settings: tuple[tuple[str, float], ...] = ()
     normalize_dtype: str = "float32"
     own_tokenizer: bool = False
 
@@ -71,7 +73,13 @@ REVISIONS = (
     Revision("2024-05-08"),
     Revision("2024-05-20", merge="grid", new_tokens=256),
     Revision("2024-07-23", merge="grid", new_tokens=256),
-    Revision("2024-08-26", merge="grid", new_tokens=256, region="points"),
+    Revision(
+        "2024-08-26",
+        merge="grid",
+        new_tokens=256,
+        region="points",
+        caption_settings=(("repetition_penalty", 1.2), ("max_new_tokens", 512)),
+    ),
     _tiled("2024-late", keys="2024", region="coordinates", size_scale="linear"),
     _tiled("2025-01-09", size_scale="linear"),
     _tiled("2025-03-27"),

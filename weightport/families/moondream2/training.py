@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from weightport.errors import DataError, RecipeError
+from weightport.finetuning.batches import image_inputs, padded_with_mask
 from weightport.finetuning.data.samples import Sample
 from weightport.finetuning.family import Answer, Images, Parts, Room, filled, shortened
 from weightport.finetuning.features.cached_part import CachedPart, Features, Inputs, whole
@@ -111,7 +112,9 @@ class MoondreamTraining:
         self, processor: Any, batch: BatchSettings, prompts: Sequence[str], images: Images
     ) -> dict[str, torch.Tensor]:
         rows = [processor.encode(prompt) for prompt in prompts]
-        return _padded(processor, rows, left=True) | _pixels(processor, images)
+        return padded_with_mask(rows, processor.tokenizer.pad_token_id, left=True) | image_inputs(
+            processor, images, "moondream2"
+        )
 
     def encode(
         self,
@@ -125,38 +128,16 @@ class MoondreamTraining:
         asked = [processor.encode(prompt) for prompt in prompts]
         end = processor.tokenizer.eos_token_id
         answered = [[*processor.text_ids(f" {answer}"), end] for answer in answers]
-        tensors = _padded(processor, [a + b for a, b in zip(asked, answered)], left=False)
+        tensors = padded_with_mask(
+            [a + b for a, b in zip(asked, answered)], processor.tokenizer.pad_token_id, left=False
+        )
         labels = torch.full_like(tensors["input_ids"], IGNORED)
         for row, (question, answer) in enumerate(zip(asked, answered)):
             labels[row, len(question) : len(question) + len(answer)] = torch.tensor(answer)
-        return {**tensors, "labels": labels, **_pixels(processor, images)}
+        return {**tensors, "labels": labels, **image_inputs(processor, images, "moondream2")}
 
     def read(self, processor: Any, batch: BatchSettings, ids: torch.Tensor, size: tuple[int, int] | None) -> Answer:
         return Answer(processor.answer(ids))
-
-
-def _pixels(processor: Any, images: Images) -> dict[str, torch.Tensor]:
-    """Nothing where features stand for the images."""
-    if images is None:
-        return {}
-    if any(image is None for image in images):
-        raise DataError("moondream2 is trained on questions about pictures, and a sample has none.")
-    return dict(processor.image_processor(list(images), return_tensors="pt"))
-
-
-def _padded(processor: Any, rows: Sequence[Sequence[int]], *, left: bool) -> dict[str, torch.Tensor]:
-    """input_ids and attention_mask, int64 [batch, longest]; padded with the end token, which is masked."""
-    longest = max(map(len, rows))
-
-    def padded(row: Sequence[int], fill: int) -> list[int]:
-        padding = [fill] * (longest - len(row))
-        return [*padding, *row] if left else [*row, *padding]
-
-    pad = processor.tokenizer.pad_token_id
-    return {
-        "input_ids": torch.tensor([padded(row, pad) for row in rows]),
-        "attention_mask": torch.tensor([padded([1] * len(row), 0) for row in rows]),
-    }
 
 
 TRAINING = MoondreamTraining()

@@ -81,6 +81,7 @@ class OFATraining:
             compute=_encoder_output,
             feed=_as_encoder_output,
             read_by_linear=True,
+            projections=r"model\.decoder\.layers\.\d+\.cross_attn\.[kv]_proj",
         ),
         CachedPart(
             "vision tower",

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from weightport.errors import DataError, RecipeError
+from weightport.finetuning.batches import image_inputs, padded, padded_with_mask
 from weightport.finetuning.data.samples import Objects, Sample
 from weightport.finetuning.family import Answer, Images, Parts, Room, filled, shortened
 from weightport.finetuning.features.cached_part import CachedPart, Features, as_pixels, whole
@@ -153,7 +154,7 @@ class PaliGemmaTraining:
         self, processor: Any, batch: BatchSettings, prompts: Sequence[str], images: Images
     ) -> dict[str, torch.Tensor]:
         rows = [_Row(_prefix_ids(processor, prompt), []) for prompt in prompts]
-        return _sequences(processor, rows, left=True) | _pixels(processor, images)
+        return _sequences(processor, rows, left=True) | image_inputs(processor, images, "PaliGemma")
 
     def encode(
         self,
@@ -170,7 +171,7 @@ class PaliGemmaTraining:
         ]
         tensors = _sequences(processor, rows, left=False)
         labels = tensors["input_ids"].masked_fill(tensors["token_type_ids"] != SUFFIX, IGNORED)
-        return {**tensors, "labels": labels, **_pixels(processor, images)}
+        return {**tensors, "labels": labels, **image_inputs(processor, images, "PaliGemma")}
 
     def read(self, processor: Any, batch: BatchSettings, ids: torch.Tensor, size: tuple[int, int] | None) -> Answer:
         text = str(processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
@@ -215,32 +216,12 @@ def _prefix_ids(processor: Any, prompt: str) -> list[int]:
     return [*places, processor.tokenizer.bos_token_id, *_ids(processor, prompt), *_ids(processor, "\n")]
 
 
-def _pixels(processor: Any, images: Images) -> dict[str, torch.Tensor]:
-    """Nothing where features stand for the images."""
-    if images is None:
-        return {}
-    if any(image is None for image in images):
-        raise DataError("PaliGemma answers about images, and a sample has none.")
-    return {"pixel_values": processor.image_processor(list(images), return_tensors="pt")["pixel_values"]}
-
-
 def _sequences(processor: Any, rows: Sequence[_Row], *, left: bool) -> dict[str, torch.Tensor]:
     """input_ids, attention_mask and token_type_ids, int64 [batch, longest]; padding is masked, and of the prefix's
     type."""
-    longest = max(len(row.prefix) + len(row.suffix) for row in rows)
-
-    def padded(row: Sequence[int], fill: int) -> list[int]:
-        padding = [fill] * (longest - len(row))
-        return [*padding, *row] if left else [*row, *padding]
-
-    pad = processor.tokenizer.pad_token_id
-    return {
-        "input_ids": torch.tensor([padded(row.prefix + row.suffix, pad) for row in rows]),
-        "attention_mask": torch.tensor([padded([1] * len(row.prefix + row.suffix), 0) for row in rows]),
-        "token_type_ids": torch.tensor(
-            [padded([PREFIX] * len(row.prefix) + [SUFFIX] * len(row.suffix), PREFIX) for row in rows]
-        ),
-    }
+    kinds = [[PREFIX] * len(row.prefix) + [SUFFIX] * len(row.suffix) for row in rows]
+    tensors = padded_with_mask([row.prefix + row.suffix for row in rows], processor.tokenizer.pad_token_id, left=left)
+    return {**tensors, "token_type_ids": padded(kinds, PREFIX, left=left)}
 
 
 TRAINING = PaliGemmaTraining()

@@ -64,19 +64,19 @@ class _Message:
     learned: bool
 
 
-def read_chat(found: Any, place: str) -> Chat:
+def read_chat(found: Any, place: str, *, drop_system: bool = False) -> Chat:
     """The chat in a cell. Raises DataError, naming the message, for roles that do not alternate between question and
-    answer, for a system message, and for pictures in the middle of a chat."""
+    answer, for a system message unless they are dropped, and for pictures in the middle of a chat."""
     if not isinstance(found, list) or not found:
         raise DataError(
             f"{place}: a list of messages was expected, found {kind_of(found) if found != [] else 'none'}."
         )
     messages = [_message(each, f"{place}, message {number}") for number, each in enumerate(found, 1)]
     first = 1 if messages[0].kind == SYSTEM else 0
-    if first and messages[0].text.strip():
+    if first and messages[0].text.strip() and not drop_system:
         raise DataError(
-            f"{place}, message 1: a system message, which no prompt here holds. Leave it out of the data, and write "
-            "what matters in it into batch.prompt."
+            f"{place}, message 1: a system message, which no prompt here holds. Leave system messages out with "
+            "data.drop_system=true, and write what matters in them into batch.prompt."
         )
     for number, message in enumerate(messages[first:]):
         where = f"{place}, message {first + number + 1}"

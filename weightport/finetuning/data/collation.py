@@ -22,8 +22,9 @@ INDICES, FAILURE, STAND_IN = "sample_indices", "failure", "stand_in"
 crosses a worker's process would arrive as a traceback. STAND_IN is there where all of its samples were bad, and
 another one took their place."""
 
-FEATURES, FEATURE_LENGTHS = "features", "feature_lengths"
-"""In the place of pictures where these have been computed into features: see `FeatureStore.read`."""
+FEATURES, FEATURE_LENGTHS, FEATURE_ROWS = "features", "feature_lengths", "feature_rows"
+"""In the place of pictures where these have been computed into features: see `FeatureStore.read`. FEATURE_ROWS: where
+samples share features, which of them each has."""
 
 
 class Indexed(torch.utils.data.Dataset[tuple[int, Sample | str]]):
@@ -91,10 +92,12 @@ class FullAnswers:
 
 @dataclass(frozen=True)
 class StoredFeatures:
-    """Features of a data set's samples; `record_of` int32 [samples] says where each sample's are."""
+    """Features of a data set's samples; `record_of` int32 [samples] says where each sample's are. `grouped`: a batch
+    holds each record once."""
 
     store: FeatureStore
     record_of: np.ndarray
+    grouped: bool = False
 
     def require(self, index: int, sample: Sample) -> None:
         """Raises DataError when the sample's picture could not be read."""
@@ -103,8 +106,14 @@ class StoredFeatures:
 
     def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """What stands in a batch for the samples' pictures."""
-        states, lengths = self.store.read([int(self.record_of[index]) for index in indices])
-        return {FEATURES: states, FEATURE_LENGTHS: lengths}
+        records = [int(self.record_of[index]) for index in indices]
+        if not self.grouped:
+            states, lengths = self.store.read(records)
+            return {FEATURES: states, FEATURE_LENGTHS: lengths}
+        distinct = list(dict.fromkeys(records))
+        states, lengths = self.store.read(distinct)
+        rows = torch.tensor([distinct.index(record) for record in records])
+        return {FEATURES: states, FEATURE_LENGTHS: lengths, FEATURE_ROWS: rows}
 
 
 @dataclass(frozen=True)
@@ -132,8 +141,8 @@ class Collator:
     bad: BadSamples
     features: StoredFeatures | None = None
     full: FullAnswers | None = None
-    draft: int | None = None
     augmentation: Augmentation | None = None
+    draft: int | None = None
 
     def __call__(self, items: Sequence[tuple[int, Sample | str]]) -> dict[str, Any]:
         try:

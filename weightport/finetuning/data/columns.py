@@ -14,7 +14,7 @@ from weightport.finetuning.data.settings import DataSettings
 
 # Tried in this order. "question", "answers": DocVQA; "text": image and caption pairs; "file_name": imagefolder's
 # metadata.jsonl; "jpg" … "webp", "txt", "cls": WebDataset's.
-IMAGE_NAMES = ("image", "img", "file_name", "image_path", "picture", "jpg", "jpeg", "png", "webp")
+IMAGE_NAMES = ("image", "img", "file_name", "image_path", "picture", "jpg", "jpeg", "png", "webp", "images")
 PREFIX_NAMES = ("prefix", "question", "query", "prompt", "instruction")
 SUFFIX_NAMES = ("suffix", "answers", "answer", "captions", "caption", "text", "response", "label", "txt",
                 "cls")  # fmt: skip

@@ -41,7 +41,9 @@ class Source(Protocol):
     skipped: tuple[str, ...]
     fingerprint: str
     content: str
-    each_answer: bool | np.ndarray
+
+    @property
+    def each_answer(self) -> bool | np.ndarray: ...
 
     @property
     def answer_counts(self) -> np.ndarray: ...
@@ -134,6 +136,11 @@ class EntrySamples:
     @property
     def skipped(self) -> tuple[str, ...]:
         return self.source.skipped
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The files, folders or ids that the samples are of."""
+        return tuple(getattr(self.source, "names", (self.source.name,)))
 
     @property
     def notes(self) -> tuple[str, ...]:

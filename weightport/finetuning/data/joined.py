@@ -11,6 +11,9 @@ from weightport.errors import DataError
 from weightport.finetuning.data.entries import Entry, Source
 from weightport.finetuning.data.hashing import fingerprint_of, shares_of
 
+SHOWN = 3
+"""Data sets whose names stand in messages."""
+
 HELD_OUT, REPEATED = 1, 2
 """Salts: which pictures are held out says nothing of which samples a weight takes."""
 
@@ -22,8 +25,10 @@ class JoinedSources:
     def __init__(self, sources: Sequence[Source], skip_bad: int) -> None:
         self.sources = tuple(sources)
         self.ends = np.cumsum([len(source.answer_counts) for source in sources], dtype=np.int64)
-        self.name = ", ".join(source.name for source in sources[:3])
-        self.name += f" and {len(sources) - 3} more" if len(sources) > 3 else ""
+        self.names = tuple(source.name for source in sources)
+        self.name = ", ".join(self.names[:SHOWN]) + (
+            f" and {len(sources) - SHOWN} more" if len(sources) > SHOWN else ""
+        )
         self.each_answer = np.concatenate(
             [np.broadcast_to(source.each_answer, len(source.answer_counts)) for source in sources]
         )
@@ -60,6 +65,7 @@ class ChosenRows:
     def __init__(self, source: Source, rows: np.ndarray, part: str) -> None:
         self.source, self.rows = source, rows
         self.name, self.skipped = source.name, source.skipped
+        self.names = tuple(getattr(source, "names", (source.name,)))
         self.notes = tuple(getattr(source, "notes", ()))
         self.each_answer = np.broadcast_to(source.each_answer, len(source.answer_counts))[rows]
         self.answer_counts = source.answer_counts[rows]
@@ -74,7 +80,7 @@ class ChosenRows:
         return self.source.entry(int(self.rows[row]))
 
 
-def hold_out(source: Source, fraction: float) -> tuple[Source, Source]:
+def hold_out(source: Source, fraction: float) -> tuple[ChosenRows, ChosenRows]:
     """(the rows to train on, those to measure on): `fraction` of the pictures, with all that is asked about them,
     chosen by their keys alone. Raises DataError where one of the two would be empty."""
     held = shares_of(source.picture_keys(), HELD_OUT) < fraction

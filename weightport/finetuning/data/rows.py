@@ -19,9 +19,6 @@ from weightport.finetuning.data.columns import (
 )
 from weightport.finetuning.data.settings import DataSettings
 
-IMAGE_LISTS = ("images",)
-"""Columns with a list of the pictures that a row is about, of which there may be one."""
-
 
 @dataclass(frozen=True)
 class Row:
@@ -52,6 +49,10 @@ class ColumnRows:
         image = None
         if columns.image is not None:
             image = record.get(columns.image) if self.text_only else value_of(record, columns.image, place)
+        if isinstance(image, list):
+            named = _listed(image, str(columns.image), place)
+            _require_one(named, place)
+            image = named[0] if named else None
         return (
             Row(
                 None if self.text_only and image == "" else image,
@@ -64,19 +65,19 @@ class ColumnRows:
 @dataclass(frozen=True)
 class ChatRows:
     """A row for each answer of a chat in the column `messages`. `alone`: without the questions and answers before
-    it."""
+    it. `drop_system`: system messages are left out."""
 
     messages: str
     images: tuple[str, ...]
     alone: bool = False
     needs_image: bool = True
+    drop_system: bool = False
 
     def __call__(self, record: dict[str, Any], place: str) -> Sequence[Row]:
-        chat = read_chat(value_of(record, self.messages, place), place)
+        chat = read_chat(value_of(record, self.messages, place), place, drop_system=self.drop_system)
         named = [name for column in self.images for name in _listed(record.get(column), column, place)]
         named += chat.images
-        if len(named) > 1:
-            raise DataError(f"{place}: {len(named)} pictures. One a sample was expected.")
+        _require_one(named, place)
         if chat.places and not named and self.needs_image:
             raise DataError(f"{place}: <image> stands for a picture, and none is named.")
         image = named[0] if named else None
@@ -85,6 +86,11 @@ class ChatRows:
             for number, turn in enumerate(chat.turns)
             if turn.learned
         ]
+
+
+def _require_one(named: Sequence[Any], place: str) -> None:
+    if len(named) > 1:
+        raise DataError(f"{place}: {len(named)} pictures. One a sample was expected.")
 
 
 def _listed(value: Any, column: str, place: str) -> Sequence[Any]:
@@ -103,7 +109,7 @@ def row_reader(found: Collection[str], settings: DataSettings, place: str, *, ne
     messages = next((name for name in CHATS if name in found), None)
     asked_for = settings.prefix_column or settings.suffix_column
     if messages is not None and asked_for is None:
-        images = (settings.image_column,) if settings.image_column else (*IMAGE_NAMES, *IMAGE_LISTS)
-        return ChatRows(messages, images, settings.turns == "alone", needs_image)
+        images = (settings.image_column,) if settings.image_column else IMAGE_NAMES
+        return ChatRows(messages, images, settings.turns == "alone", needs_image, settings.drop_system)
     columns = find_columns(tuple(found), settings, place, needs_image=needs_image and not settings.text_only)
     return ColumnRows(columns, settings.text_only or not needs_image)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from weightport.errors import RecipeError
 
@@ -34,6 +35,7 @@ class DataSettings:
     answer: of a list of answers, train on the `first` or make a sample of `each`; `auto` is each of MUGE's captions
         and the first elsewhere.
     turns: what an answer of a chat is asked with, the `history` before it or its question `alone`.
+    drop_system: leave out the system messages of chats, which no prompt here holds, instead of refusing them.
     text_only: rows without a picture are taken, as text alone.
     weights: how often an epoch takes each of several data sets, one number each: 2 twice, 0.5 half of its samples,
         always the same ones. Evaluation takes each sample once.
@@ -57,6 +59,7 @@ class DataSettings:
     suffix_column: str | None = None
     answer: str = "auto"
     turns: str = "history"
+    drop_system: bool = False
     text_only: bool = False
     weights: tuple[float, ...] | None = None
     eval_fraction: float | None = None
@@ -97,7 +100,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _weights(given: object) -> tuple[float, ...]:
+def _weights(given: Any) -> tuple[float, ...]:
     try:
         found = tuple(float(each) for each in (given if isinstance(given, (list, tuple)) else [given]))
     except (TypeError, ValueError):

@@ -204,7 +204,7 @@ def _members(file: PinnedFile) -> Iterator[tarfile.TarInfo]:
         with tarfile.open(file.path, "r:") as archive:
             while (member := archive.next()) is not None:
                 # tarfile would keep every member that it has seen.
-                archive.members.clear()
+                archive.members.clear()  # type: ignore[attr-defined]
                 if not member.isdir():
                     yield member
     except (tarfile.TarError, EOFError, ValueError, OSError) as error:

@@ -47,22 +47,28 @@ def gallery(predictions: Sequence[Prediction], pictures: Mapping[int, Image.Imag
     note = f"{len(shown):,} of {len(predictions):,} samples. " if len(shown) < len(predictions) else ""
     boxes = any(each.found is not None or each.expected is not None for each in shown)
     legend = (
-        '<ul class="legend"><li><span class="swatch expected"></span>expected box</li>'
-        '<li><span class="swatch found"></span>found box</li></ul>'
+        '<ul class="legend"><li><span class="swatch expected"></span>reference box</li>'
+        '<li><span class="swatch found"></span>the model\'s box</li></ul>'
     )
     cards = "".join(_card(each, pictures.get(each.index)) for each in shown)
     return (
-        f'<p class="soft">{note}What an answer and the nearest reference do not share is <mark>marked</mark>.</p>\n'
+        f'<p class="soft">{note}References are the right answers of the data, not output of the model. What an answer '
+        "and the nearest reference do not share is <mark>marked</mark>.</p>\n"
         f'{legend if boxes else ""}<div class="gallery">{cards}</div>'
     )
 
 
-def thumbnail(picture: Image.Image) -> str:
-    """A data URI: JPEG, at most THUMBNAIL pixels on the longer side."""
+def reduced(picture: Image.Image) -> Image.Image:
+    """The picture in RGB with at most THUMBNAIL pixels on the longer side."""
     small = picture.convert("RGB")
     small.thumbnail((THUMBNAIL, THUMBNAIL))
+    return small
+
+
+def thumbnail(picture: Image.Image) -> str:
+    """A data URI of the reduced picture as JPEG."""
     held = BytesIO()
-    small.save(held, "JPEG", quality=JPEG_QUALITY)
+    reduced(picture).save(held, "JPEG", quality=JPEG_QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(held.getvalue()).decode('ascii')}"
 
 
@@ -96,11 +102,11 @@ def _card(each: Prediction, picture: Image.Image | None) -> str:
     more = len(each.references) - len(references)
     rows = (
         _said("asked", text(each.prompt) if each.prompt else ""),
-        _said("answered", answer or '<span class="soft">nothing</span>'),
-        _said("boxes found", text(described(each.found)) if each.found is not None else ""),
-        *(_said("expected" if i == 0 else "or", reference) for i, reference in enumerate(wanted)),
+        _said("model answered", answer or '<span class="soft">nothing</span>'),
+        _said("model's boxes", text(described(each.found)) if each.found is not None else ""),
+        *(_said("reference" if i == 0 else "or reference", reference) for i, reference in enumerate(wanted)),
         f'<p class="soft">and {more:,} more</p>' if more > 0 else "",
-        _said("boxes expected", text(described(each.expected)) if each.expected is not None else ""),
+        _said("reference boxes", text(described(each.expected)) if each.expected is not None else ""),
     )
     return (
         f'<article class="sample">{shot}<h3>Sample {each.index}{_judged(each)}</h3>{"".join(rows)}'
@@ -113,7 +119,7 @@ def _judged(each: Prediction) -> str:
     if each.expected is not None or not each.references:
         return ""
     if each.text.strip() in {reference.strip() for reference in each.references}:
-        return '<span class="right">as expected</span>'
+        return '<span class="right">equals a reference</span>'
     return '<span class="other">differs</span>'
 
 

@@ -15,8 +15,8 @@ from weightport.finetuning.evaluation.predictions import Prediction
 WIDEST = 120
 """Cells of a line on a wide terminal: a Chinese character takes two."""
 
-LABEL = 10
-"""Cells before a text: two of indent and the longest label."""
+LABEL = 13
+"""Cells before a text: two of indent, the longest label and two more."""
 
 ANSWER_LINES = 3
 """A longer answer is cut, as a prompt is after one line."""
@@ -34,7 +34,8 @@ def spread(predictions: Iterable[Prediction], count: int) -> list[Prediction]:
 
 
 def preview_lines(predictions: Sequence[Prediction], count: int, *, width: int | None = None) -> list[str]:
-    """Prompt, answer and reference of `count` samples, each line within `width` cells (the terminal's by default).
+    """Prompt, the model's answer, and the data's reference of `count` samples, each line within `width` cells (the
+    terminal's by default).
 
     Line breaks and runs of spaces become one space, and control characters a visible sign: neither a data set nor a
     model can steer the terminal.
@@ -45,7 +46,7 @@ def preview_lines(predictions: Sequence[Prediction], count: int, *, width: int |
         lines.append(_within(f"sample {each.index} · {_plain(each.place)}", room + LABEL))
         lines += _labelled("asked", each.prompt, room, 1)
         lines += _labelled(_said(each), _answer(each), room, ANSWER_LINES)
-        lines += _labelled("wanted", _wanted(each), room, ANSWER_LINES)
+        lines += _labelled("reference", _reference(each), room, ANSWER_LINES)
     return lines
 
 
@@ -74,11 +75,11 @@ def _answer(each: Prediction) -> str:
 def _said(each: Prediction) -> str:
     """The label of an answer, with a mark where it is one of the references."""
     if each.found is not None or each.text.strip() not in {reference.strip() for reference in each.references}:
-        return "said"
-    return "said ✓"
+        return "model"
+    return "model ✓"
 
 
-def _wanted(each: Prediction) -> str:
+def _reference(each: Prediction) -> str:
     if each.expected is not None:
         return described(each.expected)
     others = len(each.references) - 1

@@ -20,6 +20,7 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from weightport.finetuning.display.pace import Clock, Pace
+from weightport.finetuning.metrics import headline
 from weightport.formatting import size
 
 PLAIN_INTERVAL = 10.0
@@ -246,7 +247,7 @@ class ProgressLine(TrainerCallback):
         at = [f"step {state.global_step:,}"] if self._session is not None else []
         figures = [
             f"{name} {_figure(value)}"
-            for name, value in shown.items()
+            for name, value in headline(shown).items()
             if not name.endswith(TIMINGS) and name != "epoch" and isinstance(value, (int, float))
         ]
         took = [f"took {_time(seconds)}"] if isinstance(seconds, (int, float)) else []

@@ -15,6 +15,7 @@ from weightport.finetuning.display.gallery import gallery
 from weightport.finetuning.display.progress import TIMINGS
 from weightport.finetuning.display.report_style import STYLE
 from weightport.finetuning.evaluation.predictions import Prediction
+from weightport.finetuning.metrics import headline
 from weightport.formatting import count
 from weightport.reports.curves import Curve, chart, curve, figure, legend, text
 from weightport.reports.page import bullets, document, section
@@ -68,7 +69,7 @@ def report_page(summary: RunSummary) -> str:
         _headline(summary),
         _notes(summary.notes),
         section("Loss", _loss(losses)),
-        section("Metrics", _charts(_metrics(summary.history))),
+        section("Metrics", _charts(_metrics(summary.history)) + _details(summary.metrics)),
         section("Optimization", _charts(_optimization(summary.history))),
         section("Samples", gallery(summary.predictions, summary.pictures)),
         section("Trainable parameters", _trainable(summary.trainable)),
@@ -86,7 +87,7 @@ def _headline(summary: RunSummary) -> str:
     where = "" if at is None or at == steps else f", at step {figure(at)}"
     cards = [
         _card(figure(value), f"{name}{where}", "measured")
-        for name, value in _plain_metrics(summary.metrics).items()
+        for name, value in headline(_plain_metrics(summary.metrics)).items()
         if name != "loss"
     ][:HEADLINE]
     trained = curve(summary.history, "loss")
@@ -152,8 +153,19 @@ def _charts(curves: Sequence[Curve]) -> str:
 
 def _metrics(history: Sequence[Mapping[str, Any]]) -> list[Curve]:
     names = dict.fromkeys(name for entry in history for name in entry if name.startswith("eval_"))
-    wanted = _plain_metrics(dict.fromkeys(names, 0.0))
+    wanted = headline(_plain_metrics(dict.fromkeys(names, 0.0)))
     return [curve(history, f"eval_{name}", name) for name in wanted if name != "loss"]
+
+
+def _details(metrics: Mapping[str, float]) -> str:
+    """What metrics give beside their own figure, folded away."""
+    plain = _plain_metrics(metrics)
+    rows = "".join(
+        f"<dt>{text(name)}</dt><dd>{text(figure(value))}</dd>"
+        for name, value in plain.items()
+        if name not in headline(plain)
+    )
+    return f"<details><summary>Further figures</summary><dl>{rows}</dl></details>" if rows else ""
 
 
 def _optimization(history: Sequence[Mapping[str, Any]]) -> list[Curve]:

@@ -46,7 +46,10 @@ class Measuring:
 
     def __call__(self, model: Any, step: int) -> dict[str, float]:
         found = self._measured(model, step, autocast_dtype(self._prepared.arguments))
-        for line in preview_lines(self._latest[1], self._recipe.evaluation.previews):
+        lines = preview_lines(self._latest[1], self._recipe.evaluation.previews)
+        if lines:
+            self._say(f"the model's answers at step {step:,} beside the references of the data:")
+        for line in lines:
             self._say(line)
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,8 @@ class CachedPart:
     takes instead. bypassed: modules that hand on what they would return when they are given it.
     read_by_linear: only linear layers read the features, so that under mixed precision they may be kept in its dtype:
     these layers would round them to it anyway, to the same bits.
+    projections: a regular expression of the linear layers whose outputs, of features alone, are all that is read of
+    them: samples that share features can share these too.
     """
 
     name: str
@@ -54,6 +57,38 @@ class CachedPart:
     feed: Callable[[Inputs, Features], Inputs]
     bypassed: tuple[str, ...] = ()
     read_by_linear: bool = False
+    projections: str | None = None
+
+
+class SharedStates:
+    """Features of a batch's pictures, and which of them each sample has. Layers that `attach` was called for compute
+    on the pictures, and hand on their results by sample."""
+
+    def __init__(self) -> None:
+        self._batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    def by_sample(self, states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """The features [batch, …] of the batch to come, whose pictures have `states` [pictures, …]; rows int64
+        [batch]."""
+        self._batch = states, rows, states[rows]
+        return self._batch[2]
+
+    def attach(self, model: nn.Module, projections: str) -> None:
+        """Let the layers that the regular expression matches compute once a picture."""
+        for name, module in model.named_modules():
+            if re.fullmatch(projections, name):
+                module.forward = self._shared(module.forward)
+
+    def _shared(self, computed: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def forward(states: torch.Tensor) -> torch.Tensor:
+            if self._batch is not None:
+                pictures, rows, given = self._batch
+                # Gradient checkpointing gives another tensor of the same memory; a generation gives other states.
+                if states.data_ptr() == given.data_ptr() and states.shape == given.shape:
+                    return computed(pictures).index_select(0, rows)
+            return computed(states)
+
+        return forward
 
 
 def as_pixels(inputs: Inputs, features: Features) -> Inputs:

@@ -10,7 +10,7 @@ batches of filling and of training, which moves sums of floating-point numbers: 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from weightport.errors import DataError, RecipeError
 from weightport.finetuning.data.collation import Indexed, StoredFeatures
 from weightport.finetuning.data.samples import Sample, Samples
 from weightport.finetuning.family import Family, prompt_of
-from weightport.finetuning.features.cached_part import CachedPart, Features, bypass
+from weightport.finetuning.features.cached_part import CachedPart, Features, SharedStates, bypass
 from weightport.finetuning.features.key import feature_key
 from weightport.finetuning.features.store import FeatureStore, Layout, open_store, require_space
 from weightport.finetuning.recipes.settings import BatchSettings, Recipe
@@ -54,13 +54,16 @@ class Records:
 
 @dataclass(frozen=True)
 class FeaturePlan:
-    """Features that a run will use. `shared`: see `Features`, as many rows as the longest record has."""
+    """Features that a run will use. `shared`: see `Features`, as many rows as the longest record has. `grouped`: a
+    batch holds each record once, and says which samples have it."""
 
     part: CachedPart
     records: Records
     layout: Layout
     folder: Path
     shared: torch.Tensor | None
+    grouped: bool = False
+    held: SharedStates = field(default_factory=SharedStates)
 
     @property
     def filled(self) -> bool:
@@ -77,16 +80,23 @@ class FeaturePlan:
 
     def stored(self, store: FeatureStore) -> StoredFeatures:
         """What the collator reads."""
-        return StoredFeatures(store, self.records.of)
+        return StoredFeatures(store, self.records.of, self.grouped)
 
     def attach(self, model: Any) -> None:
         """Let the model take features in the place of pictures."""
         bypass(base_model(model), self.part, self.layout.shape)
+        if self.grouped and self.part.projections is not None:
+            self.held.attach(base_model(model), self.part.projections)
 
-    def feed(self, inputs: dict[str, Any], states: torch.Tensor, lengths: torch.Tensor) -> dict[str, Any]:
-        """The model's inputs with features [batch, rows, …] in them."""
+    def feed(
+        self, inputs: dict[str, Any], states: torch.Tensor, lengths: torch.Tensor, rows: torch.Tensor | None = None
+    ) -> dict[str, Any]:
+        """The model's inputs with features [batch, rows, …] in them; or [records, rows, …], `rows` int64 [batch] being
+        the record of each sample."""
         shared = self.shared.to(states.device)[: states.shape[1]] if self.shared is not None else None
-        return self.part.feed(inputs, Features(states, lengths, shared))
+        if rows is None:
+            return self.part.feed(inputs, Features(states, lengths, shared))
+        return self.part.feed(inputs, Features(self.held.by_sample(states, rows), lengths[rows], shared))
 
 
 def plan_features(
@@ -119,7 +129,7 @@ def plan_features(
     folder = root / key[:32]
     if open_store(folder, layout) is None:
         require_space(root, layout)
-    return FeaturePlan(part, records, layout, folder, features.shared)
+    return FeaturePlan(part, records, layout, folder, features.shared, recipe.batch.group_by_image)
 
 
 def cached_part(family: Family, model: nn.Module, recipe: Recipe, frozen: frozenset[str]) -> CachedPart:

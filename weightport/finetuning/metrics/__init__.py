@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from weightport.finetuning.metrics.scores import Metric, Scores
-from weightport.finetuning.metrics.table import METRICS, metric_named, score_all
+from weightport.finetuning.metrics.table import METRICS, headline, metric_named, score_all
 
-__all__ = ["METRICS", "Metric", "Scores", "metric_named", "score_all"]
+__all__ = ["METRICS", "Metric", "Scores", "headline", "metric_named", "score_all"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from weightport.errors import DataError, UsageError
 from weightport.finetuning.evaluation.predictions import Prediction
@@ -47,6 +48,23 @@ METRICS: Mapping[str, Metric] = {
         Metric("box-f1", "F1 of boxes that overlap by half", True, 1.0, "boxes", detection.box_f1),
     )
 }
+
+
+DETAILS = frozenset(
+    ("bleu-1", "bleu-2", "bleu-3", "bleu-brevity-penalty", "rouge-l-f1", "json-precision", "json-recall", "ap50",
+     "ap75", "box-precision", "box-recall")
+)  # fmt: skip
+"""Figures that come with a metric, beside those of single classes (`ap/cat`): kept in metrics.json, and not shown."""
+
+
+def headline(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures but for the details of metrics."""
+    return {name: figure for name, figure in figures.items() if not _is_detail(name)}
+
+
+def _is_detail(name: str) -> bool:
+    metric, slash, _ = name.partition("/")
+    return name in DETAILS or (bool(slash) and metric in METRICS)
 
 
 def metric_named(name: str) -> Metric:

@@ -19,6 +19,7 @@ from weightport.errors import DataError, RecipeError, TrainingError
 from weightport.finetuning.data.collation import FAILURE, INDICES, BadSamples, Collator, Indexed
 from weightport.finetuning.data.samples import Samples
 from weightport.finetuning.evaluation.answering import chosen
+from weightport.finetuning.family import prompt_of
 from weightport.finetuning.recipes.settings import Recipe
 from weightport.finetuning.setup.model_loading import Loaded
 from weightport.finetuning.setup.precision import autocast
@@ -48,7 +49,8 @@ class Division:
         """How they make a step, in words."""
         batches = "1 batch" if self.accumulation == 1 else f"{self.accumulation} batches"
         where = "" if self.processes == 1 else f" in each of {self.processes} processes"
-        return f"{batches} of {self.size}{where} make the {self.samples} samples of a step"
+        makes = "makes" if self.accumulation == self.processes == 1 else "make"
+        return f"{batches} of {self.size}{where} {makes} the {self.samples} samples of a step"
 
     def among(self, processes: int) -> Division:
         """The same samples among another number of processes, in batches as large as before where that can be. Raises
@@ -71,7 +73,8 @@ class Division:
 
 def division_of(arguments: TrainingArguments) -> Division:
     """What the arguments say."""
-    return Division(arguments.train_batch_size, arguments.gradient_accumulation_steps, arguments.world_size)
+    size, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+    return Division(size, accumulation, arguments.world_size)
 
 
 def bytes_of(text: str) -> int:
@@ -91,6 +94,11 @@ def require_searchable(recipe: Recipe, arguments: TrainingArguments, *, sharded:
             raise RecipeError("batch.memory is what --batch-size auto may use, and there is no such search here.")
     if not recipe.batch.fit_memory:
         return
+    if recipe.batch.loss_mean == "batches":
+        raise RecipeError(
+            "--batch-size auto divides a step's samples anew, and with batch.loss_mean=batches another division is "
+            "another loss. Set training.per_device_train_batch_size."
+        )
     if sharded:
         raise RecipeError(
             "--batch-size auto tries a whole model in every process, and FSDP and DeepSpeed share it out. Set "
@@ -125,9 +133,9 @@ def fitting_division(
     peak = measure or _Trial(loaded, recipe, arguments, samples).peak
     extra = _not_yet_there(loaded.model, recipe, arguments)
     fits, peaks = 0, list[tuple[int, float]]()
-    with _as_it_was(loaded.model):
+    with _as_it_was(loaded.model, arguments):
         for batch in (each for each in range(1, own + 1) if own % each == 0):
-            if _foreseen(peaks, batch) + extra > budget:
+            if peaks and _foreseen(peaks, batch) + extra > budget:
                 break
             peaks.append((batch, peak(batch)))
             if peaks[-1][1] + extra > budget:
@@ -222,7 +230,8 @@ class _Trial:
         return float(torch.cuda.max_memory_allocated(self._arguments.device) if cuda else _peak())
 
     def _pass(self, inputs: dict[str, Any]) -> None:
-        model, arguments = self._model, self._arguments
+        model: Any = self._model
+        arguments = self._arguments
         if next(model.parameters()).device != arguments.device:
             model.to(arguments.device)
         placed = {name: tensor.to(arguments.device) for name, tensor in inputs.items()}
@@ -237,7 +246,7 @@ class _Trial:
         for index in chosen(len(samples), LOOKED_AT):
             with suppress(DataError):
                 sample = samples[index]
-                texts = (loaded.family.prompt(loaded.processor, recipe.batch, sample), sample.suffix)
+                texts = (prompt_of(loaded.family, loaded.processor, recipe.batch, sample), sample.suffix)
                 lengths.append((sum(map(len, texts)), index))
         made: dict[str, Any] = {FAILURE: f"{samples.name}: no sample can be read."}
         for _, index in sorted(lengths, reverse=True):
@@ -248,16 +257,20 @@ class _Trial:
 
 
 @contextmanager
-def _as_it_was(model: Any) -> Iterator[None]:
-    """The model in training mode, its batch statistics and the random state put back at the end."""
+def _as_it_was(model: Any, arguments: TrainingArguments) -> Iterator[None]:
+    """The model as it is trained, its batch statistics and the random state put back at the end."""
     buffers = {name: each.detach().cpu().clone() for name, each in model.named_buffers()}
     training = model.training
+    if arguments.activation_checkpointing:
+        model.activation_checkpointing_enable()
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             model.train()
             yield
     finally:
         model.train(training)
+        if arguments.activation_checkpointing:
+            model.activation_checkpointing_disable()
         with torch.no_grad():
             for name, each in model.named_buffers():
                 each.copy_(buffers[name])

@@ -157,7 +157,7 @@ def prepare(job: Job) -> Prepared:
         else:
             # The untrained model has been measured.
             arguments.eval_on_start = False
-        notes += _as_divided_before(job.output, arguments)
+        notes += _as_divided_before(job.output, recipe, arguments)
     if eval_samples is not None and arguments.process_index == 0 and (note := overlap_note(samples, eval_samples)):
         notes.append(note)
     steps = planned_steps(arguments, len(samples))
@@ -228,6 +228,13 @@ def _require_together(recipe: Recipe, arguments: TrainingArguments) -> None:
             f"--cache-features keeps what is computed of each picture once, and batch.augment "
             f"({', '.join(batch.augment)}) changes pictures in every epoch. Leave one of them out."
         )
+    if batch.group_by_image and not model.cache_features:
+        raise RecipeError(
+            "batch.group_by_image lets samples share what --cache-features keeps of their picture: it does nothing "
+            "without. Pass both."
+        )
+    if batch.group_by_image and arguments.torch_compile:
+        raise RecipeError("batch.group_by_image and training.torch_compile do not go together: leave one of them out.")
     order = arguments.train_sampling_strategy
     asked = [
         name
@@ -242,7 +249,7 @@ def _require_together(recipe: Recipe, arguments: TrainingArguments) -> None:
         raise RecipeError(f"{' and '.join(asked)} are two orders of samples: set one of them.")
 
 
-def _as_divided_before(run: Path, arguments: TrainingArguments) -> list[str]:
+def _as_divided_before(run: Path, recipe: Recipe, arguments: TrainingArguments) -> list[str]:
     """Let a step have the samples that it had when the run in the folder `run` was started, in as many processes as
     there are now; a note on what that changes. Raises TrainingError when they cannot share them."""
     before = recorded_division(run)
@@ -252,6 +259,11 @@ def _as_divided_before(run: Path, arguments: TrainingArguments) -> list[str]:
     now = then.among(arguments.world_size)
     wanted = division_of(arguments)
     now.apply(arguments)
+    if now != then and recipe.batch.loss_mean == "batches":
+        raise TrainingError(
+            f"The run was started in {then.processes} processes, and with batch.loss_mean=batches another number of "
+            "them has another loss. Resume in as many."
+        )
     if now.processes != then.processes:
         processes = "1 process" if then.processes == 1 else f"{then.processes} processes"
         return [f"the run was started in {processes}: {now.described}, as before"]

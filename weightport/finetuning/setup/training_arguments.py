@@ -136,7 +136,8 @@ def planned_steps(arguments: TrainingArguments, samples: int) -> int:
     """Optimizer steps of a run over a data set of `samples`, as Trainer counts them."""
     if arguments.max_steps > 0:
         return arguments.max_steps
-    batches = math.ceil(samples / (arguments.train_batch_size * arguments.world_size))
+    held = arguments.train_batch_size * arguments.world_size
+    batches = samples // held if arguments.dataloader_drop_last else math.ceil(samples / held)
     return math.ceil(arguments.num_train_epochs * math.ceil(batches / arguments.gradient_accumulation_steps))
 
 

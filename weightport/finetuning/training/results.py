@@ -13,6 +13,7 @@ import torch
 
 from weightport.errors import DataError
 from weightport.finetuning.data.samples import Samples
+from weightport.finetuning.display.gallery import SHOWN, reduced
 from weightport.finetuning.display.previews import spread
 from weightport.finetuning.display.report import RunSummary, write_report
 from weightport.finetuning.evaluation.answering import chosen
@@ -30,7 +31,8 @@ from weightport.version import __version__
 
 REPORT, HISTORY = "report.html", "history.json"
 RESULTS = ("model", "adapter")
-REPORTED_SAMPLES = 12
+SHOWN_NAMES = 3
+"""Names of data sets in the records."""
 
 
 @dataclass(frozen=True)
@@ -140,14 +142,15 @@ def _summary(
     notes: list[str],
     step: int,
 ) -> RunSummary:
-    shown = spread(predictions, REPORTED_SAMPLES)
+    shown = spread(predictions, SHOWN)
     pictures = {}
     for prediction in shown:
         # A picture that is gone meanwhile costs the report a picture, not the run its result.
         with suppress(DataError):
             picture = prepared.eval_samples[prediction.index].picture if prepared.eval_samples is not None else None
             if picture is not None:
-                pictures[prediction.index] = picture.read()
+                # Small at once: those of a whole page would fill the memory.
+                pictures[prediction.index] = reduced(picture.read())
     return RunSummary(
         title=f"{job.recipe.title}: {job.model.resolve().name}",
         command=job.command,
@@ -209,7 +212,7 @@ def _training_record(
 
 
 def _data_record(samples: Samples) -> dict[str, Any]:
-    return {"name": _public(samples.name), "samples": len(samples)}
+    return {"name": _public_names(samples), "samples": len(samples)}
 
 
 def _evaluated_record(job: Job, prepared: Prepared) -> dict[str, Any] | None:
@@ -218,7 +221,7 @@ def _evaluated_record(job: Job, prepared: Prepared) -> dict[str, Any] | None:
     if samples is None:
         return None
     return {
-        "name": _public(samples.name),
+        "name": _public_names(samples),
         "samples": len(chosen(len(samples), job.recipe.evaluation.samples)),
     }
 
@@ -231,9 +234,13 @@ def _published(recipe: dict[str, Any]) -> dict[str, Any]:
     return recipe | {"data": {**data, "images": [_public(each) for each in data["images"]]}}
 
 
+def _public_names(samples: Samples) -> str:
+    names = getattr(samples, "names", (samples.name,))
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return ", ".join(map(_public, names[:SHOWN_NAMES])) + more
+
+
 def _public(name: str) -> str:
-    """A Hub id as it is, of a path the last two names at most; of several data sets, each."""
-    if ", " in name and not Path(name).exists():
-        return ", ".join(map(_public, name.split(", ")))
+    """A Hub id as it is, of a path the last two names at most."""
     path = Path(name)
     return "/".join(path.parts[-2:]).lstrip("/") if path.exists() else name

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, fsdp_utils
 from torch import nn
 
 from weightport.errors import RecipeError
@@ -37,8 +41,9 @@ def shard_without_gpu() -> None:
     AcceleratorState.__init__ = init
 
 
-def shard_tied_together(model: nn.Module, accelerator: Accelerator) -> None:
-    """Shard modules that hold the same parameter in one group each; torch refuses it in two.
+def prepare_sharding(model: Any, accelerator: Accelerator) -> None:
+    """What a model needs before accelerate shards it: the names of its layers that are there, and modules that hold
+    the same parameter sharded in one group each, because torch refuses it in two.
 
     accelerate groups input and output embeddings, and an encoder-decoder's stacks hold embeddings of their own. It
     leaves what is sharded already. Raises RecipeError where weights are loaded in one process alone.
@@ -47,6 +52,12 @@ def shard_tied_together(model: nn.Module, accelerator: Accelerator) -> None:
 
     groups = tied_modules(model)
     plugin = accelerator.state.fsdp_plugin
+    if plugin.transformer_cls_names_to_wrap is None:
+        # A class names the layers of all its models, and accelerate refuses one that is not in this.
+        there = {type(module).__name__ for module in model.modules()}
+        plugin.transformer_cls_names_to_wrap = [
+            name for name in getattr(model, "_no_split_modules", None) or () if name in there
+        ]
     if groups and plugin.cpu_ram_efficient_loading:
         raise RecipeError(
             "training.fsdp_config: cpu_ram_efficient_loading loses weights that modules share, as this model's "
@@ -60,6 +71,26 @@ def shard_tied_together(model: nn.Module, accelerator: Accelerator) -> None:
             offload_policy=plugin.cpu_offload,
             mp_policy=plugin.mixed_precision_policy or MixedPrecisionPolicy(),
         )
+
+
+@contextmanager
+def loading_incomplete_states() -> Iterator[None]:
+    """Let an optimizer's state be loaded that lacks parameters: those that no step has given a gradient have none."""
+    complete = fsdp_utils._prepare_sd_options
+
+    def incomplete(plugin: Any) -> Any:
+        options = complete(plugin)
+        return options if options is None else replace(options, strict=False)
+
+    with patch.object(fsdp_utils, "_prepare_sd_options", incomplete):
+        yield
+
+
+def without_tied(state: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """Gathered weights by name, each parameter under one of its names: gathering makes copies of what is shared, which
+    would be saved more than once."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name: each for name, each in state.items() if name not in tied}
 
 
 def tied_modules(model: nn.Module) -> list[list[nn.Module]]:

@@ -22,14 +22,28 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from weightport.errors import DataError, TrainingError
 from weightport.finetuning.augmentation import Epoch
-from weightport.finetuning.data.collation import FAILURE, FEATURE_LENGTHS, FEATURES, INDICES, STAND_IN, Collator
+from weightport.finetuning.data.collation import (
+    FAILURE,
+    FEATURE_LENGTHS,
+    FEATURE_ROWS,
+    FEATURES,
+    INDICES,
+    STAND_IN,
+    Collator,
+)
 from weightport.finetuning.data.samples import Samples
 from weightport.finetuning.features.plan import FeaturePlan
 from weightport.finetuning.setup.training_arguments import shares_weights_out
 from weightport.finetuning.training.averaging import AveragedWeights
 from weightport.finetuning.training.resuming import checkpoint_step, last_checkpoint
 from weightport.finetuning.training.schedules import ProgressCosine
-from weightport.finetuning.training.sharding import is_fsdp2, shard_tied_together, shard_without_gpu
+from weightport.finetuning.training.sharding import (
+    is_fsdp2,
+    loading_incomplete_states,
+    prepare_sharding,
+    shard_without_gpu,
+    without_tied,
+)
 
 IGNORED = -100
 """The label that no loss counts."""
@@ -92,15 +106,16 @@ class PortTrainer(Trainer):
     ) -> torch.optim.lr_scheduler.LRScheduler:
         if self.lr_scheduler is None and self._schedule is not None:
             rates = self._schedule.over(num_training_steps, self.args.warmup_steps or 0)
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, rates)
+            stepped: Any = optimizer or self.optimizer
+            self.lr_scheduler = LambdaLR(stepped, rates)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+    def _run_epoch(self, model: Any, epoch: int, *args: Any, **kwargs: Any) -> None:
         # A resumed run may have come to its end before.
         if not self.control.should_training_stop:
             self._epoch.begin(epoch)
-            super()._run_epoch(*args, epoch=epoch, **kwargs)
+            super()._run_epoch(model, epoch, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         return self._sampler if self._sampler is not None else super()._get_train_sampler(train_dataset)
@@ -119,13 +134,18 @@ class PortTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if is_fsdp2(self.accelerator):
-            shard_tied_together(self.model, self.accelerator)
+            prepare_sharding(self.model, self.accelerator)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self._averaged is not None:
             self._averaged.begin(self.model)
             if resume_from_checkpoint is not None:
                 self._averaged.load(Path(resume_from_checkpoint))
         return prepared
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        unused = is_fsdp2(self.accelerator) and self.args.ddp_find_unused_parameters
+        with loading_incomplete_states() if unused else nullcontext():
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -179,7 +199,8 @@ class PortTrainer(Trainer):
         placed: dict[str, Any] = super()._prepare_inputs(inputs)
         if self._features is None or FEATURES not in placed:
             return placed
-        return self._features.feed(placed, placed.pop(FEATURES), placed.pop(FEATURE_LENGTHS))
+        states, lengths, rows = (placed.pop(name, None) for name in (FEATURES, FEATURE_LENGTHS, FEATURE_ROWS))
+        return self._features.feed(placed, states, lengths, rows)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # A checkpoint holds a tied matrix once: the names that share it are not missing.
@@ -202,6 +223,8 @@ class PortTrainer(Trainer):
             self._in_checkpoint = False
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if state_dict is not None:
+            state_dict = without_tied(state_dict, self.model)
         if not self._in_checkpoint or not isinstance(self.model, PreTrainedModel):
             super()._save(output_dir, state_dict)
             return

@@ -15,6 +15,7 @@ from transformers import (
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
@@ -53,6 +54,27 @@ class FirstTokenOnlyLogitsProcessor(LogitsProcessor):
             return scores
         forbidden = torch.arange(scores.shape[-1], device=scores.device) == self.token_id
         return scores.masked_fill(forbidden, -float("inf"))
+
+
+class AnswerRepetitionPenaltyLogitsProcessor(LogitsProcessor):
+    """transformers' repetition penalty of what the original's sees: it generates behind embeddings, so that the start
+    token and the answer are all its ids, and what stands in the prompt is not penalised.
+
+    Args:
+        penalty: above 1 makes ids that were there less likely.
+        start_token_id: the id of the start token.
+        prompt_length: tokens of the prompt in what this is called with.
+    """
+
+    def __init__(self, penalty: float, start_token_id: int, prompt_length: int):
+        self._penalty = RepetitionPenaltyLogitsProcessor(penalty)
+        self.start_token_id = start_token_id
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [batch, vocabulary] of the token that follows `input_ids` [batch, length]."""
+        start = input_ids.new_full((input_ids.shape[0], 1), self.start_token_id)
+        return self._penalty(torch.cat([start, input_ids[:, self.prompt_length :]], dim=1), scores)
 
 
 @dataclass(frozen=True)
@@ -97,7 +119,8 @@ def _picker(
         logits[:, forbidden] = -float("inf")
         if not do_sample:
             return int(logits.argmax(-1))
-        return int(torch.multinomial(warpers(logits.new_zeros(1, 0).long(), logits).softmax(-1), 1))
+        no_ids: Any = logits.new_zeros(1, 0).long()
+        return int(torch.multinomial(warpers(no_ids, logits).softmax(-1), 1))
 
     return pick
 
@@ -119,6 +142,12 @@ class MoondreamGenerationMixin(GenerationMixin):
         self, generation_config: GenerationConfig, input_ids_seq_length: int | None = None, *args, **kwargs
     ) -> LogitsProcessorList:
         processors = super()._get_logits_processor(generation_config, input_ids_seq_length, *args, **kwargs)  # type: ignore[misc]
+        start = self.config.text_config.bos_token_id
+        for place, each in enumerate(processors):
+            if isinstance(each, RepetitionPenaltyLogitsProcessor) and start is not None:
+                processors[place] = AnswerRepetitionPenaltyLogitsProcessor(
+                    each.penalty, start, input_ids_seq_length or 0
+                )
         if self.config.answer_token_id is not None:
             processors.append(FirstTokenOnlyLogitsProcessor(self.config.answer_token_id, input_ids_seq_length or 0))
         return processors
@@ -184,7 +213,8 @@ class MoondreamGenerationMixin(GenerationMixin):
         """(x, y) of every object, with `sizes` (x, y, width, height): each number is read from the state that follows
         the one before, and the head decides after each object whether there is another."""
         head = self._coordinate_head()
-        ends, found = self._end_tokens(), []
+        ends = self._end_tokens()
+        found: list[tuple[float, ...]] = []
         with self._steps(input_ids, inputs) as steps:
             hidden, logits = steps.prompt()
             while int(logits.argmax(-1)) not in ends and len(found) < max_objects:
@@ -230,7 +260,7 @@ class MoondreamGenerationMixin(GenerationMixin):
         if own is None:
             raise ValueError("This revision does not reason: that of 2025-06-21 does.")
         head, settings = self._coordinate_head(), self.generation_config
-        chosen = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p}
+        chosen: dict[str, Any] = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p}
         pick = _picker(**{
             name: getattr(settings, name) if value is None else value for name, value in chosen.items()
         })  # fmt: skip
@@ -281,6 +311,7 @@ class MoondreamGenerationMixin(GenerationMixin):
 
 
 __all__ = [
+    "AnswerRepetitionPenaltyLogitsProcessor",
     "FirstTokenOnlyLogitsProcessor",
     "MoondreamGenerationMixin",
     "MoondreamReasoning",

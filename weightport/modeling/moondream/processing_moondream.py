@@ -68,6 +68,8 @@ class MoondreamProcessor(ProcessorMixin):
             in the first revisions of March 2024.
         answer_space (`bool`, defaults to `False`): a prompt ends with a space, as in 2024-03-04.
         end_text (`str`, *optional*): what ends an answer in words, `"<END>"` in March 2024.
+        caption_settings (`dict`, *optional*): what captions are generated with, where that is not what answers are
+            (2024-08-26): see `settings`.
         clean_spaces (`bool`, defaults to `True`): take away the spaces before punctuation that transformers 4 did.
         chat_template (`str`, *optional*): Jinja template of `apply_chat_template`.
     """
@@ -84,6 +86,7 @@ class MoondreamProcessor(ProcessorMixin):
         answer_space: bool = False,
         end_text: str | None = None,
         clean_spaces: bool = True,
+        caption_settings: dict[str, Any] | None = None,
         chat_template: str | None = None,
     ) -> None:
         self.templates = templates
@@ -92,6 +95,7 @@ class MoondreamProcessor(ProcessorMixin):
         self.answer_space = answer_space
         self.end_text = end_text
         self.clean_spaces = clean_spaces
+        self.caption_settings = caption_settings
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) if tokenizer is not None else None
         super().__init__(image_processor, tokenizer)
@@ -218,6 +222,8 @@ class MoondreamProcessor(ProcessorMixin):
         """
         if task not in TASKS:
             raise ValueError(f"There is no task {task!r}. Choose one of {', '.join(TASKS)}.")
+        if task in ("detect", "point") and not text.strip():
+            raise ValueError(f"{task!r} asks for an object: name what is looked for.")
         if reasoning:
             if task != "query" or "reason" not in (self.templates or {}):
                 raise ValueError("Only a query is reasoned about, and only by the revision of 2025-06-21.")
@@ -225,6 +231,11 @@ class MoondreamProcessor(ProcessorMixin):
         return self._prompt_of_words(task, text, history) if self.templates is None else self._prompt_of_marks(
             task, text, history
         )  # fmt: skip
+
+    def settings(self, task: str) -> dict[str, Any]:
+        """What `model.generate` takes for `task` beside its generation_config.json, as the original's own method has
+        it."""
+        return dict(self.caption_settings or {}) if task == "caption" else {}
 
     def as_question(self, text: str) -> str:
         """The prompt of a question about a picture."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import EncoderDecoderCache
 
 # <s>, <pad>, </s>, <unk>: a constraint of fairseq's leaves them allowed.
 NUM_SPECIAL_TOKENS = 4
@@ -89,6 +90,19 @@ class OFAGenerationMixin(GenerationMixin):
             input_ids_length=input_ids_length,
             **kwargs,
         )
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):  # type: ignore[override]
+        """As the library's, but a sample's beams share one encoded source: it is not repeated."""
+        shared = {key: model_kwargs.pop(key, None) for key in ("encoder_outputs", "pixel_values", "patch_masks")}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
+            expand_size, False, input_ids, **model_kwargs
+        )
+        return input_ids, model_kwargs | {key: value for key, value in shared.items() if value is not None}
+
+    def _reorder_cache(self, past_key_values: EncoderDecoderCache, beam_idx: torch.Tensor) -> EncoderDecoderCache:
+        """Beams go on from others of their own sample, so that keys and values of the source stay where they are."""
+        past_key_values.self_attention_cache.reorder_cache(beam_idx)
+        return past_key_values
 
     def _get_logits_processor(self, generation_config: GenerationConfig, *args, **kwargs) -> LogitsProcessorList:
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)  # type: ignore[misc]

@@ -61,6 +61,14 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+def fold_beams(states: torch.Tensor, beams: int) -> torch.Tensor:
+    """States [samples * beams, heads, queries, n], the beams of a sample side by side, as more queries of the sample:
+    [samples, heads, beams * queries, n]."""
+    if beams == 1:
+        return states
+    return states.unflatten(0, (-1, beams)).transpose(1, 2).flatten(2, 3)
+
+
 class OFADropPath(nn.Module):
     """Stochastic depth: in training, drops a residual branch of a whole sample with probability `rate`."""
 
@@ -111,8 +119,9 @@ class OFAAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`attention_mask` is additive, [batch or 1, heads, queries, keys]: the position bias with the mask in it.
 
-        Keys and values come from `key_value_states` (cross-attention) if given. Returns the output [batch, queries,
-        d_model] and the attention weights, `None` unless the attention is eager.
+        Keys and values come from `key_value_states` (cross-attention) if given. They may have fewer samples than the
+        queries, each for as many consecutive ones (the beams of a sample): the mask is then as `fold_beams` gives it.
+        Returns the output [batch, queries, d_model] and the attention weights, `None` unless the attention is eager.
         """
         is_cross_attention = key_value_states is not None
         cache: Any = past_key_values
@@ -137,9 +146,10 @@ class OFAAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        beams = query.shape[0] // key.shape[0]
         output, weights = attention_interface(
             self,
-            query,
+            fold_beams(query, beams),
             key,
             value,
             attention_mask.to(query.dtype),
@@ -149,6 +159,8 @@ class OFAAttention(nn.Module):
         )
         if self.c_attn is not None:
             output = output * self.c_attn[:, None]
+        if weights is not None and beams > 1:
+            weights = weights.unflatten(2, (beams, -1)).transpose(1, 2).flatten(0, 1)
         return self.out_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 

@@ -170,7 +170,12 @@ class OFAStack(OFAPreTrainedModel):
 
     def image_relative_bias(self, layer_idx: int, buckets: torch.Tensor) -> torch.Tensor:
         """The layer's bias of relative image positions, [1, heads, queries, keys], for buckets [queries, keys]."""
-        return self.image_rel_pos_tables[layer_idx](buckets).permute(2, 0, 1)[None]
+        table, rows = self.image_rel_pos_tables[layer_idx], (2 * self.config.image_bucket_size - 1) ** 2 + 3
+        if torch.is_grad_enabled() or buckets.numel() < rows:
+            return table(buckets).permute(2, 0, 1)[None]
+        # One head after the other: what adds this to scores reads it in the order of memory.
+        by_head = table(torch.arange(rows, device=buckets.device)).t().contiguous()
+        return by_head.index_select(1, buckets.flatten()).unflatten(1, buckets.shape)[None]
 
     def text_relative_buckets(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Buckets [queries, keys] of text positions, int64 [queries] and [keys], smaller than `MAX_TEXT_POSITIONS`."""
@@ -414,7 +419,8 @@ class OFADecoder(OFAStack):
             attention_mask (`torch.Tensor` of shape `(batch_size, past_length + target_length)`): 1 for what is no
                 padding; without a past, what is not `pad_token_id` if not given.
             encoder_hidden_states, encoder_attention_mask, encoder_position_embeddings, encoder_position_keys: the
-                fields of [`OFAEncoderOutput`]; the keys are computed if not given.
+                fields of [`OFAEncoderOutput`]; the keys are computed if not given. Of fewer samples than the target,
+                each is the source of as many consecutive ones: the beams of a sample share what is computed of it.
             code_masks (`torch.BoolTensor` of shape `(batch_size,)`): True for samples whose target is the codes of an
                 image; no sample's is if not given.
             past_key_values (`Cache`): keys and values of the tokens before.
@@ -431,6 +437,11 @@ class OFADecoder(OFAStack):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         target_length = inputs_embeds.shape[1]
+        beams, rest = divmod(inputs_embeds.shape[0], encoder_hidden_states.shape[0])
+        if rest or not beams:
+            raise ValueError(
+                f"{inputs_embeds.shape[0]} targets cannot share {encoder_hidden_states.shape[0]} encoded sources."
+            )
         if isinstance(past_length, int):
             self.check_length(past_length + target_length)
             if code_masks is not None:
@@ -448,7 +459,7 @@ class OFADecoder(OFAStack):
         )
         source_mask = create_bidirectional_mask(
             config=self.config,
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=inputs_embeds[::beams],
             attention_mask=encoder_attention_mask,
             encoder_hidden_states=encoder_hidden_states,
         )
@@ -475,8 +486,7 @@ class OFADecoder(OFAStack):
             cross_queries = torch.where(is_code[..., None], code_queries, cross_queries)
 
         self_bias = mask_position_bias(self_bias, causal_mask)
-        cross_bias = torch.matmul(cross_queries, encoder_position_keys.transpose(2, 3))
-        cross_bias = mask_position_bias(cross_bias, source_mask)
+        cross_bias = self._cross_bias(cross_queries, encoder_position_keys, source_mask, beams)
 
         hidden_states = self._embed(inputs_embeds, embeddings, is_code)
         for layer_idx, layer in enumerate(self.layers):
@@ -499,6 +509,15 @@ class OFADecoder(OFAStack):
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=hidden_states, past_key_values=past_key_values
         )
+
+    def _cross_bias(self, queries: torch.Tensor, keys: torch.Tensor, source_mask: Any, beams: int) -> torch.Tensor:
+        """Cross-attention's bias with the mask in it, [batch, heads, beams * queries, keys], of position queries that
+        are one for all targets (a first axis of 1) or each target's own."""
+        if queries.shape[0] > keys.shape[0]:
+            # Whether a target is codes is said for each beam, and is the same for those of one sample.
+            queries = queries[::beams]
+        bias = mask_position_bias(torch.matmul(queries, keys.transpose(2, 3)), source_mask)
+        return bias[:, :, None].expand(-1, -1, beams, -1, -1).flatten(2, 3) if beams > 1 else bias
 
     def _project_positions(self, positions: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Self-attention's absolute bias and cross-attention's scaled position queries, for all positions given."""
