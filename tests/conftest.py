@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
 
@@ -16,6 +21,10 @@ os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WOR
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run what needs minutes or gigabytes")
     parser.addoption(
+        "--shuffle", type=int, metavar="SEED", help="run the files, and the tests in each, in an order of this seed"
+    )
+    parser.addoption("--offline", action="store_true", help="refuse connections to any other machine")
+    parser.addoption(
         "--golden",
         type=Path,
         default=None,
@@ -25,9 +34,60 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    seed = config.getoption("--shuffle")
+    if seed is not None:
+        items[:] = shuffled(items, Random(seed))
     if config.getoption("--slow"):
         return
     slow = [item for item in items if "slow" in item.keywords]
     if slow:
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if "slow" not in item.keywords]
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    seed = config.getoption("--shuffle")
+    return None if seed is None else f"shuffled by --shuffle {seed}"
+
+
+def shuffled(items: list[pytest.Item], rng: Random) -> list[pytest.Item]:
+    """The files in another order, and in each its tests: what a file shares is still made once."""
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    for own in files.values():
+        rng.shuffle(own)
+    return [item for path in rng.sample(sorted(files), len(files)) for item in files[path]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With --offline, connections to other machines fail as on a machine without network."""
+    if not request.config.getoption("--offline"):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex"):
+            patch.setattr(socket.socket, name, _only_here(getattr(socket.socket, name)))
+        yield
+
+
+def _only_here(connect: Callable[..., Any]) -> Callable[..., Any]:
+    def connected(self: socket.socket, address: Any) -> Any:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(errno.ENETUNREACH, f"tests run without network ({address[0]})")
+        return connect(self, address)
+
+    return connected
+
+
+@pytest.fixture(autouse=True, scope="session")
+def whole_transformers() -> Iterator[None]:
+    """Commands that run in the tests' own process import transformers whole: other tests train and compile with it."""
+    from contextlib import nullcontext
+
+    from weightport.cli import conversion
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversion, "without_compiler", nullcontext)
+        yield

@@ -80,7 +80,11 @@ def reason(error: BaseException) -> str:
 
 def without_secrets(text: str) -> str:
     """`text` without the user's token, anything that looks like one, and passwords in addresses."""
-    token = get_token()
+    try:
+        token = get_token()
+    except OSError:
+        # A home folder that may not be looked into holds no token that could be shown.
+        token = None
     text = text.replace(token, "<token>") if token else text
     return _CREDENTIALS.sub("", _TOKEN.sub("<token>", text))
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from tiny_models import load, write_adapter, write_base
 
 from weightport.adapters.merging.combination import COMBINATIONS, Combination
-from weightport.adapters.merging.merge import MergeOptions
-from weightport.adapters.verification.verify import why_not_verified
+from weightport.adapters.merging.merge import MergeOptions, Written
+from weightport.adapters.verification.verify import UnverifiableError, Verification, verify_merge, why_not_verified
 from weightport.api import merge_lora
 from weightport.errors import AdapterError, UsageError
 
@@ -189,3 +189,59 @@ def test_rank_that_no_weight_has_is_merged_and_not_run_by_peft(base: Path, tmp_p
     expected = load_file(exact / "model.safetensors")
     for name, value in load_file(merged / "model.safetensors").items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+
+
+BESIDE_PAIRS: dict[str, tuple[dict[str, Any], str]] = {
+    "parameters": ({"target_modules": [], "target_parameters": ["q_proj.weight"]}, "target_parameters"),
+    "saved": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "saved as a whole"),
+    "rows": ({"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3]}}, "single rows"),
+}
+
+
+@pytest.mark.parametrize("what", BESIDE_PAIRS)
+@pytest.mark.parametrize("kind", ["linear", "svd"])
+def test_combination_of_pairs_refuses_what_it_would_leave_out(
+    kind: str, what: str, base: Path, tmp_path: Path
+) -> None:
+    settings, said = BESIDE_PAIRS[what]
+    adapters = [
+        write_adapter(base, tmp_path / "one", LoraConfig(r=4, **settings)),
+        write_adapter(base, tmp_path / "two", LoraConfig(r=4, target_modules=["q_proj"])),
+    ]
+    with pytest.raises(AdapterError, match=f"{kind} combines pairs and leaves out .*{said}"):
+        merge_lora(base, [(a, 1.0) for a in adapters], tmp_path / "out", MergeOptions(combination=Combination(kind)))
+
+
+def test_biases_of_pairs_have_a_sum_and_no_combination(tmp_path: Path) -> None:
+    base = write_base("opt", tmp_path / "base")
+    adapters = [
+        write_adapter(
+            base, tmp_path / str(seed), LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True), seed=seed
+        )
+        for seed in (1, 2)
+    ]
+    with pytest.raises(AdapterError, match="linear combines pairs and leaves out biases of pairs"):
+        merge_lora(
+            base, [(a, 1.0) for a in adapters], tmp_path / "no", MergeOptions(combination=Combination("linear"))
+        )
+    checks: list[Verification] = []
+    merge_lora(base, list(zip(adapters, WEIGHTS)), tmp_path / "out", check=lambda w: checks.append(verify_merge(w)))
+    assert checks[0].weights == checks[0].changed == 4 and checks[0].seams
+
+
+def test_adapters_that_peft_does_not_run_together_are_merged_and_not_verified(base: Path, tmp_path: Path) -> None:
+    adapters = [
+        write_adapter(
+            base,
+            tmp_path / str(row),
+            LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [row]}),
+        )
+        for row in (3, 4)
+    ]
+
+    def check(written: Written) -> None:
+        with pytest.raises(UnverifiableError, match="peft does not run these adapters together"):
+            verify_merge(written)
+
+    merged = merge_lora(base, [(a, 1.0) for a in adapters], tmp_path / "out", check=check)
+    assert merged.record["weights_check"]["compared"] == 3

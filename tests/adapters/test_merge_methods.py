@@ -19,7 +19,7 @@ from test_merge_proof import merged
 from tiny_models import load, write_adapter, write_base
 
 from weightport.adapters.merging.additive_check import ExpectedDelta
-from weightport.adapters.merging.additive_delta import additive_change, additive_part
+from weightport.adapters.merging.additive_delta import ByRows, additive_change, additive_part
 from weightport.adapters.merging.combination import Combination
 from weightport.adapters.merging.lora_targets import DeltaChange, Part
 from weightport.adapters.merging.merge import MergeOptions
@@ -196,3 +196,14 @@ def test_matrix_of_a_weight_that_is_stored_within_another(method: str, turned: b
     change = DeltaChange(0, delta, Part(Place("up_proj", shape, (piece,)), piece))
     torch.testing.assert_close(found, ExpectedDelta(change, adapter.settings.data, 2.0, stored).matrix(stored[1]))
     assert found.any() and not found.T[:50].any() if turned else not found[:50].any()
+
+
+def test_grid_of_many_blocks_takes_no_more_than_the_weight(tmp_path: Path) -> None:
+    """A pair of the whole grid would have rank · blocks columns."""
+    base = write_model("llama", tmp_path / "base")
+    config = peft.GraloraConfig(r=32, alpha=3, gralora_k=16, hybrid_r=3, target_modules=["up_proj"])
+    adapter = write_adapter(base, tmp_path / "adapter", config)
+    opened = open_adapter(adapter)
+    change = additive_change(opened.deltas[0], (48, 32), opened.settings, torch.float64, 1.0, turned=False)
+    assert isinstance(change, ByRows)
+    agree(base, config, tmp_path / "again")

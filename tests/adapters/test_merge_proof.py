@@ -104,6 +104,29 @@ def test_one_wrong_element_in_the_files_is_seen(name: str, tmp_path: Path) -> No
         merge_lora(base, [(adapter, 1.0)], tmp_path / "out", check=spoil)
 
 
+@pytest.mark.parametrize(
+    ("name", "part"), [("llava", "vision_tower"), ("llava", "language_model"), ("paligemma", "vision_tower")]
+)
+def test_wrong_weight_anywhere_in_a_vision_language_model_is_seen_by_running_it(
+    name: str, part: str, tmp_path: Path
+) -> None:
+    base = write_model(name, tmp_path / "base")
+    adapter = write_adapter(base, tmp_path / "adapter", LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    seams: list[Verification] = []
+
+    def spoil(written: Written) -> None:
+        seams.append(verify_merge(written))
+        path = written.folder / "model.safetensors"
+        tensors = load_file(path)
+        tensors[next(o.name for o in written.plan.outputs if o.edit is not None and part in o.name)].mul_(1.5)
+        save_file(tensors, path, {"format": "pt"})
+        verify_merge(written)
+
+    with pytest.raises(ParityError, match="The merged model is not base"):
+        merge_lora(base, [(adapter, 1.0)], tmp_path / "out", check=spoil)
+    assert seams[0].weights == seams[0].changed and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", [*tiny_families.FAMILIES, "bert", "resnet", "t5"])
 def test_made_up_inputs_run_every_module_of_the_model(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -41,8 +41,8 @@ class Command:
     points: int = 100
 
 
-def make_inputs(room: Path) -> None:
-    """Every input of the commands below `room`/inputs."""
+def make_inputs(room: Path, *, every: bool = True) -> None:
+    """The inputs of the commands below `room`/inputs; without `every` those of convert, export and port-adapter."""
     import golden
     from drawn_data import draw_jsonl
 
@@ -65,6 +65,9 @@ def make_inputs(room: Path) -> None:
         settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "bias": "none"}
         (inputs / name / "adapter_config.json").write_text(json.dumps(settings))
     convert(inputs / "original", inputs / "model", "florence2")
+    convert(inputs / "original", inputs / "half", "florence2", dtype=torch.float16)
+    if not every:
+        return
     for name in ("adapter", "other_adapter"):
         port_adapter(inputs / name, inputs / f"native_{name}", inputs / "model")
     merge_lora(inputs / "model", [(inputs / "native_adapter", 1.0)], inputs / "tuned")
@@ -145,7 +148,7 @@ COMMANDS: dict[str, Command] = {
         Command(
             "export",
             _export,
-            lambda room, out: _export(room, out, "other_tuned"),
+            lambda room, out: _export(room, out, "half"),
             "inputs/model/model.safetensors",
         ),
         Command("extract", _extract, lambda room, out: _extract(room, out, 1), "inputs/tuned/model.safetensors"),

@@ -31,12 +31,8 @@ def main() -> int:
         made = stack.enter_context(bench(hub_environment(stack)))
         for name in arguments.command or COMMANDS:
             started = time.monotonic()
-            attack(made, name, arguments.points)
+            attack(made, name, arguments.points, arguments.state)
             _print(made, name, time.monotonic() - started)
-            if arguments.state:
-                arguments.state.write_text(
-                    json.dumps({each: vars(tally) for each, tally in made.tally.items()}, indent=1)
-                )
     return 1 if any(tally.broken for tally in made.tally.values()) else 0
 
 
@@ -48,16 +44,20 @@ def hub_environment(stack: ExitStack) -> dict[str, str]:
     return {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
 
 
-def attack(made: Bench, name: str, points: int) -> None:
-    """Everything that is tried on one command."""
+def attack(made: Bench, name: str, points: int, state: Path | None = None) -> None:
+    """Everything that is tried on one command; the figures so far go to `state` now and then."""
     command = COMMANDS[name]
     for existing in (False, True):
         states = made.states(command, existing)
         for fault, what in series(states, points):
             made.tried(command, existing, fault, what, states)
+            if state and fault.nth % 20 == 0:
+                _save(made, state)
     if os.getuid() == 0 and name != "release":
         for existing in (False, True):
             made.read_only(command, existing)
+    if state:
+        _save(made, state)
     if name in ("finetune", "release"):
         return
     for _ in range(max(points // 20, 1)):
@@ -67,6 +67,11 @@ def attack(made: Bench, name: str, points: int) -> None:
     for what, kind in CHANGES.items():
         for nth in spread(readings or 0, max(points // 10, 3)):
             made.changed_source(command, kind, nth, f"source {what}", states)
+
+
+def _save(made: Bench, state: Path) -> None:
+    figures = {name: vars(tally) for name, tally in made.tally.items()}
+    state.write_text(json.dumps(figures, indent=1))
 
 
 def _print(made: Bench, name: str, seconds: float) -> None:

@@ -37,10 +37,16 @@ SETTINGS = {
 }
 
 
+def without_records(model: Path, folder: Path) -> Path:
+    """A copy whose weights may be replaced: no record speaks of them."""
+    ignored = shutil.ignore_patterns(".weightport.json", "conversion.json")
+    return Path(shutil.copytree(model, folder, ignore=ignored))
+
+
 @pytest.fixture
 def even(tiny: Callable[[str], Path], tmp_path: Path) -> Path:
     """A model whose matrices have rows of whole blocks of 64: bitsandbytes' kernels for CPUs know no others."""
-    folder = shutil.copytree(tiny("ofa-cn"), tmp_path / "base")
+    folder = without_records(tiny("ofa-cn"), tmp_path / "base")
     config = AutoConfig.from_pretrained(folder)
     config.encoder_ffn_dim = config.decoder_ffn_dim = 128
     torch.manual_seed(0)
@@ -69,7 +75,7 @@ def test_merge_into_the_4_bit_base_is_the_model_that_was_measured(even: Path, mu
 @pytest.fixture
 def even_paligemma(tiny: Callable[[str], Path], tmp_path: Path) -> Path:
     """PaliGemma whose language model has matrices of whole blocks of 64."""
-    folder = shutil.copytree(tiny("paligemma2"), tmp_path / "base")
+    folder = without_records(tiny("paligemma2"), tmp_path / "base")
     config = AutoConfig.from_pretrained(folder)
     config.text_config.hidden_size = config.projection_dim = config.vision_config.projection_dim = 64
     config.text_config.intermediate_size, config.text_config.head_dim = 128, 32
@@ -111,7 +117,7 @@ def test_json_extract_learns_beside_a_language_model_in_4_bits(
 @pytest.fixture
 def even_blip2(tiny: Callable[[str], Path], tmp_path: Path) -> Path:
     """BLIP-2 whose language model has matrices of whole blocks of 64."""
-    folder = shutil.copytree(tiny("blip2"), tmp_path / "base")
+    folder = without_records(tiny("blip2"), tmp_path / "base")
     config = AutoConfig.from_pretrained(folder)
     text = config.text_config
     text.hidden_size = text.word_embed_proj_dim = 64

@@ -6,8 +6,10 @@ import argparse
 import json
 import os
 import random
+import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -34,20 +36,26 @@ def main() -> int:
     campaigns = {name: Campaign(TARGETS[name], arguments.seed) for name in names}
     print(f"seed {arguments.seed}; {sum(shares.values()):,} inputs for {len(names)} readers", flush=True)
     started = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        while left := [name for name in names if campaigns[name].result.inputs < shares[name]]:
-            for name in left:
-                result = campaigns[name].result
-                size = max(1, min(int(BATCH / MILLISECONDS[name]), shares[name] - result.inputs))
-                campaigns[name].batch(size)
-            if arguments.state:
-                _save(arguments.state, campaigns)
-            print(f"{time.monotonic() - started:7.0f} s  {_total(campaigns)}", flush=True)
-        print(_table({name: campaign.result for name, campaign in campaigns.items()}))
+        with suppress(KeyboardInterrupt):
+            _judge(campaigns, shares, arguments.state, started)
+        print(_table({name: campaign.result for name, campaign in campaigns.items()}), flush=True)
         return _report(campaigns, arguments.out, arguments.minimise)
     finally:
         for campaign in campaigns.values():
             campaign.close()
+
+
+def _judge(campaigns: dict[str, Campaign], shares: dict[str, int], state: Path | None, started: float) -> None:
+    """Batches of every reader in turn until each has had its share; Ctrl-C ends it with what there is."""
+    while left := [name for name in campaigns if campaigns[name].result.inputs < shares[name]]:
+        for name in left:
+            result = campaigns[name].result
+            campaigns[name].batch(max(1, min(int(BATCH / MILLISECONDS[name]), shares[name] - result.inputs)))
+            if state:
+                _save(state, campaigns)
+        print(f"{time.monotonic() - started:7.0f} s  {_total(campaigns)}", flush=True)
 
 
 def _arguments() -> argparse.Namespace:

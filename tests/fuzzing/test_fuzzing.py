@@ -17,7 +17,7 @@ from weightport.errors import CheckpointError
 
 SEED = 20260729
 """Of the bounded run: the same inputs each time, so that it fails for what was changed."""
-INPUTS = 60
+INPUTS = 40
 FINDINGS = Path(__file__).with_name("findings")
 KEPT = sorted(path for target in FINDINGS.iterdir() for path in target.iterdir()) if FINDINGS.is_dir() else []
 

@@ -490,6 +490,7 @@ def test_revision_that_does_not_reason_is_asked_in_vain(model, period: str) -> N
         model.reason(**inputs_of(period, (3,)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("period", ["one_view", "tiles"], indirect=True)
 def test_traced_model_computes_the_same(model, period: str) -> None:
     """What torch.compile traces, run without a compiler."""

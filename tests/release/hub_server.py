@@ -18,12 +18,14 @@ from typing import Any
 TOKEN = "hf_" + "Secret" * 6
 DROP = "drop"
 """A fault: the connection is reset in the middle of the request."""
+TEAR = "tear"
+"""A fault: the request is carried out, and the connection is reset in the middle of the answer."""
 
 
 class HubServer(ThreadingHTTPServer):
     """What was asked for (`requests`: method, path), the repositories, and the objects that arrived by their hash.
 
-    `faults` are taken in turn by requests whose "METHOD path" contains their key: DROP, or (status, text).
+    `faults` are taken in turn by requests whose "METHOD path" contains their key: DROP, TEAR, or (status, text).
     """
 
     daemon_threads = True
@@ -64,6 +66,7 @@ def running() -> Iterator[HubServer]:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    _torn = False
     server: HubServer
 
     def log_message(self, format: str, *arguments: Any) -> None:
@@ -76,16 +79,20 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self._fault()
         if fault == DROP:
             self.rfile.read(min(16, int(self.headers.get("content-length") or 0)))
-            # A reset instead of an orderly end.
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.connection.close()
-            self.close_connection = True
+            self._reset()
             return
         body = self._body()
-        if fault is not None:
+        self._torn = fault == TEAR
+        if fault is not None and not self._torn:
             self._answer(fault[0], {"error": fault[1]}, {"x-error-message": fault[1]})
             return
         self._route(self.path.partition("?")[0].strip("/"), body)
+
+    def _reset(self) -> None:
+        """End the connection with a reset instead of an orderly end."""
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+        self.close_connection = True
 
     def __getattr__(self, name: str) -> Any:
         # BaseHTTPRequestHandler asks for do_GET and its like.
@@ -183,4 +190,8 @@ class _Handler(BaseHTTPRequestHandler):
         }.items():
             self.send_header(key, value)
         self.end_headers()
-        self.wfile.write(data)
+        if self._torn:
+            self.wfile.write(data[: len(data) // 2])
+            self._reset()
+        else:
+            self.wfile.write(data)

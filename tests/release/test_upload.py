@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from hub_server import DROP, TOKEN, HubServer
+from hub_server import DROP, TEAR, TOKEN, HubServer
 from safetensors.torch import load_file, save_file
 
 from weightport import cli
@@ -188,6 +188,26 @@ def test_every_fault_of_the_hub_is_one_error(
     assert len(lines) == 3 and lines[2].strip() == f"port-release {model} --repo {REPO}"
     assert ("Log in" in lines[1]) == any(status in str(times) for status in ("401", "403"))
     assert not hub.files[(REPO, "main")]
+
+
+@pytest.mark.parametrize(
+    "request_", ["POST /api/repos/create", "preupload", "objects/batch", "PUT /lfs/", "validate-yaml", "/commit/"]
+)
+def test_after_an_answer_that_is_torn_the_same_command_completes_the_release(
+    request_: str, model: Path, hub: HubServer
+) -> None:
+    hub.faults[request_] = [TEAR]
+    first = port_release(model, "--repo", REPO)
+    assert "Traceback" not in first.output and "defect" not in first.output, first.output
+    if first.exit_code:
+        line = next(line for line in first.output.splitlines() if line.strip().startswith("port-release /"))
+        again = port_release(*shlex.split(line)[1:])
+        assert again.exit_code == 0, again.output
+    shown = release(model, ReleaseOptions(REPO, dry_run=True))
+    assert {name: len(content) for name, content in hub.files[(REPO, "main")].items()} == {
+        file.name: file.size for file in shown.files
+    }
+    assert len(set(hub.asked("PUT", "/lfs/"))) == 1
 
 
 def test_passing_trouble_is_tried_again_without_a_word(model: Path, hub: HubServer) -> None:

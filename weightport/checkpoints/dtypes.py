@@ -86,3 +86,9 @@ NUMPY_DTYPES = {
 def dtype_name(dtype: torch.dtype) -> str:
     """`bfloat16` for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
+
+
+def parse_dtype(text: str | None) -> torch.dtype | None:
+    """float32, float16, bfloat16 or float64; None and "keep" mean every tensor's own."""
+    names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+    return None if text in (None, "keep") else names[str(text)]

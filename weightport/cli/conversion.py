@@ -181,9 +181,11 @@ def _run(
     **own: Any,
 ) -> None:
     with uncollected(), without_compiler():
-        from weightport import modeling  # noqa: F401 - planning needs model classes, most of all that is imported
+        # Used further on: model classes for planning are most of all that is imported.
+        from weightport import modeling  # noqa: F401
         from weightport.api import convert, plan_conversion
-        from weightport.converters.conversion import parse_dtype
+        from weightport.checkpoints.dtypes import parse_dtype
+        from weightport.converters import conversion  # noqa: F401
 
     given = {name: value for name, value in own.items() if value is not None}
     beside = {name.removeprefix("source_"): value for name, value in given.items() if name.startswith("source_")}

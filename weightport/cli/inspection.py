@@ -12,7 +12,7 @@ import click
 
 from weightport.cli.display import Lines, echo
 from weightport.cli.paths import ExistingPath
-from weightport.cli.running import command_body, json_option
+from weightport.cli.running import command_body, json_option, uncollected
 from weightport.formatting import count, size
 
 if TYPE_CHECKING:
@@ -29,10 +29,12 @@ def inspect_command(source: Path, tensors: bool, as_json: bool) -> None:
 
     No weight is read, and nothing in the file is executed.
     """
-    from weightport.checkpoints import open_checkpoint
-    from weightport.families.registry import registry
+    # A header of many tensors makes many small objects, none of which is garbage.
+    with uncollected():
+        from weightport.checkpoints import open_checkpoint
+        from weightport.families.registry import registry
 
-    checkpoint = open_checkpoint(source)
+        checkpoint = open_checkpoint(source)
     family = registry().recognised(checkpoint)
     found = describe(checkpoint, family.name if family else None, registry().looks_like(checkpoint), tensors=tensors)
     if family is not None and (about := family.about(checkpoint)):

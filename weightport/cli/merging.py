@@ -120,7 +120,7 @@ def port_merge_lora(
             from weightport.adapters.merging.combination import Combination
             from weightport.adapters.merging.merge import MergeOptions
             from weightport.api import merge_lora
-            from weightport.converters.conversion import parse_dtype
+            from weightport.checkpoints.dtypes import parse_dtype
         options = MergeOptions(
             dtype=parse_dtype(dtype),
             combination=Combination(combination, density, majority_sign, svd_rank),

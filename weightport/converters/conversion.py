@@ -155,9 +155,3 @@ def check_derived(made: Plan, model: SourceModel) -> None:
                 f"({list(expected.shape)}, {item.because}).\n"
                 "  The checkpoint is of a variant that this family does not know; converting would change its results."
             )
-
-
-def parse_dtype(text: str | None) -> torch.dtype | None:
-    """float32, float16, bfloat16 or float64; None and "keep" mean every tensor's own."""
-    names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
-    return None if text in (None, "keep") else names[str(text)]

@@ -102,9 +102,9 @@ class _Rules:
 
     def undone(self, name: str) -> str:
         """`name` with the renamings undone that the stored names needed, the last first."""
-        from transformers.core_model_loading import apply_renamings
-
-        return apply_renamings(name, [rule.reverse_transform() for rule in reversed(self.used)])
+        for rule in reversed(self.used):
+            name, _ = rule.reverse_transform().rename_source_key(name)
+        return name
 
 
 def name_space(directory: str | Path, stored: Mapping[str, tuple[int, ...]]) -> NameSpace:

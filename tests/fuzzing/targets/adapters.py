@@ -62,12 +62,13 @@ def _as_safetensors(folder: Path, adapter: LoraAdapter) -> bool:
     if not path.is_file():
         return False
     theirs = safetensors.torch.load(path.read_bytes())
+    if not all(name.isprintable() for name in theirs):
+        return False
     refs = [ref for module in adapter.modules for ref in (module.a, module.b)] + list(adapter.whole.values())
     for ref in refs:
-        if ref.name not in theirs and ref.name.isprintable():
+        if ref.name not in theirs:
             raise MismatchError(f"names: {ref.name} is in no file")
-        if ref.name in theirs:
-            require_tensor(ref.name, ref.read(), theirs[ref.name])
+        require_tensor(ref.name, ref.read(), theirs[ref.name])
     for module in adapter.modules:
         adapter.settings.scaling(module.module)
         adapter.settings.targets(module.module)

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import json
+import os
 import sys
 import tarfile
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
-from fuzzing import cases
+from fuzzing import cases, mutation
 from fuzzing.campaign import Target
 from fuzzing.cases import Case
 from fuzzing.judge import MismatchError
-from fuzzing.targets.changes import change, keeping
+from fuzzing.targets.changes import keeping
 from weightport.finetuning.data import DataSettings, open_data
-from weightport.finetuning.data.chats import CHATS
 from weightport.finetuning.data.entries import EntrySamples
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "finetuning"))
 
-from drawn_data import coco_document, draw, draw_coco, draw_jsonl, draw_muge, encoded, write_lines
+from drawn_data import coco_document, draw, draw_coco, draw_jsonl, draw_muge, write_lines
 
 SAMPLES = 20
-_COUNT, _DETECT = DataSettings(), DataSettings(form="detection")
 
 
 def _with(settings: DataSettings, folder: Path) -> EntrySamples:
@@ -52,16 +54,12 @@ def _jsonl_seeds(folder: Path) -> list[Case]:
 
 def _as_json_lines(folder: Path, samples: EntrySamples) -> bool:
     path = next(folder.glob("*.jsonl"))
-    lines = [line for line in path.read_bytes().decode().split("\n") if line.strip()]
-    rows = [json.loads(line) for line in lines]
-    if any(name in rows[0] for name in CHATS):
-        return False
+    rows = [json.loads(line) for line in path.read_bytes().decode().split("\n") if line.strip()]
     if len(rows) != len(samples):
         raise MismatchError(f"rows: {len(samples)} samples of {len(rows)} lines")
     for index, row in enumerate(rows[:SAMPLES]):
         sample = samples[index]
-        # A number is an answer as it is written.
-        if sample.suffix not in lines[index] and sample.suffix not in map(str, _leaves(row)):
+        if sample.suffix not in json.dumps(row, ensure_ascii=False) and sample.suffix not in map(str, _leaves(row)):
             raise MismatchError(f"answer: line {index} has no {sample.suffix!r:.80}")
     return True
 
@@ -121,95 +119,140 @@ def _as_counts(folder: Path, samples: EntrySamples) -> bool:
     return True
 
 
-def _csv_seeds(folder: Path) -> list[Case]:
-    texts = {
-        "commas": "image,question,answer\n0.png,what?,a cat\n1.png,,5\n",
-        "quotes": 'image;text\r\n1.png;"two\r\nlines, ""quoted"""\r\n',
+def _chat_seeds(folder: Path) -> list[Case]:
+    messages = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "red"}]
+    parts = [{"type": "image", "image": "0.png"}, {"type": "text", "text": "what?"}]
+    told = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}] * 2
+    told[2] = {"from": "human", "value": "and now?"}
+    rows = {
+        "plain": {"image": "0.png", "messages": messages},
+        "parts": {"messages": [{"role": "user", "content": parts}, messages[1]]},
+        "llava": {"id": 1, "image": "0.png", "conversations": told},
     }
-    for name, text in texts.items():
-        draw_jsonl(folder / name, 2).unlink()
-        (folder / name / "metadata.csv").write_bytes(text.encode())
-    return [cases.read(folder / name) for name in texts]
-
-
-def _as_csv(folder: Path, samples: EntrySamples) -> bool:
-    """Every answer stands in the file, but for the quotes that are doubled in it."""
-    content = (folder / "metadata.csv").read_bytes().decode().replace('""', '"')
-    for index in range(min(len(samples), SAMPLES)):
-        if samples[index].suffix.replace('""', '"') not in content:
-            raise MismatchError(f"answer: {samples[index].suffix!r:.80} is not in the file")
-    return True
+    made = []
+    for name, row in rows.items():
+        (folder / name).mkdir(parents=True)
+        draw(0).save(folder / name / "0.png")
+        write_lines(folder / name / "train.jsonl", [row, row])
+        made.append(cases.read(folder / name))
+    return made
 
 
 def _list_seeds(folder: Path) -> list[Case]:
-    rows = [{"image": "0.png", "prefix": "what?", "suffix": "a cat"}, {"image": "1.png", "prefix": "q", "suffix": 1.5}]
-    made = []
-    for name, indent in (("flat", None), ("indented", 1)):
-        draw_jsonl(folder / name, 2).unlink()
-        (folder / name / "train.json").write_text(json.dumps(rows, indent=indent))
-        made.append(cases.read(folder / name))
-    return made
+    """The same rows as a JSON list, as CSV and as TSV."""
+    (folder / "x").mkdir(parents=True)
+    draw(0).save(folder / "x" / "0.png")
+    picture = {"0.png": (folder / "x" / "0.png").read_bytes()}
+    row = {"image": "0.png", "prefix": "what?", "suffix": "red"}
+    quoted = b'image,prefix,suffix\n0.png,"what, and ""why""?",red\n0.png,"two\nlines",blue\n'
+    return [
+        {"train.json": json.dumps([row, row]).encode(), **picture},
+        {"train.csv": quoted, **picture},
+        {"train.tsv": b"image\tprefix\tsuffix\n0.png\twhat?\tred\n", **picture},
+    ]
 
 
-def _list_samples(folder: Path) -> EntrySamples:
-    return _with(_COUNT, folder / "train.json")
-
-
-def _as_list(folder: Path, samples: EntrySamples) -> bool:
-    """The whole document, read at once."""
-    rows = json.loads((folder / "train.json").read_bytes().decode("utf-8-sig"))
-    if any(name in rows[0] for name in CHATS):
+def _as_csv(folder: Path, samples: EntrySamples) -> bool:
+    path = folder / "train.csv"
+    if not path.is_file():
         return False
-    if len(rows) != len(samples):
-        raise MismatchError(f"rows: {len(samples)} samples of {len(rows)} objects")
+    rows = list(csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")))
+    rows = [row for row in rows if any(value for value in row.values())]
+    for index, row in enumerate(rows[:SAMPLES]):
+        if index >= len(samples) or samples[index].suffix not in map(str, row.values()):
+            raise MismatchError(f"answer: row {index} is {row!r:.80} there")
     return True
 
 
-def _chat_seeds(folder: Path) -> list[Case]:
-    turns = [("user", "<image>what?"), ("assistant", "a cat"), ("user", "where?"), ("assistant", "here")]
-    chats = {
-        "messages": {"messages": [{"role": role, "content": text} for role, text in turns], "images": ["0.png"]},
-        "llava": {"conversations": [{"from": role, "value": text} for role, text in turns], "image": "0.png"},
-    }
-    made = []
-    for name, row in chats.items():
-        draw_jsonl(folder / name, 1).unlink()
-        write_lines(folder / name / "train.jsonl", [row] * 2)
-        made.append(cases.read(folder / name))
-    return made
+def _captions_seeds(folder: Path) -> list[Case]:
+    document = coco_document()
+    document["annotations"] = [{"id": n, "image_id": n % 3, "caption": f"a picture {n}"} for n in range(4)]
+    draw_coco(folder / "captions", document)
+    return [cases.read(folder / "captions")]
+
+
+def _as_captions(folder: Path, samples: EntrySamples) -> bool:
+    document = json.loads((folder / "_annotations.coco.json").read_bytes())
+    texts = [text for each in document["annotations"] for text in _leaves(each.get("caption"))]
+    for index in range(min(len(samples), SAMPLES)):
+        if samples[index].suffix not in texts:
+            raise MismatchError(f"caption: {samples[index].suffix!r:.80} is no caption there")
+    return True
 
 
 def _tar_seeds(folder: Path) -> list[Case]:
-    row = json.dumps({"question": "what?", "answer": "a cat"}).encode()
-    made = []
-    for ending, content in (("txt", b"a cat"), ("json", row)):
-        stream = io.BytesIO()
-        with tarfile.open(fileobj=stream, mode="w") as archive:
-            for number in range(2):
-                for name, data in ((f"{number}.png", encoded(number)), (f"{number}.{ending}", content)):
-                    member = tarfile.TarInfo(name)
-                    member.size = len(data)
-                    archive.addfile(member, io.BytesIO(data))
-        made.append({"train.tar": stream.getvalue()})
-    return made
+    stream = io.BytesIO()
+    draw(1).save(stream, "PNG")
+    members = {}
+    for number in range(2):
+        members |= {f"{number:05}.png": stream.getvalue(), f"{number:05}.txt": b"a cat"}
+    members |= {"2.png": stream.getvalue(), "2.json": b'{"prefix": "what?", "suffix": "red"}'}
+    texts = {name: data for name, data in members.items() if not name.startswith("2.")}
+    return [{"train.tar": _tar(texts)}, {"train.tar": _tar(dict(list(members.items())[-2:]))}]
 
 
-def _as_tar(folder: Path, samples: EntrySamples) -> bool:
-    """The bytes of every picture, as tarfile has them by name."""
-    with tarfile.open(folder / "train.tar", "r:") as archive:
-        held = [archive.extractfile(member).read() for member in archive if member.isreg()]  # type: ignore[union-attr]
-    for index in range(min(len(samples), SAMPLES)):
-        picture = samples[index].picture
-        if picture is not None and picture.load() not in held:
-            raise MismatchError(f"picture: of {picture.key!r} is no member")
-    return True
+def _tar(members: Mapping[str, bytes]) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return stream.getvalue()
 
 
-def _classes_seeds(folder: Path) -> list[Case]:
-    for number, name in enumerate(("cat", "dog")):
-        (folder / "classes" / name).mkdir(parents=True)
-        draw(number).save(folder / "classes" / name / f"{number}.png")
+def _tar_change(rng: Random, case: Case, corpus: list[Case]) -> Case:
+    """Bytes of the archive, or a member's name, kind or content, packed again."""
+    data = case["train.tar"]
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
+            members = [(info, (archive.extractfile(info) or io.BytesIO()).read()) for info in archive if info.isreg()]
+    except (tarfile.TarError, EOFError, ValueError, OSError):
+        members = []
+    if not members or rng.random() < 0.4:
+        return {"train.tar": mutation.of_bytes(rng, data)}
+    stream, at = io.BytesIO(), rng.randrange(len(members))
+    kinds = (tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE)
+    with tarfile.open(fileobj=stream, mode="w", format=rng.choice((tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT))) as made:
+        for number, (info, content) in enumerate(members):
+            if number == at:
+                choice = rng.randrange(4)
+                if choice == 0:
+                    info.name = mutation.of_text(rng, info.name.encode()).decode("utf-8", "surrogateescape")[:90]
+                elif choice == 1:
+                    info.type, info.linkname = rng.choice(kinds), rng.choice(("../x", "/etc/passwd", "00000.png"))
+                else:
+                    content = mutation.of_json(rng, content) if info.name.endswith("json") else b"" + content[::-1]
+            info.size = len(content) if info.isreg() else 0
+            try:
+                made.addfile(info, io.BytesIO(content))
+            except (ValueError, UnicodeError, OSError):
+                return case
+    return {"train.tar": stream.getvalue()}
+
+
+def _class_seeds(folder: Path) -> list[Case]:
+    for number in range(3):
+        place = folder / "classes" / ("cat", "dog")[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        draw(number).save(place / f"{number}.png")
     return [cases.read(folder / "classes")]
+
+
+def _class_change(rng: Random, case: Case, corpus: list[Case]) -> Case:
+    """Names of folders and files, and bytes of pictures."""
+    made = dict(case)
+    name = rng.choice(list(made))
+    content = made.pop(name)
+    if rng.random() < 0.5:
+        made[name] = mutation.of_bytes(rng, content)
+        return made
+    other = mutation.of_text(rng, os.fsencode(name)).decode("utf-8", "surrogateescape").replace("\0", "")
+    parts = [part[:200] for part in other.split("/") if part not in ("", ".", "..")][:4]
+    if not parts or any("/".join(parts[:depth]) in made for depth in range(1, len(parts) + 1)):
+        return case
+    made["/".join(parts)] = content
+    return case if any(each.startswith("/".join(parts) + "/") for each in made) else made
 
 
 def _table_seeds(folder: Path) -> list[Case]:
@@ -236,16 +279,17 @@ def _as_parquet(folder: Path, samples: EntrySamples) -> bool:
 
 _CHANGE = keeping(".png")
 _MODULES = ("finetuning/data",)
+_COUNT, _DETECT = DataSettings(), DataSettings(form="detection")
 
 TARGETS = (
     Target("jsonl", _jsonl_seeds, _CHANGE, partial(_with, _COUNT), _as_json_lines, _MODULES),
-    Target("csv", _csv_seeds, _CHANGE, partial(_with, _COUNT), _as_csv, _MODULES),
-    Target("json-list", _list_seeds, _CHANGE, _list_samples, _as_list, _MODULES),
-    Target("chats", _chat_seeds, _CHANGE, partial(_with, _COUNT), modules=_MODULES),
-    Target("tar", _tar_seeds, _CHANGE, partial(_with, _COUNT), _as_tar, _MODULES),
-    Target("classes", _classes_seeds, change, partial(_with, _COUNT), modules=_MODULES),
     Target("muge", _muge_seeds, _CHANGE, partial(_with, _COUNT), _as_base64, _MODULES),
     Target("coco-counting", _coco_seeds, _CHANGE, partial(_with, _COUNT), _as_counts, _MODULES),
     Target("coco-detection", _coco_seeds, _CHANGE, partial(_with, _DETECT), modules=_MODULES),
+    Target("chats", _chat_seeds, _CHANGE, partial(_with, _COUNT), modules=_MODULES),
+    Target("csv-and-lists", _list_seeds, _CHANGE, partial(_with, _COUNT), _as_csv, _MODULES),
+    Target("coco-captions", _captions_seeds, _CHANGE, partial(_with, _COUNT), _as_captions, _MODULES),
+    Target("tar", _tar_seeds, _tar_change, partial(_with, _COUNT), modules=_MODULES),
+    Target("class-folders", _class_seeds, _class_change, partial(_with, _COUNT), modules=_MODULES),
     Target("table", _table_seeds, _CHANGE, partial(_with, _COUNT), _as_parquet, _MODULES),
 )

@@ -136,22 +136,24 @@ def _c3a(parts: Parts, weight: Weight) -> Change:
 
 def _gralora(parts: Parts, weight: Weight) -> Change:
     """GraLoRA (arXiv:2505.20355): a pair for each block of a grid, and a plain pair beside them."""
-    a, b = parts["gralora_A"], parts["gralora_B"]
-    grid, width, rank = a.shape
-    height, each = b.shape[2], rank // grid
-    left = b.new_zeros(grid, height, grid, grid, each)
-    right = a.new_zeros(grid, grid, each, grid, width)
-    for row in range(grid):
-        for column in range(grid):
-            left[row, :, row, column] = b[row, column * each : (column + 1) * each].T
-            right[row, column, :, column] = a[column, :, row * each : (row + 1) * each].T
-    left, right = left.reshape(grid * height, -1), right.reshape(-1, grid * width)
-    hybrid = 0
-    if "gralora_A_general" in parts:
-        hybrid = parts["gralora_A_general"].shape[0]
-        left = torch.cat([left, parts["gralora_B_general"]], 1)
-        right = torch.cat([right, parts["gralora_A_general"]], 0)
-    return LowRank(left * weight.strength(rank=rank + hybrid), right)
+    grid, width, rank = parts["gralora_A"].shape
+    height = parts["gralora_B"].shape[2]
+    a = parts["gralora_A"].view(grid, width, grid, rank // grid)
+    b = parts["gralora_B"].view(grid, grid, rank // grid, height)
+    general = "gralora_A_general" in parts
+    scale = weight.strength(rank=rank + (parts["gralora_A_general"].shape[0] if general else 0))
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        found = []
+        for block in range(start // height, -(-stop // height)):
+            of = slice(max(start - block * height, 0), min(stop - block * height, height))
+            found.append(torch.einsum("nso,nis->oni", b[block, :, :, of], a[:, :, block]).flatten(1))
+        values = torch.cat(found)
+        if general:
+            values = values + parts["gralora_B_general"][start:stop] @ parts["gralora_A_general"]
+        return values * scale
+
+    return ByRows(grid * height, rows)
 
 
 def _delora(parts: Parts, weight: Weight) -> Change:
@@ -239,7 +241,9 @@ def _oriented(change: Change, *, turned: bool) -> Change:
         return change
     if isinstance(change, LowRank):
         return LowRank(change.right.T, change.left.T)
-    raise AdapterError("this method has no weights [in, out]")
+    assert isinstance(change, ByRows)
+    whole = change.of(0, change.height).T
+    return ByRows(whole.shape[0], lambda start, stop: whole[start:stop])
 
 
 def _scaled(change: Change, weight: float) -> Change:

@@ -243,4 +243,9 @@ def _notes(
         notes.append(
             f"{whole} tensors are taken from the adapter as they are (biases, modules_to_save); no weight applies."
         )
+    rows = sum(len(indices) for found in touched.values() for _, _, indices in found.tokens)
+    if rows:
+        notes.append(
+            f"{rows} rows of embeddings take the place of the base's, as they were trained; no weight applies."
+        )
     return notes

@@ -9,7 +9,7 @@ import torch
 
 from weightport.adapters.base.base_model import Base
 from weightport.adapters.merging.additive_delta import additive_change, additive_misfit, additive_part, is_turned
-from weightport.adapters.merging.combination import Combination, Weighted, combine, combines_matrices
+from weightport.adapters.merging.combination import SUM, Combination, Weighted, combine, combines_matrices
 from weightport.adapters.merging.lora_targets import DeltaChange, PairChange, Part, Touched
 from weightport.adapters.merging.low_rank_delta import (
     Change,
@@ -80,6 +80,8 @@ class EditBuilder:
                     f"{change.key}: DoRA sets lengths of rows, and the files hold this weight in other rows "
                     f"({change.part.piece.stored})"
                 )
+        if self.combination.kind != SUM:
+            _refuse(_beside_pairs(found, ref, replacement, self.combination.kind))
         ranks = {change.module.a.shape[0] for change in found.pairs}
         if combines_matrices(self.combination) and len(ranks) > 1:
             _refuse(
@@ -177,6 +179,21 @@ def largest_rank(adapter: LoraAdapter) -> int:
 def _model_shape(change: PairChange | DeltaChange, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the model's tensor: the stored one's, which may have grown, or its own where the two differ."""
     return shape if change.part.plain else change.part.place.shape
+
+
+def _beside_pairs(found: Touched, ref: TensorRef, replacement: TensorRef | None, kind: str) -> str | None:
+    """What peft's combinations of pairs leave out; None where the tensor has none of it."""
+    saved = replacement is not None and (
+        replacement.shape != ref.shape or not same_bits(replacement.read(), ref.read())
+    )
+    what = {
+        "pairs beside parameters (target_parameters)": found.parameters,
+        "biases of pairs (lora_bias)": found.biases,
+        "single rows (trainable_token_indices)": found.tokens,
+        "tensors saved as a whole": saved,
+    }
+    beside = next((name for name, there in what.items() if there), None)
+    return f"{ref.name}: {kind} combines pairs and leaves out {beside}; use {SUM}, the exact sum" if beside else None
 
 
 def _refuse(problem: str | None) -> None:

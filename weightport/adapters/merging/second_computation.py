@@ -199,7 +199,8 @@ class SecondComputation:
         by_row = torch.zeros(count // self.columns, dtype=torch.float64)
         by_column = torch.zeros(self.columns, dtype=torch.float64)
         for place, _, _ in rectangles(self.columns, 0, count):
-            squares = self.with_trained_rows(place, self.base_values(place).double())
+            # A copy, of float64 too: what is held of the base is read again.
+            squares = self.with_trained_rows(place, self.base_values(place).to(torch.float64, copy=True))
             squares.add_(self.added(place, torch.empty_like(squares))).square_()
             by_row[slice(*place.rows)] += squares.sum(1)
             by_column[slice(*place.columns)] += squares.sum(0)

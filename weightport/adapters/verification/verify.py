@@ -28,7 +28,7 @@ from weightport.adapters.verification.peft_loading import load_adapter
 from weightport.adapters.verification.sample_inputs import sample_inputs
 from weightport.checkpoints import open_checkpoint
 from weightport.converters.name_spaces import NameSpace, name_space
-from weightport.errors import ConfigurationError, ParityError
+from weightport.errors import AdapterError, ConfigurationError, ParityError
 from weightport.extras import install_command
 
 if TYPE_CHECKING:
@@ -123,7 +123,13 @@ def verify_merge(written: Written, prompt: str | None = None) -> Verification:
     with _quiet(), ExitStack() as stack:
         names = ModuleNames({}, _space_of(written))
         held = names.space.held() if names.space is not None else {}
-        loaded = _tuned(written, names, stack)
+        try:
+            loaded = _tuned(written, names, stack)
+        except (AdapterError, ParityError):
+            raise
+        except Exception as error:
+            # Adapters that peft loads alone and does not run together.
+            raise UnverifiableError(f"peft does not run these adapters together ({_first_line(error)})") from error
         if loaded.missing:
             reason = f"peft did not load {len(loaded.missing)} keys of the adapter, {loaded.missing[0]} among them"
             return Verification((), len(changed), 0, 0.0, (), dict.fromkeys(changed, reason))
@@ -133,9 +139,8 @@ def verify_merge(written: Written, prompt: str | None = None) -> Verification:
             expected = _outputs(tuned, arguments)
         except Exception as error:
             # Code of any architecture, called with inputs that were made without knowing it.
-            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             raise UnverifiableError(
-                f"{type(tuned.get_base_model()).__name__} does not run on sample inputs ({reason})"
+                f"{type(tuned.get_base_model()).__name__} does not run on sample inputs ({_first_line(error)})"
             ) from error
         weights = dict(tuned.merge_and_unload().state_dict())
         del tuned, loaded
@@ -160,6 +165,10 @@ def verify_merge(written: Written, prompt: str | None = None) -> Verification:
     )
     _require(result, expected, found)
     return result
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
 
 
 def _tied_in_training(written: Written) -> list[str]:

@@ -74,6 +74,7 @@ class MoondreamConversion:
         config = configuration.native_config(
             sizes, beside.config, found.tensors, revision, special, image_id, reasoning
         )
+        merged = variant.note if variant is not None else None
         missing = (
             "There is no tokenizer beside the weights: the directory has no processor. --vocab names one."
             if source is None and options.vocabulary is None
@@ -94,9 +95,7 @@ class MoondreamConversion:
                 "end_ids": end_ids,
             },
             unused={} if variant is None else dict.fromkeys(sources[VARIANT], "merged into the tensors of the model"),
-            notes=tuple(
-                each for each in (_because(decision), variant and variant.note, note, missing) if each is not None
-            ),
+            notes=tuple(each for each in (_because(decision), merged, note, missing) if each is not None),
         )
 
     def targets(self, config: PreTrainedConfig) -> NativeTensors:

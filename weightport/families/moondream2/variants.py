@@ -141,7 +141,7 @@ def _weight(layer: int, module: str) -> str:
 
 
 def _layers(tensors: NamedTensors) -> list[int]:
-    found = []
+    found: list[int] = []
     while f"text.blocks.{len(found)}.attn.qkv.weight" in tensors:
         found.append(len(found))
     return found

@@ -31,7 +31,7 @@ class ClassFolders:
 
     def __init__(self, path: Path, settings: DataSettings) -> None:
         self.name = str(path)
-        self.images = ImageFolder(path, roots=[Path(each).expanduser() for each in settings.images or ()])
+        self.images = ImageFolder(path, roots=[Path(os.path.expanduser(each)) for each in settings.images or ()])
         self.classes = class_folders(path)
         faults = Faults(settings.skip_bad)
         names: list[str] = []

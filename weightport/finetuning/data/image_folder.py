@@ -137,7 +137,7 @@ class ImageFolder:
 
 def find_companion(given: str, beside: Path) -> Path:
     """A file or folder that the settings name: from the working directory or, failing that, from `beside`."""
-    for path in (Path(given).expanduser(), beside / given):
+    for path in (Path(os.path.expanduser(given)), beside / given):
         if path.exists():
             return path
     raise DataError(f"data.images is {given}, which is neither here nor in {beside}.")

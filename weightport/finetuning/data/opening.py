@@ -123,7 +123,7 @@ def local_places(paths: Paths) -> list[Path]:
 
 
 def _local_place(path: str) -> Path:
-    place = Path(split_path(path)[0]).expanduser()
+    place = Path(os.path.expanduser(split_path(path)[0]))
     while has_pattern(str(place)):
         place = place.parent
     return place

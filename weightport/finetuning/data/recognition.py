@@ -111,7 +111,7 @@ def recognise(path: str, settings: DataSettings) -> list[Layout]:
             # One table, whose columns are compared.
             return [Layout("table", path)]
         return [layout for name in names for layout in recognise(name, settings)]
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))
     if place.is_dir():
         try:
             return _in_folder_or_splits(place, settings)

@@ -26,7 +26,7 @@ def open_table(path: str, settings: DataSettings) -> Dataset:
         import datasets
     except ImportError as error:
         raise UsageError(f'Tables need the package "datasets". Install it: {install_command("finetune")}') from error
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             return _load_saved(folder, settings)
@@ -61,7 +61,7 @@ def find_parquet(path: str, settings: DataSettings) -> list[str]:
 
     Where a folder's files speak of several splits, those of the settings' split.
     """
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     given = folder.is_file() or (glob.has_magic(path) and not folder.is_dir())
     if folder.is_file():
         found = [str(folder)]

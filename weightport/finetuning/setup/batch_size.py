@@ -230,7 +230,8 @@ class _Trial:
         return float(torch.cuda.max_memory_allocated(self._arguments.device) if cuda else _peak())
 
     def _pass(self, inputs: dict[str, Any]) -> None:
-        model, arguments = self._model, self._arguments
+        model: Any = self._model
+        arguments = self._arguments
         if next(model.parameters()).device != arguments.device:
             model.to(arguments.device)
         placed = {name: tensor.to(arguments.device) for name, tensor in inputs.items()}

@@ -31,7 +31,7 @@ class AveragedWeights:
         self._averages: dict[str, torch.Tensor] = {}
         self._parameters: dict[str, nn.Parameter] = {}
 
-    def begin(self, model: nn.Module) -> None:
+    def begin(self, model: Any) -> None:
         """Average the trained parameters of `model` from their values now on."""
         self._parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
         self._averages = {name: each.detach().float().clone() for name, each in self._parameters.items()}

@@ -14,7 +14,8 @@ class EarlyStopping(EarlyStoppingCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        saved: Any = state.stateful_callbacks.get(type(self).__name__, {})
+        states: Any = state.stateful_callbacks
+        saved = states.get(type(self).__name__, {})
         self.early_stopping_patience_counter = saved.get("attributes", {}).get("early_stopping_patience_counter", 0)
         control.should_training_stop = self.exhausted
 

@@ -41,7 +41,7 @@ def shard_without_gpu() -> None:
     AcceleratorState.__init__ = init
 
 
-def prepare_sharding(model: nn.Module, accelerator: Accelerator) -> None:
+def prepare_sharding(model: Any, accelerator: Accelerator) -> None:
     """What a model needs before accelerate shards it: the names of its layers that are there, and modules that hold
     the same parameter sharded in one group each, because torch refuses it in two.
 

@@ -106,15 +106,16 @@ class PortTrainer(Trainer):
     ) -> torch.optim.lr_scheduler.LRScheduler:
         if self.lr_scheduler is None and self._schedule is not None:
             rates = self._schedule.over(num_training_steps, self.args.warmup_steps or 0)
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, rates)
+            stepped: Any = optimizer or self.optimizer
+            self.lr_scheduler = LambdaLR(stepped, rates)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+    def _run_epoch(self, model: Any, epoch: int, *args: Any, **kwargs: Any) -> None:
         # A resumed run may have come to its end before.
         if not self.control.should_training_stop:
             self._epoch.begin(epoch)
-            super()._run_epoch(*args, epoch=epoch, **kwargs)
+            super()._run_epoch(model, epoch, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         return self._sampler if self._sampler is not None else super()._get_train_sampler(train_dataset)

@@ -119,7 +119,8 @@ def _picker(
         logits[:, forbidden] = -float("inf")
         if not do_sample:
             return int(logits.argmax(-1))
-        return int(torch.multinomial(warpers(logits.new_zeros(1, 0).long(), logits).softmax(-1), 1))
+        no_ids: Any = logits.new_zeros(1, 0).long()
+        return int(torch.multinomial(warpers(no_ids, logits).softmax(-1), 1))
 
     return pick
 
@@ -212,7 +213,8 @@ class MoondreamGenerationMixin(GenerationMixin):
         """(x, y) of every object, with `sizes` (x, y, width, height): each number is read from the state that follows
         the one before, and the head decides after each object whether there is another."""
         head = self._coordinate_head()
-        ends, found = self._end_tokens(), []
+        ends = self._end_tokens()
+        found: list[tuple[float, ...]] = []
         with self._steps(input_ids, inputs) as steps:
             hidden, logits = steps.prompt()
             while int(logits.argmax(-1)) not in ends and len(found) < max_objects:
@@ -258,7 +260,7 @@ class MoondreamGenerationMixin(GenerationMixin):
         if own is None:
             raise ValueError("This revision does not reason: that of 2025-06-21 does.")
         head, settings = self._coordinate_head(), self.generation_config
-        chosen = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p}
+        chosen: dict[str, Any] = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p}
         pick = _picker(**{
             name: getattr(settings, name) if value is None else value for name, value in chosen.items()
         })  # fmt: skip

@@ -20,7 +20,6 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
@@ -28,6 +27,15 @@ from .configuration_moondream import MoondreamConfig
 from .generation_moondream import MoondreamGenerationMixin, bidirectional_prefix
 from .region_moondream import MoondreamBinRegionHead, MoondreamPointRegionHead, build_region_head
 from .views_moondream import merge_views
+
+try:
+    from transformers.modeling_utils import slice_logits_to_keep
+except ImportError:  # before 5.23
+
+    def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+        """The last `logits_to_keep` positions (0: all), or those that a 1-D tensor names, of every sample."""
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return hidden_states[:, kept]
 
 
 @dataclass

@@ -340,11 +340,15 @@ class OFAEncoder(OFAStack):
         )
 
 
+# Where a recorder can be told (transformers 5.23), hidden states counted from the last need the decoder's own number.
+_COUNTED = {"num_hidden_layers_key": "decoder_layers"} if hasattr(OutputRecorder, "num_hidden_layers_key") else {}
+
+
 class OFADecoder(OFAStack):
     """Decodes text, or the codes of an image, from what the encoder made of the source."""
 
     _can_record_outputs = {
-        "hidden_states": OutputRecorder(OFADecoderLayer, num_hidden_layers_key="decoder_layers"),
+        "hidden_states": OutputRecorder(OFADecoderLayer, **_COUNTED),
         "attentions": OutputRecorder(OFAAttention, index=1, layer_name="self_attn"),
         "cross_attentions": OutputRecorder(OFAAttention, index=1, layer_name="cross_attn"),
     }
