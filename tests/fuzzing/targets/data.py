@@ -221,7 +221,7 @@ def _tar_change(rng: Random, case: Case, corpus: list[Case]) -> Case:
             if number == at:
                 choice = rng.randrange(4)
                 if choice == 0:
-                    info.name = mutation.of_text(rng, info.name.encode()).decode("utf-8", "surrogateescape")[:90]
+                    info.name = mutation.of_text(rng, os.fsencode(info.name)).decode("utf-8", "surrogateescape")[:90]
                 elif choice == 1:
                     info.type, info.linkname = rng.choice(kinds), rng.choice(("../x", "/etc/passwd", "00000.png"))
                 else:
