@@ -350,3 +350,22 @@ def test_what_failed_first_is_told_when_a_run_cannot_be_cleared_either(tmp_path,
 def test_a_run_that_ends_well_and_cannot_be_cleared_says_so(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="quota"), replaced_directory(tmp_path / "run", lambda folder: None):
         monkeypatch.setattr(working_places, "_clear", fails)
+
+
+def test_a_run_that_could_not_be_brought_back_is_by_the_next_one(tmp_path, monkeypatch):
+    written(tmp_path / "run", "old")
+
+    def fill(folder):
+        (folder / "new").write_text("new")
+
+    with (
+        pytest.raises(ValueError, match="the first"),
+        replaced_directory(tmp_path / "run", fill, overwrite=True),
+    ):
+        monkeypatch.setattr(working_places, "exchange_with", fails)
+        raise ValueError("the first")
+    assert (tmp_path / "run" / "new").exists()
+    monkeypatch.undo()
+    with whole_file(tmp_path / "other") as work:
+        work.write_text("x")
+    assert listed(tmp_path / "run") == ["old"] and sorted(os.listdir(tmp_path)) == ["other", "run"]

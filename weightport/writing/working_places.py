@@ -40,9 +40,11 @@ def working_place(target: Path) -> Iterator[Path]:
     finally:
         try:
             _clear(work, target)
+            # What could not be brought back or removed, the next run finds by its lock.
+            if not os.path.lexists(work):
+                with suppress(OSError):
+                    _lock_of(work).unlink()
         finally:
-            with suppress(OSError):
-                _lock_of(work).unlink()
             os.close(handle)
 
 
