@@ -18,6 +18,13 @@ WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
 
 
+OPTIONAL: dict[str, tuple[Callable[[pytest.Config], Any], str]] = {
+    "slow": (lambda config: config.getoption("--slow"), "--slow"),
+    "fairseq": (lambda config: os.environ.get("WEIGHTPORT_FAIRSEQ_PYTHON"), "WEIGHTPORT_FAIRSEQ_PYTHON"),
+}
+"""Marks of tests that run when they are asked for: whether they are, and how to."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run what needs minutes or gigabytes")
     parser.addoption(
@@ -37,17 +44,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     seed = config.getoption("--shuffle")
     if seed is not None:
         items[:] = shuffled(items, Random(seed))
-    if config.getoption("--slow"):
-        return
-    slow = [item for item in items if "slow" in item.keywords]
-    if slow:
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if "slow" not in item.keywords]
+    unasked = [mark for mark, (asked, _) in OPTIONAL.items() if not asked(config)]
+    left_out = [item for item in items if any(mark in item.keywords for mark in unasked)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not any(mark in item.keywords for mark in unasked)]
 
 
-def pytest_report_header(config: pytest.Config) -> str | None:
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    unasked = [f"{mark} ({how})" for mark, (asked, how) in OPTIONAL.items() if not asked(config)]
     seed = config.getoption("--shuffle")
-    return None if seed is None else f"shuffled by --shuffle {seed}"
+    return [
+        *([f"not selected: {', '.join(unasked)}"] if unasked else []),
+        *([f"shuffled by --shuffle {seed}"] if seed is not None else []),
+    ]
 
 
 def shuffled(items: list[pytest.Item], rng: Random) -> list[pytest.Item]:

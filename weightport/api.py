@@ -239,6 +239,11 @@ def generate(directory: str | Path, image: str | Path | None = None, **settings:
     from weightport.generation import generate as run
 
     family = registry().of_converted(Path(directory))
+    if family is not None and registry().retrieval_of(Path(directory)) is not None:
+        raise UsageError(
+            f"{directory} is a model for image-text retrieval: it answers nothing. `weightport evaluate {directory} "
+            "--data DATA --metric recall` measures it."
+        )
     return run(directory, image, tasks=family.tasks if family is not None else {}, **settings)
 
 

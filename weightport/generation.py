@@ -69,7 +69,16 @@ def generate(
     # Our reader says what is wrong with a damaged file, and what to do.
     open_checkpoint(directory)
     with _loading(directory):
-        model: Any = AutoModelForImageTextToText.from_pretrained(directory, dtype="auto", **LOCAL)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            directory, dtype="auto", output_loading_info=True, **LOCAL
+        )
+    model, found = loaded
+    if found["missing_keys"]:
+        # transformers would begin with random numbers there.
+        raise CheckpointError(
+            f"{directory} has no weights for {', '.join(sorted(found['missing_keys'])[:3])} of "
+            f"{type(model).__name__}: it is not whole, or is no model that answers."
+        )
     model = model.to(place).eval()
     try:
         inputs = processor(text=_placed(asked, picture, processor, model), images=picture, return_tensors="pt")

@@ -112,6 +112,17 @@ def raw_tensors(path: Path) -> dict[str, tuple[Any, bytes]]:
     }
 
 
+def test_an_adapter_that_changes_before_it_is_verified_is_refused(base, trained, tmp_path):
+    adapter = Path(shutil.copytree(trained, tmp_path / "adapter"))
+
+    def change(written: Written) -> None:
+        os.utime(adapter / "adapter_model.safetensors")
+
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: changed while it was read"):
+        merge_lora(base, [(adapter, 1.0)], tmp_path / "out", check=change)
+    assert os.listdir(tmp_path) == ["adapter"]
+
+
 def test_untouched_tensors_keep_their_bytes_and_touched_ones_change(base: Path, adapter: Path, tmp_path: Path) -> None:
     merge = merge_lora(base, [(adapter, 1.0)], tmp_path / "out")
     before, after = (raw_tensors(folder / "model.safetensors") for folder in (base, tmp_path / "out"))

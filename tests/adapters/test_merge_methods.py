@@ -126,7 +126,9 @@ WRONG: Mapping[str, tuple[str, Callable[[dict[str, torch.Tensor], dict[str, Any]
     "projection not saved": ("vera", lambda t, c: t.pop("base_model.vera_A"), AdapterError, "has no vera_A"),
     "alpha is no number": ("loha", lambda t, c: c.update(alpha="x"), AdapterError, "alpha is 'x'"),
     "alpha beyond all numbers": ("loha", lambda t, c: c.update(alpha=10**400), AdapterError, "alpha is 1000"),
-    "no topk": ("vblora", lambda t, c: c.update(topk=-1), AdapterError, "not fit"),
+    "no topk": ("vblora", lambda t, c: c.update(topk=-1), AdapterError, "topk is -1; expected a number of at least 1"),
+    "half a topk": ("vblora", lambda t, c: c.update(topk=0.5), AdapterError, "topk is 0.5"),
+    "more topk than vectors": ("vblora", lambda t, c: c.update(topk=99), AdapterError, "not fit"),
     "bat": ("miss", lambda t, c: c.update(init_weights="bat"), AdapterError, "multiplies the base's weight"),
     "another method's tensors": ("miss", lambda t, c: c.update(peft_type="LOHA"), AdapterError, "LOHA adapter, and"),
     "another vector bank": (

@@ -115,3 +115,33 @@ def test_pair_beside_a_convolution_in_groups_is_refused_with_its_reason(tmp_path
     get_peft_model(model, LoraConfig(r=4, target_modules=["conv"])).save_pretrained(tmp_path / "adapter")
     with pytest.raises(AdapterError, match=r"a dense convolution .* beside one in groups"):
         merge_lora(base, [(tmp_path / "adapter", 1.0)], tmp_path / "out")
+
+
+def test_layer_within_a_module_whose_parameter_has_a_pair_is_added_once(tmp_path: Path) -> None:
+    """peft's wrapper of a parameter stands in the name too, and adds nothing twice."""
+
+    class Scaled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Parameter(torch.randn(6, 5))
+            self.out_proj = torch.nn.Linear(5, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out_proj(x) @ self.table
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential()
+    model.add_module("block", Scaled())
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file(dict(model.state_dict()), base / "model.safetensors")
+    (base / "config.json").write_text('{"model_type": "custom"}')
+    from peft import get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["out_proj"], target_parameters=["block.table"], init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    a, b = (saved[f"base_model.model.block.base_layer.out_proj.lora_{side}.weight"].double() for side in "AB")
+    out = merge_lora(base, [(tmp_path / "adapter", 1.0)], tmp_path / "out").directory
+    before, after = (load_file(f / "model.safetensors")["block.out_proj.weight"].double() for f in (base, out))
+    torch.testing.assert_close(after - before, config.lora_alpha / config.r * (b @ a), rtol=1e-5, atol=1e-6)

@@ -91,3 +91,17 @@ def test_usage_error_that_parsing_finds_is_said_by_the_first_alone(monkeypatch: 
         assert done.exit_code == 2
         assert words in done.output and bool(words) == bool(done.output)
     assert said == [2]
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["DataLoader worker (pid(s) 8572) exited unexpectedly", "DataLoader worker (pid 12) is killed by signal: Killed."],
+)
+def test_a_reading_process_that_the_system_ended_is_no_defect(said: str) -> None:
+    @click.command()
+    @command_body
+    def evaluate() -> None:
+        raise RuntimeError(said)
+
+    done = CliRunner().invoke(evaluate)
+    assert done.exit_code == 1 and "memory runs out" in done.output and "defect" not in done.output

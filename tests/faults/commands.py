@@ -200,6 +200,14 @@ def state_of(path: Path, varies: Sequence[str] = ()) -> str | None:
     return digest.hexdigest()[:16]
 
 
+def files_of(path: Path) -> dict[str, str]:
+    """A digest of each file of a folder, without the list of times."""
+    if not path.is_dir():
+        return {}
+    files = [each for each in path.rglob("*") if each.is_file() and each.name != RECORD]
+    return {str(each.relative_to(path)): hashlib.sha256(each.read_bytes()).hexdigest() for each in files}
+
+
 def copied(source: Path, target: Path) -> None:
     """`source` with its times, so that weightport knows what it wrote."""
     if source.is_dir():

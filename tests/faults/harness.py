@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from faults.commands import COMMANDS, Command, copied, make_inputs, state_of
+from faults.commands import COMMANDS, Command, copied, files_of, make_inputs, state_of
 from faults.shim import (
     CHANGE,
     COUNT,
@@ -73,6 +73,7 @@ class Bench:
         self.kept = room / "kept"
         self.kept.mkdir(exist_ok=True)
         self.tally: dict[str, Tally] = {name: Tally() for name in COMMANDS}
+        self.files: dict[tuple[str, bool], tuple[dict[str, str], dict[str, str]]] = {}
         self.server = self._start(environment or {})
 
     def _start(self, environment: dict[str, str]) -> subprocess.Popen[str]:
@@ -161,10 +162,12 @@ class Bench:
         """(old state, new state, calls of every kind, writing calls) of a run without a fault."""
         self.prepared(command, existing)
         old = state_of(self.out(command), command.varies)
+        files = files_of(self.out(command))
         done = self.run(self.argv(command, existing), Fault(COUNT, classes=EVERY))
         if done["status"] or done["calls"] is None:
             raise RuntimeError(f"{command.name} fails by itself: {done['output']}")
         new = state_of(self.out(command), command.varies)
+        self.files[command.name, existing] = (files, files_of(self.out(command)))
         every = done["calls"]
         self.prepared(command, existing)
         writing = self.run(self.argv(command, existing), Fault(COUNT, classes=WRITES))["calls"]
@@ -257,8 +260,10 @@ class Bench:
         self._next_run(command)
         found = state_of(self.out(command), command.varies)
         allowed = {old, new} if status else {new}
-        if command.in_place and status and found not in allowed:
-            self._judged_part(command, existing)
+        if command.name == "release" and status and found not in allowed:
+            self._judged_release(command, existing)
+        elif command.in_place and found not in allowed:
+            self._judged_part(command, existing, status)
         elif found not in allowed:
             raise BrokenInvariantError(f"the output is neither old nor new: {_names(self.out(command))}")
         left = sorted(name for name in os.listdir(self.outputs) if name != self.out(command).name)
@@ -295,11 +300,21 @@ class Bench:
             work.write_text("x")
         (folder / "next.pt").unlink()
 
-    def _judged_part(self, command: Command, existing: bool) -> None:
-        """A run's folder that is filled in place: over an earlier run only when it has a checkpoint of its own."""
+    def _judged_part(self, command: Command, existing: bool, status: int) -> None:
+        """A run's folder that is filled in place: over an earlier run only when it has a checkpoint of its own. A run
+        that ended well has its model, whether or not each checkpoint could be written."""
         found = self.out(command)
-        if existing and not any(found.glob("checkpoint-*")) and not (found / "model.safetensors").exists():
+        model = (found / "model" / "model.safetensors").exists()
+        if not model and (not status or (existing and not any(found.glob("checkpoints/checkpoint-*")))):
             raise BrokenInvariantError(f"the earlier run is gone, and there is no checkpoint: {_names(found)}")
+
+    def _judged_release(self, command: Command, existing: bool) -> None:
+        """A release that was ended between its files (the card, the hashes): each is the old one or the new one."""
+        old, new = self.files[command.name, existing]
+        found = files_of(self.out(command))
+        allowed = {name: {old.get(name), new.get(name)} for name in old.keys() | new.keys()}
+        if any(found.get(name) not in states for name, states in allowed.items()) or found.keys() - allowed.keys():
+            raise BrokenInvariantError(f"a file is neither old nor new: {_names(self.out(command))}")
 
     def _judged_inputs(self, fault: Fault) -> None:
         if fault.kind in (SHRINK, GROW, CHANGE):

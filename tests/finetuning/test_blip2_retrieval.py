@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -206,3 +207,21 @@ def test_a_bad_picture_is_left_out_where_that_is_allowed(
     assert done.exit_code == 1 and "bad.png cannot be read as a picture" in done.output
     done = weightport("evaluate", tiny(ITM), "--data", data, "--skip-bad", 1, "--json")
     assert done.exit_code == 0 and json.loads(done.stdout)["samples"] == 3
+
+
+def test_a_model_for_retrieval_is_not_asked(tiny: Callable[[str], Path], photos: Path) -> None:
+    done = weightport("generate", tiny(ITM), photos.parent / "0.png", "--prompt", "a photo of")
+    assert done.exit_code == 2 and "it answers nothing" in done.output and "--metric recall" in done.output
+
+
+def test_a_model_that_lacks_weights_is_not_asked_with_random_numbers(
+    tiny: Callable[[str], Path], photos: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(tiny("blip2"), tmp_path / "model"))
+    weights = load_file(folder / "model.safetensors")
+    del weights["language_projection.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    done = weightport("generate", folder, photos.parent / "0.png")
+    assert done.exit_code == 1 and "has no weights for language_projection.weight" in done.output

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from weightport import hub
 from weightport.errors import DataError, UsageError
-from weightport.finetuning.data import DataSettings, EntrySamples, open_data
+from weightport.finetuning.data import DataSettings, EntrySamples, open_data, open_divided
 
 PLAIN = DataSettings()
 
@@ -175,7 +175,9 @@ def test_a_bad_row_is_named_or_skipped(tmp_path: Path, change: dict[str, Any], r
     ("columns", "reason"),
     [
         ({"image": [1], "text": ["a"]}, "'image' holds int64. Images were expected"),
-        ({"image": [cells(0)], "text": ["a"]}, "'image' holds list.*Images were expected"),
+        ({"image": [[1]], "text": ["a"]}, "'image' holds list.*Images were expected"),
+        ({"image": [cells(0, 1)], "text": ["a"]}, "row 1: 2 pictures. One a sample was expected"),
+        ({"image": [[], cells(1)], "text": ["a", "b"]}, "row 1: 'image' holds no image"),
         ({"image": cells(0), "label": [True]}, "'label' holds true or false where a text was expected"),
     ],
 )
@@ -289,3 +291,37 @@ def test_a_scripts_code_is_never_run(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"Looked for|no table here"):
             open_data(folder, DataSettings(reader=reader))
     assert not (tmp_path / "ran").exists()
+
+
+def test_chats_and_lists_of_one_picture_are_read_from_tables(tmp_path: Path) -> None:
+    def chat(number: int) -> list[dict[str, Any]]:
+        parts = [{"type": "image", "text": None}, {"type": "text", "text": f"what is {number}?"}]
+        answer = [{"type": "text", "text": f"answer {number}"}]
+        more = [{"type": "text", "text": "sure?"}], [{"type": "text", "text": "yes"}]
+        contents = [parts, answer, *more]
+        return [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
+
+    rows = {"messages": [chat(0), chat(1)], "images": [cells(3), cells(4)]}
+    samples = open_data(write_parquet(tmp_path / "train.parquet", rows), PLAIN)
+    assert suffixes(samples) == ["answer 0", "yes", "answer 1", "yes"]
+    assert samples[3].prefix == "sure?" and samples[3].history == (("what is 1?", "answer 1"),)
+    assert samples[3].place.endswith("row 2, answer 2") and pixels(samples, 3) == draw(4).tobytes()
+    grouped = open_data(tmp_path / "train.parquet", PLAIN, grouped=True)
+    assert suffixes(grouped) == suffixes(samples)
+    assert open_divided(tmp_path / "train.parquet", PLAIN, 0.5)
+
+
+def test_numbers_of_classes_are_answered_with_their_names(tmp_path: Path) -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    table = datasets.Dataset.from_dict({"image": cells(0, 1), "label": [1, 0]}, features=features)
+    table.save_to_disk(str(tmp_path / "saved"))
+    assert suffixes(open_data(tmp_path / "saved", PLAIN)) == ["dog", "cat"]
+    plain = write_parquet(tmp_path / "x.parquet", {"image": cells(0, 1), "label": [1, 0]})
+    assert suffixes(open_data(plain, PLAIN)) == ["1", "0"]
+
+
+def test_a_table_is_divided_by_the_bytes_of_its_pictures(tmp_path: Path) -> None:
+    rows = {"image": cells(*range(20), *range(20)), "text": [f"text {n}" for n in range(40)]}
+    training, evaluation = open_divided(write_parquet(tmp_path / "x.parquet", rows), PLAIN, 0.4)
+    shown = [{pixels(each, i) for i in range(len(each))} for each in (training, evaluation)]
+    assert len(training) + len(evaluation) == 40 and not shown[0] & shown[1]

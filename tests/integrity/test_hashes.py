@@ -82,10 +82,8 @@ def test_every_single_bit_of_the_record_itself_is_covered(tmp_path: Path) -> Non
 
 
 def test_every_single_bit_of_a_release_s_sums_is_covered(tmp_path: Path) -> None:
-    for name in ("a.txt", "b.txt"):
-        (tmp_path / name).write_text(name)
-    hashes = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("a.txt", "b.txt")}
-    (tmp_path / SUMS).write_text(sums(hashes))
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / SUMS).write_text(sums({"a.txt": hashlib.sha256(b"a").hexdigest()}))
     assert not hash_findings(tmp_path)
     for _ in every_bit(tmp_path / SUMS):
         assert hash_findings(tmp_path)
@@ -174,3 +172,34 @@ def test_a_snapshot_in_the_hubs_cache_is_checked_against_the_names_of_its_blobs(
     assert found.passed and not found.of(Severity.UNCHECKED) and len(found.hashed) == 7
     flipped((snapshot / "tokenizer.json").resolve(), 10)
     assert [each.subject for each in hash_findings(snapshot)] == ["tokenizer.json"]
+
+
+def test_an_interruption_does_not_wait_for_the_files_that_are_being_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from weightport.integrity import file_hashes
+
+    monkeypatch.setattr(file_hashes, "BLOCK_BYTES", 512)
+    for name in "abc":
+        (tmp_path / name).write_bytes(b"x" * 512 * 64)
+    record_folder(tmp_path)
+    read: list[int] = []
+
+    def advance(amount: int) -> None:
+        read.append(amount)
+        if len(read) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        check_hashes(tmp_path, recorded_hashes(tmp_path)[0], {}, advance)
+    assert len(read) < 100
+
+
+def test_a_download_that_was_trained_on_in_its_place_is_no_error_of_a_release(foreign: Path) -> None:
+    from weightport.integrity.file_hashes import require_recorded
+
+    records = foreign / ".cache" / "huggingface" / "download"
+    records.mkdir(parents=True)
+    (records / "model.safetensors.metadata").write_text(f"{'0' * 40}\n{'1' * 64}\n1700000000.0\n")
+    assert not require_recorded(foreign, {"model.safetensors": "2" * 64})
+    assert not verify(foreign).passed

@@ -11,7 +11,15 @@ import pytest
 from safetensors import SafetensorError
 
 from weightport.errors import OutputError
-from weightport.writing import exchange, own_file, whole_directory, whole_file, whole_output, working_places
+from weightport.writing import (
+    exchange,
+    own_file,
+    replaced_directory,
+    whole_directory,
+    whole_file,
+    whole_output,
+    working_places,
+)
 from weightport.writing.ownership import MADE_BY, RECORD, record_file
 
 
@@ -315,3 +323,30 @@ def test_a_list_of_files_that_cannot_be_written_leaves_nothing_behind(tmp_path, 
         record_file(tmp_path / "out" / "a")
     assert sorted(os.listdir(tmp_path / "out")) == [RECORD, "a"]
     assert (tmp_path / "out" / RECORD).read_text() == kept
+
+
+def fails(*_: object, **__: object) -> int:
+    raise OSError(errno.EDQUOT, "quota")
+
+
+def test_a_run_that_cannot_have_its_working_place_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(working_places, "_locked", fails)
+    with (
+        pytest.raises(OutputError, match="the disk quota is used up"),
+        replaced_directory(tmp_path / "run", lambda folder: None),
+    ):
+        raise AssertionError("it was let in")
+
+
+def test_what_failed_first_is_told_when_a_run_cannot_be_cleared_either(tmp_path, monkeypatch):
+    with (
+        pytest.raises(ValueError, match="the first"),
+        replaced_directory(tmp_path / "run", lambda folder: None),
+    ):
+        monkeypatch.setattr(working_places, "_clear", fails)
+        raise ValueError("the first")
+
+
+def test_a_run_that_ends_well_and_cannot_be_cleared_says_so(tmp_path, monkeypatch):
+    with pytest.raises(OutputError, match="quota"), replaced_directory(tmp_path / "run", lambda folder: None):
+        monkeypatch.setattr(working_places, "_clear", fails)

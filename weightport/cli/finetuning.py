@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -201,8 +202,8 @@ def port_finetune(
 
     try:
         outcome = finetune(job, announce=announce, say=lambda line: lines.line("", line), quiet=quiet or as_json)
-    except (KeyboardInterrupt, Terminated):
-        _stopped(output)
+    except (KeyboardInterrupt, Terminated) as signalled:
+        _stopped(output, 128 + signal.SIGTERM if isinstance(signalled, Terminated) else INTERRUPTED)
     if not _is_main():
         return
     if as_json:
@@ -309,13 +310,13 @@ def _next(model: Path, directory: Path) -> str:
     return f"weightport generate {made} IMAGE · port-release {made} --repo ORG/NAME --dry-run"
 
 
-def _stopped(output: Path) -> None:
+def _stopped(output: Path, status: int) -> None:
     from weightport.finetuning.training.resuming import last_checkpoint
 
     found = last_checkpoint(output)
     left = "its folder stays as it was" if output.exists() else "nothing was left behind"
     where = f"go on from {found.name} with --resume." if found else f"there is no checkpoint yet; {left}."
-    fail(f"stopped; {where}", INTERRUPTED)
+    fail(f"stopped; {where}", status)
 
 
 def _is_main() -> bool:

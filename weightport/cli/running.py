@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ from weightport.errors import WeightportError
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+_LOST_WORKER = re.compile(r"DataLoader worker \(pid(\(s\))? [\d, ]+\) (exited unexpectedly|is killed by signal)")
 
 INTERRUPTED = 130
 """128 + SIGINT: what shells report for a command ended with Ctrl-C."""
@@ -58,6 +61,12 @@ def command_body(function: Command) -> Command:
         except Exception as error:
             if debug:
                 raise
+            if _LOST_WORKER.search(str(error)):
+                fail(
+                    "a process that reads the data was ended by the system, as happens when memory runs out. Free "
+                    "memory, or read in this process: --set training.dataloader_num_workers=0.",
+                    1,
+                )
             fail(
                 f"unexpected {type(error).__name__}: {error}\n"
                 "  This is a defect of weightport; run again with --debug for the traceback and report it.",

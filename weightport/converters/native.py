@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from weightport.errors import ConfigurationError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -27,12 +29,20 @@ class NativeTensors:
 
 
 def loadable_tensors(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> NativeTensors:
-    """Every parameter and persistent buffer of the model; built on the meta device, so no memory is used."""
+    """Every parameter and persistent buffer of the model; built on the meta device, so no memory is used. Raises
+    ConfigurationError where the class refuses the configuration."""
     from transformers.initialization import no_init_weights
 
     # torch works random values out on the meta device in Python, and loads its compiler for that.
-    with torch.device("meta"), no_init_weights():
-        model = model_class(config)
+    try:
+        with torch.device("meta"), no_init_weights():
+            model = model_class(config)
+    except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"{model_class.__name__} cannot be built from the configuration that the checkpoint gives: "
+            f"{type(error).__name__}: {error}\n"
+            "  Its sizes contradict each other: the config.json, or the tensors, are of another model."
+        ) from error
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
     return NativeTensors(shapes, frozenset(name for name, _ in model.named_buffers()) & frozenset(shapes))

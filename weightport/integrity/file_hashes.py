@@ -13,7 +13,7 @@ from weightport.errors import CheckpointError
 from weightport.file_state import FileState
 from weightport.hashing import BLOCK_BYTES
 from weightport.integrity.findings import Finding, unchecked, wrong
-from weightport.integrity.recorded_hashes import RecordedHash, recorded_hashes
+from weightport.integrity.recorded_hashes import HUB, RecordedHash, recorded_hashes
 
 Advance = Callable[[int], None]
 
@@ -40,27 +40,45 @@ def check_hashes(
     files = present(directory, recorded)
     missing = dict.fromkeys((each.file, each.source) for each in recorded if each.file not in files)
     findings = [wrong(name, f"is missing; {source} lists it") for name, source in missing]
-    lock = threading.Lock()
+    lock, stopped = threading.Lock(), threading.Event()
 
     def counted(amount: int) -> None:
+        if stopped.is_set():
+            raise InterruptedError("stopped")
         with lock:
-            advance(amount)
+            try:
+                advance(amount)
+            except BaseException:
+                stopped.set()
+                raise
 
     def judged(name: str) -> Finding | None:
         return _judged(directory, name, files[name], known.get(name), counted)
 
     largest_first = sorted(files, key=lambda name: -(directory / name).stat().st_size)
-    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as workers:
-        results = dict(zip(largest_first, workers.map(judged, largest_first)))
+    if len(files) < 2:
+        return [*findings, *(found for name in files if (found := judged(name)) is not None)]
+    with ThreadPoolExecutor(max_workers=min(4, len(files), os.cpu_count() or 1)) as workers:
+        try:
+            results = dict(zip(largest_first, workers.map(judged, largest_first)))
+        except BaseException:
+            # Ctrl-C does not wait for the files that are being read.
+            stopped.set()
+            raise
     return [*findings, *(found for name in files if (found := results[name]) is not None)]
 
 
 def require_recorded(directory: Path, weights: Mapping[str, str], others: Collection[str] = ()) -> list[str]:
     """Hold weights, by file with the SHA-256 of what was read, against the hashes on record; `others` are read here.
 
-    Returns which of the others are not as recorded. Raises CheckpointError for weights.
+    What was downloaded may have been trained on in its place: the Hub's word does not count here. Returns which of the
+    others are not as recorded. Raises CheckpointError for weights.
     """
-    recorded = [each for each in recorded_hashes(directory)[0] if each.file in weights or each.file in others]
+    recorded = [
+        each
+        for each in recorded_hashes(directory)[0]
+        if each.source != HUB and (each.file in weights or each.file in others)
+    ]
     changed = []
     for each in check_hashes(directory, recorded, weights, lambda amount: None):
         if each.subject in weights:

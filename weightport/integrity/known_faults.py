@@ -79,11 +79,14 @@ def known_faults(
     versions = training.get("versions") if isinstance(training, Mapping) else None
     trained = versions.get("transformers") if isinstance(versions, Mapping) else None
     # A conversion or a merge rewrites nothing that its reader computed; a record of the training knows better.
-    told = [("trained by", trained, "training.json")] if trained else [("written by", wrote, "config.json")]
+    told: list[tuple[str, object, str]] = [("written by", wrote, "config.json")]
+    if trained:
+        told = [("trained by", trained, "training.json")]
     found = []
     for fault in FAULTS:
         if config.get("model_type") not in fault.model_types:
             continue
+        cases: list[tuple[str, object, str]]
         if fault.reads:
             cases = [("remote code, for", running or _installed(), "config.json")] if "auto_map" in config else []
         else:

@@ -16,6 +16,7 @@ from typing import Any
 from weightport.integrity.findings import Finding, wrong
 from weightport.writing.ownership import RECORD, is_intact, read_record
 
+HUB = "the Hub"
 SUMS = "SHA256SUMS"
 """What a release says of its files, in the form that `sha256sum --check` reads."""
 SUMS_HEAD = "# made by weightport for sha256sum --check SHA256SUMS"
@@ -115,9 +116,9 @@ def _hub_snapshot(directory: Path) -> Iterator[RecordedHash]:
 
 def _of_the_hub(file: str, name: str) -> Iterator[RecordedHash]:
     if _SHA256.fullmatch(name):
-        yield RecordedHash(file, "sha256", name, "the Hub")
+        yield RecordedHash(file, "sha256", name, HUB)
     elif _GIT.fullmatch(name):
-        yield RecordedHash(file, "git", name, "the Hub")
+        yield RecordedHash(file, "git", name, HUB)
 
 
 def _json(path: Path) -> Any:

@@ -115,9 +115,9 @@ _PIECE_FIELDS = {1: _BYTES, 2: _FIXED32, 3: _VARINT}
 
 def _piece(data: bytes) -> Piece:
     found: dict[int, int | bytes] = {}
-    for number, kind, value in _fields(data):
-        if _PIECE_FIELDS.get(number, kind) != kind:
-            raise ValueError(f"field {number} of a piece has the wire type {kind}")
+    for number, wire, value in _fields(data):
+        if _PIECE_FIELDS.get(number, wire) != wire:
+            raise ValueError(f"field {number} of a piece has the wire type {wire}")
         found[number] = value
     text, score, kind = found.get(1, b""), found.get(2, b"\0\0\0\0"), found.get(3, PieceType.NORMAL)
     if not (isinstance(text, bytes) and isinstance(score, bytes) and isinstance(kind, int)):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from weightport.errors import OutputError
 from weightport.writing.disk_errors import disk_errors
 from weightport.writing.exchange import remove, sync
 from weightport.writing.ownership import contents, read_record, record_folder, write_record
@@ -38,7 +39,7 @@ def replaced_directory(
     real = look()
     with disk_errors(target):
         real.parent.mkdir(parents=True, exist_ok=True)
-    with working_place(real) as work:
+    with _working_place(real, target) as work:
         with disk_errors(target):
             replaced = real.is_dir() and bool(contents(real))
             work.mkdir()
@@ -69,3 +70,21 @@ def replaced_directory(
                     real.rmdir()
             raise
         keep()
+
+
+@contextmanager
+def _working_place(real: Path, target: Path) -> Iterator[Path]:
+    """`working_place`, whose own errors are those of writing `target`; those of the block pass as they are."""
+    failure: BaseException | None = None
+    try:
+        with disk_errors(target), working_place(real) as work:
+            try:
+                yield work
+            except BaseException as error:
+                failure = error
+    except OutputError:
+        # What failed first is what is told; what could not be cleared is left to the next run.
+        if failure is None:
+            raise
+    if failure is not None:
+        raise failure

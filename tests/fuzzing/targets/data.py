@@ -21,6 +21,7 @@ from fuzzing.cases import Case
 from fuzzing.judge import MismatchError
 from fuzzing.targets.changes import keeping
 from weightport.finetuning.data import DataSettings, open_data
+from weightport.finetuning.data.coco_captions import CocoCaptions
 from weightport.finetuning.data.entries import EntrySamples
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "finetuning"))
@@ -173,6 +174,8 @@ def _captions_seeds(folder: Path) -> list[Case]:
 
 def _as_captions(folder: Path, samples: EntrySamples) -> bool:
     document = json.loads((folder / "_annotations.coco.json").read_bytes())
+    if not isinstance(samples.source, CocoCaptions):
+        return False
     texts = [text for each in document["annotations"] for text in _leaves(each.get("caption"))]
     for index in range(min(len(samples), SAMPLES)):
         if samples[index].suffix not in texts:
@@ -218,7 +221,7 @@ def _tar_change(rng: Random, case: Case, corpus: list[Case]) -> Case:
             if number == at:
                 choice = rng.randrange(4)
                 if choice == 0:
-                    info.name = mutation.of_text(rng, info.name.encode()).decode("utf-8", "surrogateescape")[:90]
+                    info.name = mutation.of_text(rng, os.fsencode(info.name)).decode("utf-8", "surrogateescape")[:90]
                 elif choice == 1:
                     info.type, info.linkname = rng.choice(kinds), rng.choice(("../x", "/etc/passwd", "00000.png"))
                 else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from weightport.adapters.merging.low_rank_delta import CONV1D_MODELS, Change, De
 from weightport.adapters.reading.additive_tensors import ModuleDelta
 from weightport.adapters.reading.lora_config import MergeSettings
 from weightport.adapters.reading.lora_settings import is_number
+from weightport.converters.lora_patterns import shown
 from weightport.converters.stored_pieces import Piece
 from weightport.errors import AdapterError
 
@@ -53,12 +55,18 @@ class Weight:
 
     def number(self, field: str, patterns: str | None = None) -> float:
         """A number of the settings. Raises AdapterError for anything else."""
-        value = self.settings.patterned(patterns, self.module, None) if patterns else None
+        value: Any = self.settings.patterned(patterns, self.module, None) if patterns else None
         value = self.settings.data.get(field) if value is None else value
         if not is_number(value):
-            raise AdapterError(f"{self.settings.where}: {field} is {value!r}; expected a number.")
-        number: float = value
-        return float(number)
+            raise AdapterError(f"{self.settings.where}: {field} is {shown(value)}; expected a number.")
+        return float(value)
+
+    def count(self, field: str) -> int:
+        """A whole number of the settings, at least 1. Raises AdapterError for anything else."""
+        value = self.settings.data.get(field)
+        if type(value) is not int or value < 1:
+            raise AdapterError(f"{self.settings.where}: {field} is {shown(value)}; expected a number of at least 1.")
+        return value
 
 
 def _loha(parts: Parts, weight: Weight) -> Change:
@@ -173,7 +181,7 @@ def _vblora(parts: Parts, weight: Weight) -> Change:
 def _of_bank(parts: Parts, side: str, weight: Weight) -> torch.Tensor:
     bank, name = parts["vblora_vector_bank"], f"vblora_logits_{side}"
     if name in parts:
-        logits, indices = parts[name].topk(int(weight.number("topk")), dim=-1)
+        logits, indices = parts[name].topk(weight.count("topk"), dim=-1)
         shares = logits.softmax(-1)
     else:
         indices, first = parts[f"{name}_topk_indices"].long(), parts[f"{name}_topk_weights"]

@@ -163,7 +163,7 @@ class _Gathering:
             if any(other.adapter == position and other.part.piece == piece for other in pairs):
                 self.lost.append(f"{module.module}: two modules of the adapter are {piece.stored} in the base")
             # peft's layer for MultiheadAttention adds the pair of out_proj itself and lets that layer add it again.
-            times = 2 if module.owner is not None else 1
+            times = 2 if module.owner and self.names.find(f"{module.owner}.in_proj_weight") else 1
             pairs.append(PairChange(position, module, Part(place, piece), module.key, times))
 
     def require_both_projections(self, adapter: LoraAdapter) -> None:
@@ -351,7 +351,8 @@ def settle_ties(
         del touched[tied.head]
         return None
     if not others and head is None and embedding is not None and (tied.rows_together or not rows):
-        positions = {change.adapter for change in (*embedding.pairs, *embedding.parameters, *embedding.deltas)}
+        positions = {change.adapter for change in (*embedding.pairs, *embedding.parameters)}
+        positions |= {change.adapter for change in embedding.deltas}
         positions |= {position for position, _, _ in embedding.whole}
         grown = any(ref.shape != tensors[tied.embedding].shape for _, ref, _ in embedding.whole)
         if grown or all(adapters[place].settings.ensure_weight_tying for place in positions):

@@ -45,6 +45,7 @@ from weightport.adapters.merging.weights_check import WeightsCheck, WeightsProof
 from weightport.adapters.reading.lora_tensors import LoraAdapter, open_adapter
 from weightport.checkpoints.formats.sharded import read_json
 from weightport.errors import AdapterError, UsageError
+from weightport.file_state import require_unchanged
 from weightport.hashing import BackgroundDigests, FileDigest
 from weightport.integrity.file_hashes import require_recorded
 from weightport.integrity.known_faults import known_faults
@@ -154,6 +155,9 @@ def merge_lora(
             record["weights_check"] = proof.result().record()
             _write_record(folder, record)
             verification = check(Written(folder, base, tuple(opened), tuple(weights), plan, options))
+            # What the verification read is what was merged and hashed.
+            for states in (source.checkpoint.states, *(adapter.states for adapter in opened)):
+                require_unchanged(dict(states))
             if verification is not None:
                 record = {**record, "verification": dict(verification)}
                 _write_record(folder, record)

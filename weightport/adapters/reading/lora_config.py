@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from weightport.adapters.reading.additive_tensors import METHODS
-from weightport.adapters.reading.lora_settings import LoraSettings, require_fields
+from weightport.adapters.reading.lora_settings import LoraSettings, is_number, require_fields
 from weightport.checkpoints.formats.sharded import read_json
 from weightport.converters.lora_patterns import of_layer, of_saved, shown
 from weightport.errors import AdapterError
@@ -65,10 +65,10 @@ class MergeSettings(LoraSettings):
     @property
     def stated(self) -> tuple[int | None, float | None]:
         """(rank, alpha) as the settings have them, by whichever name the method gives the second."""
-        alphas = (self.data.get(name) for name in ("lora_alpha", "alpha", "randlora_alpha"))
+        alphas: list[Any] = [self.data.get(name) for name in ("lora_alpha", "alpha", "randlora_alpha")]
         rank = self.data.get("r", self.default_rank if self.method == "LORA" else None)
         default = self.default_alpha if self.method == "LORA" else None
-        return rank, next((float(value) for value in alphas if type(value) in (int, float)), default)
+        return rank, next((float(value) for value in alphas if is_number(value)), default)
 
     @property
     def fan_in_fan_out(self) -> bool:

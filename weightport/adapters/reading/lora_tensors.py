@@ -114,8 +114,9 @@ def open_adapter(folder: Path) -> LoraAdapter:
     for name, ref in keyed.items():
         if found := _PART.fullmatch(name):
             module, depth = _unwrapped(found["module"])
-            if ".base_layer." in found["module"]:
-                owners[module] = _unwrapped(found["module"].rpartition(".base_layer.")[0])[0]
+            owner, inside, child = found["module"].rpartition(".base_layer.")
+            if inside and child == "out_proj":
+                owners[module] = _unwrapped(owner)[0]
             part = found["part"] + (".bias" if found["leaf"] == "bias" else "")
             if parts.setdefault((module, depth), {}).setdefault(part, ref) is not ref:
                 raise AdapterError(f"{path} holds {part} of {module} twice: save one adapter, not several.")

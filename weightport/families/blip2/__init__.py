@@ -42,6 +42,7 @@ FAMILY = Family(
     portable=AUTO_MAPS,
     portable_code=CODE,
     verification_prompt="a photo of",
+    tasks={"caption": "a photo of"},
     conversion_stage="weightport.families.blip2.conversion:CONVERSION",
     parity_stage="weightport.families.blip2.parity:BLIP2",
     training_stage="weightport.families.blip2.training:TRAINING",

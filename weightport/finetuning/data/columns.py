@@ -60,6 +60,11 @@ def find_columns(found: Sequence[str], settings: DataSettings, place: str, *, ne
     )
 
 
+def find_image_column(found: Sequence[str], settings: DataSettings, place: str) -> str:
+    """The column of images alone. Raises DataError listing the columns found."""
+    return _required(found, "image", settings.image_column, IMAGE_NAMES, place)
+
+
 def _find(found: Sequence[str], role: str, given: str | None, known: Sequence[str], place: str) -> str | None:
     if given is None:
         return next((name for name in known if name in found), None)

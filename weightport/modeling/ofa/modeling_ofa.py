@@ -341,7 +341,9 @@ class OFAEncoder(OFAStack):
 
 
 # Where a recorder can be told (transformers 5.23), hidden states counted from the last need the decoder's own number.
-_COUNTED = {"num_hidden_layers_key": "decoder_layers"} if hasattr(OutputRecorder, "num_hidden_layers_key") else {}
+_COUNTED: dict[str, Any] = (
+    {"num_hidden_layers_key": "decoder_layers"} if hasattr(OutputRecorder, "num_hidden_layers_key") else {}
+)
 
 
 class OFADecoder(OFAStack):
