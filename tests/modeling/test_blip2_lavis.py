@@ -23,13 +23,14 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from weightport.api import check_parity, convert
+from weightport.api import check_parity, convert, release, verify
 from weightport.errors import UsageError
 from weightport.modeling.blip2_lavis.configuration_blip2_lavis import Blip2LavisConfig
 from weightport.modeling.blip2_lavis.modeling_blip2_lavis import (
     Blip2LavisForConditionalGeneration,
     Blip2LavisForImageTextRetrieval,
 )
+from weightport.release import ReleaseOptions
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 sys.path.append(str(GOLDEN))
@@ -273,3 +274,12 @@ def test_only_our_own_class_is_written_with_its_code(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--portable: this model becomes transformers' own class"):
         converted("opt-tiny", tmp_path, portable=True)
     assert not (tmp_path / "opt-tiny").exists()
+
+
+def test_a_retrieval_directory_of_our_own_class_is_verified_and_released(tmp_path: Path) -> None:
+    _, directory = converted("itm-tiny", tmp_path, exact=True)
+    found = verify(directory)
+    assert not [each for each in found.findings if each.subject == "config.json"], found.findings
+    card = release(directory, ReleaseOptions("somebody/matching", licence="bsd-3-clause", dry_run=True)).card
+    assert "AutoModelForZeroShotImageClassification" in card and "zero-shot-image-classification" in card
+    assert "trust_remote_code=True" in card

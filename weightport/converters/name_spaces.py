@@ -142,11 +142,19 @@ def meta_model(directory: Path) -> PreTrainedModel:
 
 def _registered(name: str, config: PreTrainedConfig) -> Any:
     """The class `name` that the Auto classes know for a configuration of ours; None when there is none."""
-    from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+    from transformers import (
+        AutoModel,
+        AutoModelForImageTextToText,
+        AutoModelForSeq2SeqLM,
+        AutoModelForZeroShotImageClassification,
+    )
 
     import weightport.modeling  # noqa: F401 - registers with the Auto classes
 
-    for auto_class in (AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoModel):
+    loaders = (
+        AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoModelForZeroShotImageClassification, AutoModel,
+    )  # fmt: skip
+    for auto_class in loaders:
         found = auto_class._model_mapping.get(type(config), None)
         if getattr(found, "__name__", None) == name:
             return found
