@@ -367,7 +367,7 @@ def _output_state(job: Job) -> Path | None:
 
 
 def _require_space(
-    output: Path, found: list[Share], arguments: TrainingArguments, *, adapter: bool, averaged: bool
+    output: Path, found: list[Share], arguments: TrainingArguments, *, adapter: bool, averaged: bool = False
 ) -> None:
     """Raises OutputError when the disk cannot hold the result and the checkpoints that the run keeps."""
     trainable = sum(share.trainable for share in found)
