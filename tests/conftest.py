@@ -89,15 +89,3 @@ def _only_here(connect: Callable[..., Any]) -> Callable[..., Any]:
         return connect(self, address)
 
     return connected
-
-
-@pytest.fixture(autouse=True, scope="session")
-def whole_transformers() -> Iterator[None]:
-    """Commands that run in the tests' own process import transformers whole: other tests train and compile with it."""
-    from contextlib import nullcontext
-
-    from weightport.cli import conversion
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conversion, "without_compiler", nullcontext)
-        yield

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weightport.cli.display import Lines, echo, names_in
-from weightport.cli.lean_imports import without_compiler
 from weightport.cli.paths import ExistingPath
 from weightport.cli.running import command_body, json_option, quiet_option, uncollected
 from weightport.converters.options import CommandOption, ConversionOptions, declared_options
@@ -162,11 +161,7 @@ def run(family: str | None, source: Path, **arguments: Any) -> None:
     """Convert, showing what happens."""
     # A large file takes seconds to hash, and so do the imports: they may as well be done together.
     with BackgroundDigests((source,) if source.is_file() and not arguments["dry_run"] else ()) as digests:
-        # To the end: models built on the meta device ask for the compiler as well.
-        with uncollected():
-            import torch  # noqa: F401
-        with without_compiler():
-            _run(digests, family, source, **arguments)
+        _run(digests, family, source, **arguments)
 
 
 def _run(
@@ -185,11 +180,11 @@ def _run(
     **own: Any,
 ) -> None:
     with uncollected():
-        # Used further on: model classes for planning are most of all that is imported.
-        from weightport import modeling  # noqa: F401
+        import transformers.modeling_utils  # noqa: F401 - planning needs it, and it is most of all imports
+
         from weightport.api import convert, plan_conversion
         from weightport.checkpoints.dtypes import parse_dtype
-        from weightport.converters import conversion  # noqa: F401
+        from weightport.converters import conversion  # noqa: F401 - used further on
 
     given = {name: value for name, value in own.items() if value is not None}
     beside = {name.removeprefix("source_"): value for name, value in given.items() if name.startswith("source_")}
