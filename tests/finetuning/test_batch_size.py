@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from drawn_data import draw_jsonl
 from tiny_runs import job_of, losses, run, still
 
@@ -126,13 +125,8 @@ def test_one_sample_is_enough_to_search_with(tiny: Callable[[str], Path], tmp_pa
 
 def test_peak_of_a_larger_batch_is_seen(tiny: Callable[[str], Path], pairs: Path, tmp_path: Path) -> None:
     prepared = prepare(job_of(tiny("florence2"), "docvqa", pairs, tmp_path / "run", more=STEPS))
-    batch_size._reset_peak()
-    before = batch_size._peak()
-    held = torch.ones(64, 1024, 1024)
-    del held
-    assert batch_size._peak() - before > 200e6
     trial = batch_size._Trial(prepared.loaded, prepared.recipe, prepared.arguments, prepared.samples)
-    assert trial.peak(256) - trial.peak(1) > 50e6
+    assert trial.peak(1024) - trial.peak(1) > 50e6
     assert all(each.grad is None for each in prepared.loaded.model.parameters())
 
 

@@ -125,7 +125,7 @@ def test_no_picture_is_read_while_training(
 ) -> None:
     read: list[str] = []
     original = Picture.read
-    monkeypatch.setattr(Picture, "read", lambda self: read.append(self.key) or original(self))
+    monkeypatch.setattr(Picture, "read", lambda self, draft=None: read.append(self.key) or original(self, draft))
     trained(tiny("florence2"), questions, tmp_path / "run", cache=True, model__freeze=["vision"])
     assert len(read) == PICTURES + 2, "each picture once, one to try the batches and one to see the features' shape"
 
@@ -287,7 +287,7 @@ def test_a_sample_without_a_picture_is_refused_by_name(
     bare = Sample("text.jsonl, line 5", None, "why?", "because", ("because",))
     original = EntrySamples.__getitem__
     monkeypatch.setattr(EntrySamples, "__getitem__", lambda self, i: bare if i == 4 else original(self, i))
-    with pytest.raises(DataError, match=r"text\.jsonl, line 5 has no picture"):
+    with pytest.raises(DataError, match=r"text\.jsonl, line 5: a sample without a picture"):
         trained(tiny("florence2"), questions, tmp_path / "run", cache=True, model__freeze=["vision"])
 
 
