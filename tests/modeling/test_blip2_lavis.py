@@ -128,7 +128,7 @@ def test_transformers_t5_has_one_switch_for_three_ties_so_that_its_word_at_loadi
     _, directory = converted("t5-coco-tiny", tmp_path)
     logging.enable_propagation()
     try:
-        with caplog.at_level("WARNING"):
+        with caplog.at_level("WARNING", logger="transformers"):
             AutoModelForImageTextToText.from_pretrained(directory)
     finally:
         logging.disable_propagation()
