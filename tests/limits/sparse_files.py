@@ -131,7 +131,11 @@ def write_training_checkpoint(path: Path, layers: int) -> int:
         def stored() -> dict[str, torch.Tensor]:
             return {each.name: torch.empty(each.shape, dtype=each.dtype) for each in tensors}
 
-        model = {name: tensor for name, tensor in stored().items() if not any(part in name for part in buffers)}
+        model = {
+            name: tensor
+            for name, tensor in stored().items()
+            if not any(part in name.rpartition(".")[2] for part in buffers)
+        }
         document = family.original_document(config, {"task": {"bpe": "bert"}, "language": "zh"}, model)
         moments = {
             number: {"step": 1, "exp_avg": first, "exp_avg_sq": second}
