@@ -179,7 +179,8 @@ def main() -> None:
             "peft": [sys.executable, "-c", PEFT, str(base), str(adapter), str(out)],
         }
         if arguments.before:
-            commands[EARLIER] = ["env", f"PYTHONPATH={arguments.before.resolve()}", *merge]
+            # Not the folder that the benchmark is started in, which may hold this package.
+            commands[EARLIER] = ["env", "PYTHONSAFEPATH=1", f"PYTHONPATH={arguments.before.resolve()}", *merge]
         timings = alternate(commands, arguments.runs, lambda: shutil.rmtree(out, ignore_errors=True))
     report(timings)
     title = f"Merging a LoRA into {arguments.gigabytes:g} GB, weights proven"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -96,6 +98,10 @@ def write_adapter(folder: Path, layers: int, rank: int = 16) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
+def _fields(options: Any) -> dict[str, Any]:
+    return dict(vars(options)) if hasattr(options, "__dict__") else dict(options.fields)
+
+
 def write_training_checkpoint(path: Path, layers: int) -> int:
     """A fairseq training checkpoint of OFA-large's widths with `layers` layers a side: model and both moments of Adam
     in float32, as torch.save lays them out. Returns the bytes of the model."""
@@ -137,6 +143,8 @@ def write_training_checkpoint(path: Path, layers: int) -> int:
             if not any(part in name.rpartition(".")[2] for part in buffers)
         }
         document = family.original_document(config, {"task": {"bpe": "bert"}, "language": "zh"}, model)
+        # What stands for the options in a document is written as the class it names.
+        document["args"] = Namespace(**_fields(document["args"]))
         moments = {
             number: {"step": 1, "exp_avg": first, "exp_avg_sq": second}
             for number, (first, second) in enumerate(zip(stored().values(), stored().values()))
