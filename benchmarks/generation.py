@@ -39,6 +39,14 @@ TINY: Mapping[str, Any] = {
 }  # fmt: skip
 
 
+def text_sizes(shape: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes of an encoder and a decoder, as OFA's configuration and BART's name them."""
+    sides = ("encoder", "decoder")
+    each = {"layers": "layers", "attention_heads": "heads", "ffn_dim": "inner"}
+    sizes = {f"{side}_{name}": shape[own] for side in sides for name, own in each.items()}
+    return {"vocab_size": shape["vocabulary"], "d_model": shape["width"], **sizes}
+
+
 def ofa(shape: Mapping[str, Any], beams: int, pictures: int) -> Any:
     """A function that generates once and returns the ids."""
     import torch
@@ -47,17 +55,7 @@ def ofa(shape: Mapping[str, Any], beams: int, pictures: int) -> Any:
     from weightport.modeling.ofa.modeling_ofa import OFAForConditionalGeneration
 
     torch.manual_seed(0)
-    config = OFAConfig(
-        vocab_size=shape["vocabulary"],
-        d_model=shape["width"],
-        encoder_layers=shape["layers"],
-        decoder_layers=shape["layers"],
-        encoder_attention_heads=shape["heads"],
-        decoder_attention_heads=shape["heads"],
-        encoder_ffn_dim=shape["inner"],
-        decoder_ffn_dim=shape["inner"],
-        vision_config=shape["vision"],
-    )
+    config = OFAConfig(**text_sizes(shape), vision_config=shape["vision"])
     model = OFAForConditionalGeneration(config).eval()
     _spread(model)
     inputs = {
@@ -88,18 +86,7 @@ def bart(shape: Mapping[str, Any], beams: int, pictures: int) -> Any:
 
     torch.manual_seed(0)
     source = (shape["pixels"] // 16) ** 2 + shape["text"]
-    config = BartConfig(
-        vocab_size=shape["vocabulary"],
-        d_model=shape["width"],
-        encoder_layers=shape["layers"],
-        decoder_layers=shape["layers"],
-        encoder_attention_heads=shape["heads"],
-        decoder_attention_heads=shape["heads"],
-        encoder_ffn_dim=shape["inner"],
-        decoder_ffn_dim=shape["inner"],
-        max_position_embeddings=source + 8,
-        forced_eos_token_id=None,
-    )
+    config = BartConfig(**text_sizes(shape), max_position_embeddings=source + 8, forced_eos_token_id=None)
     model = BartForConditionalGeneration(config).eval()
     _spread(model)
     ids = torch.randint(4, shape["vocabulary"], (pictures, source))

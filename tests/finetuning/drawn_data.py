@@ -11,6 +11,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from weightport.finetuning.data import EntrySamples
+
 COLOURS = ("red", "green", "blue", "orange", "purple", "black")
 
 
@@ -125,3 +127,15 @@ def draw_receipts(folder: Path, counts: Mapping[str, int]) -> Path:
             number += 1
         write_lines(folder / split / "annotations.jsonl", rows)
     return folder
+
+
+def answers(samples: EntrySamples) -> list[str]:
+    """Of every sample, in order."""
+    return [samples[i].suffix for i in range(len(samples))]
+
+
+def pixels(samples: EntrySamples, index: int) -> bytes:
+    """Of one sample's picture, as it is read."""
+    picture = samples[index].picture
+    assert picture is not None
+    return picture.read().tobytes()

@@ -10,22 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drawn_data import draw, encoded
+from drawn_data import answers, draw, encoded, pixels
 
 from weightport.errors import DataError, WeightportError
-from weightport.finetuning.data import DataSettings, EntrySamples, open_data
+from weightport.finetuning.data import DataSettings, open_data
 
 PLAIN = DataSettings()
-
-
-def answers(samples: EntrySamples) -> list[str]:
-    return [samples[i].suffix for i in range(len(samples))]
-
-
-def pixels(samples: EntrySamples, index: int) -> bytes:
-    picture = samples[index].picture
-    assert picture is not None
-    return picture.read().tobytes()
 
 
 def classes(folder: Path, **numbers: tuple[int, ...]) -> Path:

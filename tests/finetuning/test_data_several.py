@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn_data import draw, draw_jsonl, draw_muge, encoded, write_lines
+from drawn_data import answers, draw, draw_jsonl, draw_muge, encoded, pixels, write_lines
 
 from weightport.errors import DataError, MissingDataError, RecipeError
 from weightport.finetuning.data import DataSettings, EntrySamples, open_data, open_divided
@@ -16,16 +16,6 @@ from weightport.finetuning.data.hashing import key_of, shares_of
 from weightport.finetuning.data.patterns import expand
 
 PLAIN = DataSettings()
-
-
-def answers(samples: EntrySamples) -> list[str]:
-    return [samples[i].suffix for i in range(len(samples))]
-
-
-def pixels(samples: EntrySamples, index: int) -> bytes:
-    picture = samples[index].picture
-    assert picture is not None
-    return picture.read().tobytes()
 
 
 def rows(folder: Path, *texts: str, picture: str = "0.png") -> Path:

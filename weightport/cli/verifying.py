@@ -68,4 +68,4 @@ def _show(lines: Lines, found: Verification, *, quiet: bool) -> None:
             echo(f"{found.directory}: {each.line}", err=True)
         else:
             lines.line("wrong", each.line)
-    lines.heading(f"{len(wrong)} findings" if wrong else "nothing is wrong")
+    lines.heading(f"{len(wrong)} finding{'s' if len(wrong) > 1 else ''}" if wrong else "nothing is wrong")
