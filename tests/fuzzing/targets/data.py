@@ -173,7 +173,8 @@ def _captions_seeds(folder: Path) -> list[Case]:
 
 
 def _as_captions(folder: Path, samples: EntrySamples) -> bool:
-    document = json.loads((folder / "_annotations.coco.json").read_bytes())
+    # A number is an answer as it is written: 1.50 has four characters.
+    document = json.loads((folder / "_annotations.coco.json").read_bytes(), parse_float=str, parse_int=str)
     if not isinstance(samples.source, CocoCaptions):
         return False
     texts = [text for each in document["annotations"] for text in _leaves(each.get("caption"))]
