@@ -158,7 +158,9 @@ def _as_csv(folder: Path, samples: EntrySamples) -> bool:
     if not path.is_file():
         return False
     rows = list(csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")))
-    rows = [row for row in rows if any(value for value in row.values())]
+    rows = [
+        row for row in rows if any(value and str(value).strip() for value in row.values())
+    ]  # a line of blanks is none
     for index, row in enumerate(rows[:SAMPLES]):
         if index >= len(samples) or samples[index].suffix not in map(str, row.values()):
             raise MismatchError(f"answer: row {index} is {row!r:.80} there")
