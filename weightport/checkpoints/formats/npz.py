@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from weightport.checkpoints.dtypes import NUMPY_DTYPES
+from weightport.checkpoints.dtypes import NUMPY_TYPES
 from weightport.checkpoints.formats.zip_archive import Member, member_span, read_directory, read_member
 from weightport.checkpoints.inflating import inflate, inflated
 from weightport.checkpoints.layout import Layout, Source, StoredTensor
@@ -76,20 +76,20 @@ def _array(file: SourceFile, member: Member, name: str) -> Any:
     shape, fortran, kind, skip = _header(start)
     if kind.kind in "OUS" or kind.fields or kind.subdtype:
         return _not_a_tensor(file, member, skip, shape, kind)
-    dtype = NUMPY_DTYPES.get((kind.kind, kind.itemsize))
-    if dtype is None:
+    element = NUMPY_TYPES.get((kind.kind, kind.itemsize))
+    if element is None:
         raise CheckpointError(f"has the type {kind.str}, which has no equal in torch.")
-    layout = Layout.contiguous(dtype, shape, fortran=fortran)
-    if layout.count * dtype.itemsize != member.size - skip:
+    layout = Layout.contiguous(element, shape, fortran=fortran)
+    if layout.count * element.itemsize != member.size - skip:
         raise CheckpointError(
-            f"has shape {shown(shape)} and type {kind.str}, which take {layout.count * dtype.itemsize} bytes, but "
+            f"has shape {shown(shape)} and type {kind.str}, which take {layout.count * element.itemsize} bytes, but "
             f"holds {member.size - skip}."
         )
     big_endian = kind.byteorder == ">"
     source: Source = inflated(file, member, skip, big_endian=big_endian)
     if member.stored:
         source = member_span(file, member, skip=skip, big_endian=big_endian)
-    return TensorRef(name, shape, dtype, StoredTensor(layout, source), (str(file.path), name, 0, layout.stride))
+    return TensorRef(name, shape, element, StoredTensor(layout, source), (str(file.path), name, 0, layout.stride))
 
 
 def _header(start: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
