@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedModel
 
 from weightport.api import check_parity, load_native
-from weightport.parity import training
+from weightport.parity import runner, streaming, training
 from weightport.parity.loading import _narrower
 from weightport.parity.streaming import Residence, WideWeight, resident_weights, stream_weights
 
@@ -48,6 +48,25 @@ def test_streamed_model_has_the_bits_of_a_widened_one(tmp_path, stored) -> None:
         assert torch.equal(one.grad, other.grad), name
     for (name, one), other in zip(narrow.named_buffers(), wide.buffers(), strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("columns", [1, 3, 32])
+def test_a_large_head_is_widened_by_blocks(tmp_path, monkeypatch, bias, columns) -> None:
+    torch.manual_seed(0)
+    model, wide = nn.Linear(16, 32, bias=bias).half(), nn.Linear(16, 32, bias=bias).double()
+    wide.load_state_dict(model.state_dict())
+    for name, parameter in model.named_parameters():
+        model._parameters[name] = WideWeight(parameter.detach(), torch.float64, Residence())
+    monkeypatch.setattr(streaming, "_BLOCK", columns * 16 * 8)
+    widened = []
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *words: widened.append(self.numel()) or to(self, *words))
+    given = torch.randn(2, 3, 16, dtype=torch.float64)
+    with torch.no_grad():
+        found = model(given)
+    assert max(widened) <= max(columns * 16, 32)
+    assert torch.allclose(found, wide(given), rtol=0, atol=1e-14)
 
 
 def test_weights_stay_as_stored_and_tied_ones_stay_one(tmp_path) -> None:
@@ -116,3 +135,12 @@ def test_training_run_without_memory_is_left_out_by_name_and_nothing_else(native
     assert {each.run for each in report.comparisons if each.dtype == "float32"} == {"text", "train.eval_eps0.1"}
     asked = check_parity(native, chosen, dtypes=[torch.float64])
     assert not asked.notes and {each.run for each in asked.comparisons} == {"text", "train.eval_eps0.1"}
+
+
+def test_memory_that_torch_does_not_get_is_no_fault_of_the_reference(native, reference, monkeypatch) -> None:
+    def full(*words: object, **settings: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    monkeypatch.setattr(runner, "_forward", full)
+    with pytest.raises(MemoryError, match=r"run 'text': .*9 bytes"):
+        check_parity(native, reference("text"))

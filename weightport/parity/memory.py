@@ -19,6 +19,11 @@ LIMITS = (("RLIMIT_DATA", "VmData:"), ("RLIMIT_AS", "VmSize:"))
 """Of the process (`ulimit -d`, `ulimit -v`): the limit, and the line that says how much of it is taken."""
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether `error` is torch's for memory that it did not get: on a CPU a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that can be taken on `device`: the accelerator's, or the system's without swapping (cached files count as
     free), or less under a control group or a limit of the process."""

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from weightport.errors import ReferenceFileError
 from weightport.parity.family import Family, Tensors
 from weightport.parity.generation import run_generation
+from weightport.parity.memory import is_out_of_memory
 from weightport.parity.originals import Originals
 from weightport.parity.reference import Expected, Run
 from weightport.parity.seams import Missed, Observations, recording
@@ -68,6 +69,8 @@ def execute(
         else:
             observations = _forward(model, family, arguments, wanted)
     except (ValueError, IndexError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise MemoryError(f"run {run.name!r}: {error}") from error
         raise ReferenceFileError(f"The model does not take the inputs of run {run.name!r}: {error}") from error
     passed_by = Missed("the run does not pass there")
     return {each.tensor.name: observations.get(each.tensor.name, passed_by) for each in wanted}

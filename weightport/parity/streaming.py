@@ -2,14 +2,15 @@
 
 Parameters stay as the file has them, memory-mapped, and an operation that takes one is given its value in the wider
 type, which is freed when the operation is done. What a forward pass needs beside activations is one weight at a time,
-and its results have the same bits as those of a model whose weights were widened first. Whoever uses a parameter, and
+and its results have the same bits as those of a model whose weights were widened first (of a product with a weight of
+more than 128 MB, which is taken by blocks, the same within rounding). Whoever uses a parameter, and
 how often, makes no difference: tied weights, heads that are embeddings, parameters that a parent module takes.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -93,6 +94,8 @@ class WideWeight(torch.Tensor):
             return func(args[0].stored, *args[1:], **kwargs).to(args[0].dtype)
         if func.is_view and isinstance(args[0], WideWeight):
             return _view(func, args, kwargs)
+        if func in _PRODUCTS and not kwargs and _is_large(args[-1]):
+            return _product(args)
         written = [
             args[place]
             for place, argument in enumerate(func._schema.arguments[: len(args)])
@@ -101,6 +104,34 @@ class WideWeight(torch.Tensor):
         plain = [each.own() if any(each is one for one in written) else _wide(each) for each in args]
         result = func(*plain, **{name: _wide(value) for name, value in kwargs.items()})
         return written[0] if written else result
+
+
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+_BLOCK = 128 << 20
+"""Bytes of a weight that are widened at a time, where it is the right factor of a product."""
+
+
+def _is_large(factor: Any) -> bool:
+    if not isinstance(factor, WideWeight) or factor.numel() * factor.dtype.itemsize <= _BLOCK:
+        return False
+    return (factor if factor.whole is None else factor.whole).resident is None
+
+
+def _product(args: Sequence[Any]) -> torch.Tensor:
+    """`mm(left, weight)` or `addmm(bias, left, weight)` by columns of the weight: a vocabulary's head is the largest
+    tensor of a model, and four times as large in float64 as in float16."""
+    *bias, left, weight = (*map(_wide, args[:-1]), args[-1])
+    width = max(_BLOCK // (weight.dtype.itemsize * weight.shape[0]), 1)
+    result = left.new_empty(left.shape[0], weight.shape[1])
+    for start in range(0, weight.shape[1], width):
+        columns = slice(start, start + width)
+        block = weight.stored[:, columns].to(weight.dtype)
+        if bias:
+            added = bias[0][..., columns] if bias[0].shape[-1] == weight.shape[1] else bias[0]
+            result[:, columns] = torch.addmm(added, left, block)
+        else:
+            result[:, columns] = left @ block
+    return result
 
 
 def _wide(value: Any) -> Any:
