@@ -12,6 +12,7 @@ import numpy as np
 
 from weightport.errors import DataError
 from weightport.finetuning.data.columns import check_letters
+from weightport.finetuning.data.content_keys import Tick, keys_by_content
 from weightport.finetuning.data.entries import Entry
 from weightport.finetuning.data.faults import Faults
 from weightport.finetuning.data.hashing import fingerprint_of, key_of
@@ -61,8 +62,9 @@ class ClassFolders:
         self.content = fingerprint_of(["folders", said, [size for size, _ in stamps]])
         self.fingerprint = fingerprint_of(["folders", os.path.abspath(path), asdict(settings), said, stamps])
 
-    def picture_keys(self) -> np.ndarray:
-        return np.array([key_of(self.file_names[row].encode()) for row in range(len(self.labels))], dtype=np.int64)
+    def picture_keys(self, tick: Tick) -> np.ndarray:
+        names = np.array([key_of(self.file_names[row].encode()) for row in range(len(self.labels))], dtype=np.int64)
+        return keys_by_content(names, self.entry, tick)
 
     def entry(self, row: int) -> Entry:
         name = self.file_names[row]

@@ -61,7 +61,7 @@ def finetune(
     `announce` is called before the first step, `say` with lines to show. Raises a WeightportError before anything is
     written when the model, the data or a setting cannot be right, and TrainingError when a loss is no number.
     """
-    prepared = prepare(job)
+    prepared = prepare(job, say)
     main = prepared.arguments.process_index == 0
     # Every process has looked at the output before one makes it.
     PartialState().wait_for_everyone()
