@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations import get_reporting_integration_callbacks, is_deepspeed_zero3_enabled
 
 from weightport.errors import RecipeError
 from weightport.finetuning.metrics.table import METRICS
@@ -87,6 +87,7 @@ def training_arguments(
         )
     except (TypeError, ValueError, ImportError) as error:
         raise RecipeError(f"training: {error}") from error
+    _require_whole_weights()
     _require_reporting(arguments)
     return arguments, notes
 
@@ -111,6 +112,16 @@ def _require_deepspeed(values: Mapping[str, Any]) -> None:
         raise RecipeError(
             f"{asked} needs DeepSpeed, which is not installed: pip install deepspeed. FSDP does the same with torch "
             "alone: --set fsdp=true."
+        )
+
+
+def _require_whole_weights() -> None:
+    """Raises RecipeError for DeepSpeed's stage 3. transformers renames the weights that it loads into it, and would
+    save them under names that the base's files do not have."""
+    if is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        raise RecipeError(
+            "training.deepspeed: stage 3 of zero_optimization shares weights out, and stages 1 and 2 are what this "
+            "command takes. Set stage 2, or let FSDP share the weights out: --set fsdp=true."
         )
 
 
