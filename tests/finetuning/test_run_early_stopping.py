@@ -60,7 +60,7 @@ def test_stopped_run_takes_no_further_step_when_it_is_resumed(
 def test_early_stopping_without_evaluations_is_refused(
     tiny: Callable[[str], Path], pairs: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(RecipeError, match=r"there is no evaluation data. Pass --eval-data"):
+    with pytest.raises(RecipeError, match=r"there is no evaluation data. Pass --eval-data or --eval-fraction"):
         run(tiny("florence2"), "docvqa", pairs, tmp_path / "run", more=NO_PROGRESS)
     with pytest.raises(RecipeError, match=r"training.eval_strategy is no"):
         run(

@@ -78,6 +78,17 @@ def class_folders(path: Path) -> list[str]:
     return sorted(name for name in found if not name.startswith((".", "__")))
 
 
+def without_pictures(path: Path) -> str:
+    """What a message says of the folders in `path` that keep the others, which hold pictures, from being classes;
+    empty where none or all of them lack pictures. Only files right in them are looked at."""
+    folders = class_folders(path)
+    empty = [name for name in folders if not any(_is_picture(entry.name) for entry in os.scandir(path / name))]
+    if not empty or len(empty) == len(folders):
+        return ""
+    names, hold = ", ".join(empty[:10]) + (" …" if len(empty) > 10 else ""), "holds" if len(empty) == 1 else "hold"
+    return f" Of its folders, {names} {hold} no picture: where they are classes, fill or remove what is empty."
+
+
 def are_class_folders(path: Path, *, asked_for: bool) -> bool:
     """Whether the folders in `path` are classes: several, each with a picture in it, and no splits; where class
     folders were `asked_for`, a single one too. Raises DataError for some that are called like splits beside some that
@@ -106,5 +117,9 @@ def picture_names(path: Path, folder: str) -> list[str]:
 def _picture_names(path: Path, folder: str) -> Iterator[str]:
     for inside, _, files in os.walk(path / folder):
         for name in files:
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+            if _is_picture(name):
                 yield os.path.relpath(os.path.join(inside, name), path)
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import os
+import shutil
+import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -88,6 +90,7 @@ def training_arguments(
     except (TypeError, ValueError, ImportError) as error:
         raise RecipeError(f"training: {error}") from error
     _require_whole_weights()
+    _require_compiler(arguments)
     _require_reporting(arguments)
     return arguments, notes
 
@@ -95,7 +98,9 @@ def training_arguments(
 def _require_evaluations(values: Mapping[str, Any], *, evaluates: bool) -> None:
     """Raises RecipeError when early stopping would have nothing to go by."""
     if not evaluates:
-        raise RecipeError("Early stopping needs evaluations, and there is no evaluation data. Pass --eval-data.")
+        raise RecipeError(
+            "Early stopping needs evaluations, and there is no evaluation data. Pass --eval-data or --eval-fraction."
+        )
     if values.get("eval_strategy", "no") in ("no", False):
         raise RecipeError(
             "Early stopping needs evaluations while training, and training.eval_strategy is no. Set "
@@ -122,6 +127,17 @@ def _require_whole_weights() -> None:
         raise RecipeError(
             "training.deepspeed: stage 3 of zero_optimization shares weights out, and stages 1 and 2 are what this "
             "command takes. Set stage 2, or let FSDP share the weights out: --set fsdp=true."
+        )
+
+
+def _require_compiler(arguments: TrainingArguments) -> None:
+    """Raises RecipeError where torch.compile would find no compiler at its first step: on CPUs it writes C++."""
+    inductor = arguments.torch_compile and arguments.torch_compile_backend in (None, "inductor")
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if inductor and arguments.device.type == "cpu" and shutil.which(compiler) is None:
+        raise RecipeError(
+            f"training.torch_compile needs a C++ compiler, and there is no {compiler} (CXX, PATH). Install one, name "
+            "it with the environment variable CXX, or leave --compile out."
         )
 
 
