@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -228,6 +229,23 @@ def test_each_picture_is_read_once_and_none_is_decoded(tmp_path: Path, monkeypat
     monkeypatch.setattr(Picture, "read", lambda self, draft=None: pytest.fail("decoded"))
     open_divided(path, PLAIN, SHARE)
     assert sorted(read) == sorted(f"{number}.png" for number in range(COUNT))
+
+
+def test_one_picture_at_a_time_is_in_memory(tmp_path: Path) -> None:
+    size, count = 2**23, 12
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for number in range(count):
+            for ending, content in (("png", bytes([number]) * size), ("txt", b"a")):
+                member = tarfile.TarInfo(f"{number:05}.{ending}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    tracemalloc.start()
+    try:
+        training, evaluation = open_divided(tmp_path / "x.tar", PLAIN, SHARE)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(training) + len(evaluation) == count and peak < 2.5 * size
 
 
 def test_reading_that_takes_long_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -241,7 +241,7 @@ def _require_together(recipe: Recipe, arguments: TrainingArguments) -> None:
     asked = [
         name
         for name, wanted in (
-            ("batch.sampling=balanced", batch.sampling == "balanced"),
+            (f"batch.sampling={batch.sampling}", batch.sampling != "plain"),
             ("batch.group_by_image", batch.group_by_image),
             (f"training.train_sampling_strategy={order}", order != "random"),
         )
