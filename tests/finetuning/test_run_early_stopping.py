@@ -67,6 +67,11 @@ def test_early_stopping_without_evaluations_is_refused(
             tiny("florence2"), "docvqa", pairs, tmp_path / "run", eval_data=pairs,
             more={**NO_PROGRESS, "training.eval_strategy": "no"},
         )  # fmt: skip
+    with pytest.raises(RecipeError, match=r"save_strategy is no and training\.eval_strategy is \w+\. Set both alike"):
+        run(
+            tiny("florence2"), "docvqa", pairs, tmp_path / "run", eval_data=pairs,
+            more={**NO_PROGRESS, "training.save_strategy": "no"},
+        )  # fmt: skip
     with pytest.raises(RecipeError, match=r"metric_for_best_model is 'cider', and what is measured is loss, anls"):
         run(
             tiny("florence2"), "docvqa", pairs, tmp_path / "run", eval_data=pairs,

@@ -54,6 +54,7 @@ def training_arguments(
             notes.append("load_best_model_at_end is off: there is no evaluation data")
         if values.pop("eval_on_start", False):
             notes.append("eval_on_start is off: there is no evaluation data")
+    _require_checkpoints_to_choose_from(values)
     best = METRICS.get(str(values.get("metric_for_best_model")).removeprefix("eval_"))
     if best is not None:
         values.setdefault("greater_is_better", best.higher_is_better)
@@ -105,6 +106,20 @@ def _require_evaluations(values: Mapping[str, Any], *, evaluates: bool) -> None:
         raise RecipeError(
             "Early stopping needs evaluations while training, and training.eval_strategy is no. Set "
             "eval_strategy=epoch, or steps with eval_steps."
+        )
+
+
+def _require_checkpoints_to_choose_from(values: Mapping[str, Any]) -> None:
+    """Raises RecipeError where the best model is the result and checkpoints are not saved when there are evaluations.
+    transformers would name options that the command does not have."""
+    saved, measured = (
+        str(values.get(f"{name}_strategy", other)) for name, other in (("save", "steps"), ("eval", "no"))
+    )
+    if values.get("load_best_model_at_end") and saved not in (measured, "best"):
+        raise RecipeError(
+            "The best model is taken from a checkpoint (early stopping, training.load_best_model_at_end): "
+            f"training.save_strategy is {saved} and training.eval_strategy is {measured}. Set both alike, or "
+            "load_best_model_at_end=false."
         )
 
 
