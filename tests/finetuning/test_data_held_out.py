@@ -255,5 +255,7 @@ def test_reading_that_takes_long_is_said(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(content_keys, "SECONDS_BETWEEN_LINES", 0.0)
     open_divided(path, PLAIN, SHARE, said.append)
     assert said[-1].startswith(f"share by content: {COUNT} pictures of {COUNT} rows read · ")
+    open_divided(table(tmp_path / "table"), PLAIN, SHARE, said.append)
+    assert said[-1].startswith(f"share by content: {COUNT} pictures of {COUNT} rows read · ")
     PicturesRead(3, said.append)(2)
     assert said[-1].startswith("share by content: 2 pictures of 3 rows read")

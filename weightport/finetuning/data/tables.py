@@ -134,8 +134,8 @@ class TableRows:
             for row, content in enumerate(map(_bytes_in, cells), start=begin):
                 if content:
                     keys[row], held[row] = picture_key(content), True
+            tick(int(held[begin : begin + len(cells)].sum()))
             begin += len(cells)
-            tick(len(cells))
         found, others = keys[self.rows], np.flatnonzero(~held[self.rows])
         found[others] = keys_by_content(others, lambda number: self.entry(int(others[number])), tick)
         return found
