@@ -189,5 +189,7 @@ def test_step_keeps_its_samples_in_another_number_of_processes(
 
 
 def test_samples_that_cannot_be_shared_evenly_are_an_error() -> None:
-    with pytest.raises(TrainingError, match=r"4 samples a step \(4 × 1 in 1 proc.* which 3 processes cannot share"):
+    with pytest.raises(
+        TrainingError, match=r"4 samples a step \(4 × 1 in 1 process\), which 3 processes cannot share"
+    ):
         Division(4, 1, 1).among(3)

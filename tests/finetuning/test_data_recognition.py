@@ -11,6 +11,7 @@ from drawn_data import coco_document, draw_coco, draw_jsonl, draw_muge, encoded,
 
 from weightport.errors import DataError
 from weightport.finetuning.data import DataSettings, open_data
+from weightport.finetuning.data.files import PinnedFile
 from weightport.finetuning.data.recognition import Layout, recognise
 
 PLAIN = DataSettings()
@@ -108,10 +109,33 @@ def test_a_folder_here_makes_a_missing_path_no_hub_id(tmp_path: Path, monkeypatc
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
-    for name in ("x.jsonl", "x.json"):
+    for name in ("x.jsonl", "x.json", "x.tar", "x.parquet", "x"):
         os.mkfifo(tmp_path / name)
-        with pytest.raises(DataError, match="is no regular file"):
+        with pytest.raises(DataError, match=r"is no regular file\. What comes from a pipe can be read once"):
             open_data(tmp_path / name, PLAIN)
+    for name in ("-", "/dev/null"):
+        with pytest.raises(DataError, match=f"^{name} is no regular file. What comes from a pipe"):
+            open_data(name, PLAIN)
+    with pytest.raises(DataError, match="is a folder, and a file was expected"):
+        PinnedFile(tmp_path)
+
+
+def test_a_class_folder_without_pictures_is_named(tmp_path: Path) -> None:
+    for name in ("cat", "dog", "hen"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(DataError) as nothing:
+        open_data(tmp_path, PLAIN)
+    assert "no picture:" not in str(nothing.value)
+    (tmp_path / "cat" / "0.png").write_bytes(encoded(0))
+    with pytest.raises(DataError, match="Of its folders, dog, hen hold no picture: where they are classes, fill"):
+        open_data(tmp_path, PLAIN)
+
+
+def test_records_without_an_image_column_are_told_how_text_alone_is_taken(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "x.jsonl", [{"prefix": "q", "suffix": "a"}])
+    with pytest.raises(DataError, match=r"no column for the image.*taken with data\.text_only=true"):
+        open_data(path, PLAIN)
+    assert open_data(path, DataSettings(text_only=True))[0].picture is None
 
 
 def test_a_reader_that_does_not_fit_says_what_is_wrong(tmp_path: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_runs import losses, run, still
+from tiny_runs import job_of, losses, run, still
 
-pytestmark = pytest.mark.slow
+from weightport.errors import RecipeError
+from weightport.finetuning.setup.preparing import prepare
 
 STEPS = {
     "training.learning_rate": 1e-3,
@@ -23,6 +25,7 @@ STEPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_model_has_the_losses_of_the_model_as_it_is(
     checkpointing: bool, tiny: Callable[[str], Path], pairs: Path, tmp_path: Path
@@ -39,3 +42,20 @@ def test_compiled_model_has_the_losses_of_the_model_as_it_is(
     (tmp_path / "run" / "checkpoints" / "checkpoint-2").rename(tmp_path / "run" / "checkpoints" / "tmp-checkpoint-2")
     again = run(tiny("florence2"), "docvqa", pairs, tmp_path / "run", eval_data=pairs, resume=True, more=more)
     assert losses(again.history) == pytest.approx(losses(plain.history), abs=1e-6)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_machine_without_a_compiler_is_told_before_the_first_step(
+    named: bool, tiny: Callable[[str], Path], pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(tiny("florence2"), "docvqa", pairs, tmp_path / "run", more={**STEPS, "training.torch_compile": True})
+    monkeypatch.setenv("CXX", "no-such-compiler") if named else monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    wanted = "no-such-compiler" if named else r"(g|clang)\+\+"
+    with pytest.raises(
+        RecipeError, match=rf"torch_compile needs a C\+\+ compiler, and there is no {wanted} \(CXX, PATH"
+    ):
+        prepare(job)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("CXX", sys.executable)
+    prepare(job)

@@ -60,12 +60,17 @@ def test_stopped_run_takes_no_further_step_when_it_is_resumed(
 def test_early_stopping_without_evaluations_is_refused(
     tiny: Callable[[str], Path], pairs: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(RecipeError, match=r"there is no evaluation data. Pass --eval-data"):
+    with pytest.raises(RecipeError, match=r"there is no evaluation data. Pass --eval-data or --eval-fraction"):
         run(tiny("florence2"), "docvqa", pairs, tmp_path / "run", more=NO_PROGRESS)
     with pytest.raises(RecipeError, match=r"training.eval_strategy is no"):
         run(
             tiny("florence2"), "docvqa", pairs, tmp_path / "run", eval_data=pairs,
             more={**NO_PROGRESS, "training.eval_strategy": "no"},
+        )  # fmt: skip
+    with pytest.raises(RecipeError, match=r"save_strategy is no and training\.eval_strategy is \w+\. Set both alike"):
+        run(
+            tiny("florence2"), "docvqa", pairs, tmp_path / "run", eval_data=pairs,
+            more={**NO_PROGRESS, "training.save_strategy": "no"},
         )  # fmt: skip
     with pytest.raises(RecipeError, match=r"metric_for_best_model is 'cider', and what is measured is loss, anls"):
         run(

@@ -1,4 +1,4 @@
-"""Balanced and grouped orders of training samples, the same again after a kill and in every process."""
+"""Balanced, grouped and nearby orders of training samples, the same again after a kill and in every process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from weightport.errors import RecipeError
 from weightport.finetuning.augmentation import Epoch
 from weightport.finetuning.data import open_data
 from weightport.finetuning.data.settings import DataSettings
-from weightport.finetuning.training.sampling import BalancedSampler, GroupedSampler, class_weights, pictures_of
+from weightport.finetuning.training.sampling import (
+    WINDOW,
+    BalancedSampler,
+    GroupedSampler,
+    NearbySampler,
+    class_weights,
+    pictures_of,
+)
 
 ANSWERS = ("cat", "cat", "cat", "cat", "cat", "dog", "cat", "cat")
 
@@ -89,7 +96,32 @@ def test_samples_of_one_picture_follow_each_other(uneven: Path) -> None:
     assert len({tuple(order) for order in orders}) > 1
 
 
-@pytest.mark.parametrize("settings", [{"batch.sampling": "balanced"}, GROUPED], ids=["balanced", "grouped"])
+def test_samples_of_a_window_are_drawn_together_and_each_once() -> None:
+    count, epoch, orders = 5 * WINDOW + 77, Epoch(), []
+    sampler = NearbySampler(count, 7, epoch)
+    assert len(sampler) == count
+    for number in range(3):
+        epoch.begin(number)
+        order = np.array(list(sampler))
+        assert np.array_equal(np.sort(order), np.arange(count))
+        # At any time, the last WINDOW draws came from two places of the files at most.
+        for place in range(0, count - WINDOW, 100):
+            drawn = np.sort(order[place : place + WINDOW])
+            assert np.count_nonzero(np.diff(drawn) > WINDOW) <= 2
+        assert np.mean(np.abs(np.diff(order))) > 100, "not shuffled"
+        orders.append(order.tolist())
+    assert orders[0] != orders[1] != orders[2]
+    epoch.begin(1)
+    assert list(sampler) == orders[1]
+    for few in (0, 1, 5, WINDOW, WINDOW + 1):
+        assert sorted(NearbySampler(few, 0, epoch)) == list(range(few))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"batch.sampling": "balanced"}, GROUPED, pytest.param({"batch.sampling": "nearby"}, marks=pytest.mark.slow)],
+    ids=["balanced", "grouped", "nearby"],
+)
 def test_order_is_the_same_after_a_kill_and_in_two_processes(
     settings: dict[str, object], tiny: Callable[[str], Path], uneven: Path, tmp_path: Path
 ) -> None:
@@ -119,5 +151,7 @@ def test_data_with_nothing_to_balance_or_group_are_refused(
     refused(pairs, GROUPED, r"every sample of .* has a picture of its own")
     same = draw_jsonl(tmp_path / "same", 3, suffix="cat")
     refused(same, {"batch.sampling": "balanced"}, r"has one class, 'cat'. There is nothing to balance")
+    near = {"batch.sampling": "nearby", "training.train_sampling_strategy": "sequential"}
+    refused(uneven, near, r"batch\.sampling=nearby and training\.train_sampling_strategy=sequential are two orders")
     both = {"batch.sampling": "balanced", **GROUPED}
     refused(uneven, both, r"batch\.sampling=balanced and batch\.group_by_image are two orders of samples")

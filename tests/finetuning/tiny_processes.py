@@ -47,12 +47,18 @@ def killed_when(job: Job, reached: Callable[[], bool]) -> None:
     assert process.exitcode == -signal.SIGKILL, "the run was over before it could be killed"
 
 
-def side_by_side(job: Job, processes: int) -> list[int]:
-    """Run the job in several processes that know of each other by what torchrun sets; their exit statuses."""
+def side_by_side(job: Job, processes: int, environment: Mapping[str, str] | None = None) -> list[int]:
+    """Run the job in several processes that know of each other by what torchrun sets, with an `environment` besides;
+    their exit statuses."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(processes),
+        **(environment or {}),
+    }
     running = [start(job, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)]
     for process in running:
         process.join(LIMIT)

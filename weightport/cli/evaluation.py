@@ -106,7 +106,7 @@ def evaluate_command(
     with lines.progress("answer", samples) as (start, advance):
         common: dict[str, Any] = {
             "output": output, "device": device, "overwrite": overwrite, "held_out": recipe.data.eval_fraction,
-            "announce": start,
+            "announce": start, "say": lambda line: lines.line("", line),
         }  # fmt: skip
         if retrieval is not None:
             result = evaluate_retrieval(model, retrieval, data, recipe, advance=advance, **common)

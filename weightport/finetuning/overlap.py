@@ -85,9 +85,8 @@ class _Digests:
 
     def _computed(self, picture: Picture) -> bytes | None:
         try:
-            found = picture.load()
-        except (DataError, OSError):
+            content = picture.stored()
+        except DataError:
             return None
-        content = found if isinstance(found, bytes) else found.tobytes()
         self._read += len(content)
         return hashlib.blake2b(content).digest()

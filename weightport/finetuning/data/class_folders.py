@@ -12,6 +12,7 @@ import numpy as np
 
 from weightport.errors import DataError
 from weightport.finetuning.data.columns import check_letters
+from weightport.finetuning.data.content_keys import Tick, keys_by_content
 from weightport.finetuning.data.entries import Entry
 from weightport.finetuning.data.faults import Faults
 from weightport.finetuning.data.hashing import fingerprint_of, key_of
@@ -61,8 +62,9 @@ class ClassFolders:
         self.content = fingerprint_of(["folders", said, [size for size, _ in stamps]])
         self.fingerprint = fingerprint_of(["folders", os.path.abspath(path), asdict(settings), said, stamps])
 
-    def picture_keys(self) -> np.ndarray:
-        return np.array([key_of(self.file_names[row].encode()) for row in range(len(self.labels))], dtype=np.int64)
+    def picture_keys(self, tick: Tick) -> np.ndarray:
+        names = np.array([key_of(self.file_names[row].encode()) for row in range(len(self.labels))], dtype=np.int64)
+        return keys_by_content(names, self.entry, tick)
 
     def entry(self, row: int) -> Entry:
         name = self.file_names[row]
@@ -74,6 +76,17 @@ def class_folders(path: Path) -> list[str]:
     """The folders in `path` but for hidden ones, in order."""
     found = (entry.name for entry in os.scandir(path) if entry.is_dir())
     return sorted(name for name in found if not name.startswith((".", "__")))
+
+
+def without_pictures(path: Path) -> str:
+    """What a message says of the folders in `path` that keep the others, which hold pictures, from being classes;
+    empty where none or all of them lack pictures. Only files right in them are looked at."""
+    folders = class_folders(path)
+    empty = [name for name in folders if not any(_is_picture(entry.name) for entry in os.scandir(path / name))]
+    if not empty or len(empty) == len(folders):
+        return ""
+    names, hold = ", ".join(empty[:10]) + (" …" if len(empty) > 10 else ""), "holds" if len(empty) == 1 else "hold"
+    return f" Of its folders, {names} {hold} no picture: where they are classes, fill or remove what is empty."
 
 
 def are_class_folders(path: Path, *, asked_for: bool) -> bool:
@@ -104,5 +117,9 @@ def picture_names(path: Path, folder: str) -> list[str]:
 def _picture_names(path: Path, folder: str) -> Iterator[str]:
     for inside, _, files in os.walk(path / folder):
         for name in files:
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+            if _is_picture(name):
                 yield os.path.relpath(os.path.join(inside, name), path)
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")

@@ -21,6 +21,7 @@ from weightport.finetuning.data.coco_document import (
     read_size,
 )
 from weightport.finetuning.data.columns import shown
+from weightport.finetuning.data.content_keys import Tick, keys_by_content
 from weightport.finetuning.data.entries import Entry
 from weightport.finetuning.data.faults import Faults
 from weightport.finetuning.data.files import PinnedFile
@@ -88,8 +89,9 @@ class CocoImages:
         self.content = fingerprint_of(["coco", self.classes, digests, [size for size, _ in stamps]])
         self.fingerprint = fingerprint_of(["coco", file.identity, asdict(settings), stamps])
 
-    def picture_keys(self) -> np.ndarray:
-        return np.array([key_of(name) for name in self.file_names], dtype=np.int64)
+    def picture_keys(self, tick: Tick) -> np.ndarray:
+        names = np.array([key_of(name) for name in self.file_names], dtype=np.int64)
+        return keys_by_content(names, self.entry, tick)
 
     def entry(self, row: int) -> Entry:
         name = self.file_names[row].decode()

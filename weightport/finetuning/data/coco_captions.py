@@ -12,6 +12,7 @@ from weightport.errors import DataError
 from weightport.finetuning.data.coco import CocoImages, others
 from weightport.finetuning.data.coco_document import has_captions, parse_document, read_parts
 from weightport.finetuning.data.columns import answers_of, shown
+from weightport.finetuning.data.content_keys import Tick, keys_by_content
 from weightport.finetuning.data.entries import Entry, Source
 from weightport.finetuning.data.faults import Faults
 from weightport.finetuning.data.files import PinnedFile
@@ -68,8 +69,9 @@ class CocoCaptions:
         self.content = fingerprint_of(["captions", digests, [size for size, _ in stamps]])
         self.fingerprint = fingerprint_of(["captions", file.identity, asdict(settings), stamps])
 
-    def picture_keys(self) -> np.ndarray:
-        return np.array([key_of(self.names[row].encode()) for row in range(len(self.names))], dtype=np.int64)
+    def picture_keys(self, tick: Tick) -> np.ndarray:
+        names = np.array([key_of(self.names[row].encode()) for row in range(len(self.names))], dtype=np.int64)
+        return keys_by_content(names, self.entry, tick)
 
     def entry(self, row: int) -> Entry:
         name = self.names[row]

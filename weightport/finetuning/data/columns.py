@@ -81,6 +81,7 @@ def _required(found: Sequence[str], role: str, given: str | None, known: Sequenc
             f"{place}: no column for the {role}: looked for {', '.join(known)}; found "
             f"{', '.join(map(shown, found)) or 'none'}. "
             f"Name it with data.{role}_column."
+            + (" Rows of text alone are taken with data.text_only=true." if role == "image" else "")
         )
     return name
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,8 +30,9 @@ class Source(Protocol):
     """The good rows of a data set, examined once and read on demand.
 
     answer_counts: int32 [rows], how many answers a row has. question_keys: int64 [rows], equal where two rows ask the
-    same question about the same picture. picture_keys(): int64 [rows], equal where two rows are about the same
-    picture, and the same in every run; looked for when it is asked for. each_answer: whether training by default
+    same question about the same picture. picture_keys(tick): int64 [rows], equal where two rows are about the same
+    picture by its bytes, and the same in every run; each picture is read for it, when it is asked for, and `tick` told
+    how many have been (content_keys.py). each_answer: whether training by default
     takes every answer, of all rows or, bool [rows], of each.
     fingerprint: 64 hexadecimal digits that change with the files and with how they are read. content: 64 that change
     with what the rows say and with the names of their pictures, and stay where files are copied.
@@ -51,7 +52,7 @@ class Source(Protocol):
     @property
     def question_keys(self) -> np.ndarray: ...
 
-    def picture_keys(self) -> np.ndarray: ...
+    def picture_keys(self, tick: Callable[[int], None]) -> np.ndarray: ...
 
     def entry(self, row: int) -> Entry: ...
 

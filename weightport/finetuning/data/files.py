@@ -60,7 +60,7 @@ class PinnedFile:
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}.") from error
         if not stat.S_ISREG(found.st_mode):
-            raise DataError(f"{path} is no regular file.")
+            raise no_file(path)
         self.size, self.modified = found.st_size, found.st_mtime_ns
 
     @property
@@ -144,6 +144,16 @@ class _OpenFiles:
 
 
 _opened = _OpenFiles(MOST_OPEN)
+
+
+def no_file(path: object) -> DataError:
+    """The error for a pipe, a device or a folder in place of a file: standard input's name, too."""
+    if os.path.isdir(str(path)):
+        return DataError(f"{path} is a folder, and a file was expected.")
+    return DataError(
+        f"{path} is no regular file. What comes from a pipe can be read once, in its own order, and every epoch reads "
+        "samples in another: give files, which are read where they lie, on any file system that is mounted."
+    )
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from weightport.errors import DataError
+from weightport.finetuning.data.content_keys import Tick
 from weightport.finetuning.data.entries import Entry, Source
 from weightport.finetuning.data.hashing import fingerprint_of, shares_of
 
@@ -20,7 +22,7 @@ HELD_OUT, REPEATED = 1, 2
 
 class JoinedSources:
     """The rows of several sources, one source behind the other. Keys of questions and pictures' names are told apart
-    by their source; the same picture's name in two of them is one picture when data are divided."""
+    by their source; the same picture in two of them is one when data are divided."""
 
     def __init__(self, sources: Sequence[Source], skip_bad: int) -> None:
         self.sources = tuple(sources)
@@ -46,8 +48,8 @@ class JoinedSources:
         self.fingerprint = fingerprint_of(["joined", *(source.fingerprint for source in sources)])
         self.content = fingerprint_of(["joined", *(source.content for source in sources)])
 
-    def picture_keys(self) -> np.ndarray:
-        return np.concatenate([source.picture_keys() for source in self.sources])
+    def picture_keys(self, tick: Tick) -> np.ndarray:
+        return np.concatenate([source.picture_keys(tick) for source in self.sources])
 
     def entry(self, row: int) -> Entry:
         number = int(np.searchsorted(self.ends, row, side="right"))
@@ -71,19 +73,21 @@ class ChosenRows:
         self.answer_counts = source.answer_counts[rows]
         self.question_keys = source.question_keys[rows]
         self.fingerprint = fingerprint_of([part, source.fingerprint])
-        self.content = fingerprint_of([part, source.content])
+        # Which rows they are follows from the bytes of pictures, which the source's content does not tell.
+        self.content = fingerprint_of([part, source.content, hashlib.sha256(rows.tobytes()).hexdigest()])
 
-    def picture_keys(self) -> np.ndarray:
-        return self.source.picture_keys()[self.rows]
+    def picture_keys(self, tick: Tick) -> np.ndarray:
+        return self.source.picture_keys(tick)[self.rows]
 
     def entry(self, row: int) -> Entry:
         return self.source.entry(int(self.rows[row]))
 
 
-def hold_out(source: Source, fraction: float) -> tuple[ChosenRows, ChosenRows]:
+def hold_out(source: Source, fraction: float, tick: Tick) -> tuple[ChosenRows, ChosenRows]:
     """(the rows to train on, those to measure on): `fraction` of the pictures, with all that is asked about them,
-    chosen by their keys alone. Raises DataError where one of the two would be empty."""
-    held = shares_of(source.picture_keys(), HELD_OUT) < fraction
+    chosen by their bytes alone; `tick` is told of those that have been read. Raises DataError where one of the two
+    would be empty."""
+    held = shares_of(source.picture_keys(tick), HELD_OUT) < fraction
     if held.all() or not held.any():
         raise DataError(
             f"{source.name}: data.eval_fraction={fraction:g} of {len(held):,} rows leaves none to "

@@ -13,6 +13,7 @@ import numpy as np
 from weightport.errors import DataError, RecipeError, UsageError
 from weightport.finetuning.data.class_folders import ClassFolders
 from weightport.finetuning.data.coco_captions import open_coco
+from weightport.finetuning.data.content_keys import PicturesRead
 from weightport.finetuning.data.entries import EntrySamples, Repeated, Source, arrange
 from weightport.finetuning.data.files import PinnedFile
 from weightport.finetuning.data.joined import JoinedSources, hold_out, repetitions
@@ -59,11 +60,15 @@ def open_data(paths: Paths, settings: DataSettings, *, grouped: bool = False) ->
     return _weighted(source, groups, np.arange(len(source.answer_counts)), settings)
 
 
-def open_divided(paths: Paths, settings: DataSettings, fraction: float) -> tuple[EntrySamples, EntrySamples]:
+def open_divided(
+    paths: Paths, settings: DataSettings, fraction: float, say: Callable[[str], None] = lambda line: None
+) -> tuple[EntrySamples, EntrySamples]:
     """(what to train on, what to measure on) of the data at `paths`: the share `fraction` of the pictures is held out.
+    The stored bytes of every picture are read once to choose; `say` gets a line now and then while that goes on.
     Raises as `open_data`, and where nothing would be left."""
     groups = [_sources(str(path), settings) for path in _listed(paths)]
-    training, evaluation = hold_out(_joined(groups, settings), fraction)
+    source = _joined(groups, settings)
+    training, evaluation = hold_out(source, fraction, PicturesRead(len(source.answer_counts), say))
     return (
         _weighted(training, groups, training.rows, settings),
         arrange(evaluation, settings.answer, grouped=True),

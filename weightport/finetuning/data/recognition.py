@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weightport.errors import DataError, MissingDataError
-from weightport.finetuning.data.class_folders import are_class_folders
+from weightport.finetuning.data.class_folders import are_class_folders, without_pictures
 from weightport.finetuning.data.columns import IMAGE_NAMES, SUFFIX_NAMES
-from weightport.finetuning.data.files import PinnedFile
+from weightport.finetuning.data.files import PinnedFile, no_file
 from weightport.finetuning.data.image_table import IMAGE_ID
 from weightport.finetuning.data.patterns import expand, has_braces, has_pattern
 from weightport.finetuning.data.records import JsonLines, first_record, has_names
@@ -117,6 +117,8 @@ def recognise(path: str, settings: DataSettings) -> list[Layout]:
             return _in_folder_or_splits(place, settings)
         except OSError as error:
             raise DataError(f"{place} cannot be looked into: {error.strerror}.") from error
+    if path == "-" or (place.exists() and not place.is_file()):
+        raise no_file(path)
     if place.exists():
         if settings.split is not None and not is_of_split(place, settings.split):
             raise no_split(place, settings.split, named_splits([place]))
@@ -178,6 +180,7 @@ def _in_folder_or_splits(folder: Path, settings: DataSettings) -> list[Layout]:
     raise DataError(
         f"{folder}: no data set found here. Looked for {'; '.join(looked)}; and for these in folders train, valid, "
         f"test. Found: {', '.join(inside[:10]) or 'nothing'}{more}. A file of another name can be given itself."
+        f"{without_pictures(folder)}"
     )
 
 

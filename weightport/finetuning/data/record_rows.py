@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from weightport.finetuning.data.content_keys import Tick, keys_by_content
 from weightport.finetuning.data.entries import Entry
 from weightport.finetuning.data.faults import Faults
 from weightport.finetuning.data.files import Line, Part, PinnedFile, index_records
@@ -89,9 +90,10 @@ class RecordRows:
     def question_keys(self) -> np.ndarray:
         return self.index.keys
 
-    def picture_keys(self) -> np.ndarray:
-        """By the pictures' names, of text alone by the question; the file is read once more."""
-        return np.array([self._picture_key(row) for row in range(len(self.index))], dtype=np.int64)
+    def picture_keys(self, tick: Tick) -> np.ndarray:
+        """The file is read once more, for the names of pictures."""
+        names = np.array([self._named(row) for row in range(len(self.index))], dtype=np.int64)
+        return keys_by_content(names, self.entry, tick)
 
     def entry(self, row: int) -> Entry:
         line = self.index.line(row)
@@ -102,11 +104,12 @@ class RecordRows:
         picture = None if found.image is None else self.images.picture(found.image, place)
         return Entry(place, picture, found.question, found.answers, history=found.history)
 
-    def _picture_key(self, row: int) -> int:
+    def _named(self, row: int) -> int:
+        """A key of the picture's name, of a row without one the row's own."""
         line = self.index.line(row)
         found = self._row(line, self.index.place(row)[0])
         if found.image is None:
-            return key_of(b"text", found.question.encode())
+            return key_of(b"row", str(row).encode())
         return key_of(self.images.look_up(found.image, self._place(line))[0].encode())
 
     def _row(self, line: Line, number: int) -> Row:

@@ -187,9 +187,13 @@ class Csv:
     def parse(self, content: bytes, place: str) -> dict[str, Any]:
         fields = _fields(decode_text(content, place), self.delimiter, place)
         if len(fields) != len(self.names):
+            columns = "1 column" if len(fields) == 1 else f"{len(fields)} columns"
+            mend = f"Put quotes around what holds {self.delimiter!r}."
+            if len(fields) < len(self.names):
+                mend = f"Write one {self.delimiter!r} less than there are names: what is empty is a column too."
             raise DataError(
-                f"{place}: {len(fields)} columns, where the first line names {len(self.names)} "
-                f"({', '.join(map(shown, self.names[:10]))}). Put quotes around what holds {self.delimiter!r}."
+                f"{place}: {columns}, where the first line names {len(self.names)} "
+                f"({', '.join(map(shown, self.names[:10]))}). {mend}"
             )
         return dict(zip(self.names, fields))
 

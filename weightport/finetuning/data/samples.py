@@ -25,15 +25,29 @@ class Picture:
         """The decoded picture in RGB. `draft`: a JPEG is decoded at the smallest of 1, 1/2, 1/4 and 1/8 of its size
         whose sides have that many pixels. Raises DataError, naming `place`, when it is missing or no picture."""
         try:
-            found = self.load()
+            found = self._loaded()
             picture = Image.open(BytesIO(found), formats=picture_formats()) if isinstance(found, bytes) else found
             if draft is not None:
                 picture.draft("RGB", (draft, draft))
             return picture.convert("RGB")
+        except BROKEN_PICTURE as error:
+            raise self._broken(error) from error
+
+    def stored(self) -> bytes:
+        """The bytes of the picture as they are stored, not decoded. Raises DataError as `read` where none are."""
+        found = self._loaded()
+        return found if isinstance(found, bytes) else found.tobytes()
+
+    def _loaded(self) -> bytes | Image.Image:
+        try:
+            return self.load()
         except FileNotFoundError as error:
             raise DataError(f"{self.place}: the image {self.key} does not exist.") from error
         except BROKEN_PICTURE as error:
-            raise DataError(f"{self.place}: the image {self.key} cannot be read as a picture: {error}.") from error
+            raise self._broken(error) from error
+
+    def _broken(self, error: Exception) -> DataError:
+        return DataError(f"{self.place}: the image {self.key} cannot be read as a picture: {error}.")
 
 
 @dataclass(frozen=True)

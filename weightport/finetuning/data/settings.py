@@ -40,7 +40,7 @@ class DataSettings:
     weights: how often an epoch takes each of several data sets, one number each: 2 twice, 0.5 half of its samples,
         always the same ones. Evaluation takes each sample once.
     eval_fraction: share of the training data that is measured on instead, chosen picture by picture by a digest of its
-        name (of its bytes in tables): rows that are added later move none.
+        bytes (of text alone, of the text): neither other names nor rows that are added move any.
     draft: decode a JPEG for training at the smallest of 1, 1/2, 1/4 and 1/8 of its size whose sides have this many
         pixels: faster, and not quite the same picture (docs/finetuning.md).
     form: what COCO annotations become, a `counting` question with a JSON answer or the `detection` of boxes.

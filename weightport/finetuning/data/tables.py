@@ -13,9 +13,10 @@ import numpy as np
 
 from weightport.errors import DataError
 from weightport.finetuning.data.columns import find_image_column
+from weightport.finetuning.data.content_keys import Tick, keys_by_content, picture_key
 from weightport.finetuning.data.entries import Entry
 from weightport.finetuning.data.faults import Faults
-from weightport.finetuning.data.hashing import fingerprint_of, key_of
+from weightport.finetuning.data.hashing import fingerprint_of
 from weightport.finetuning.data.image_folder import ImageFile, ImageFolder, find_image_folder
 from weightport.finetuning.data.rows import ChatRows, ColumnRows, Row, RowReader, row_reader
 from weightport.finetuning.data.samples import Picture
@@ -123,12 +124,21 @@ class TableRows:
     def _has_image(self, position: int) -> bool:
         return not self.text_only or self.images[position][self.image_column] not in (None, [])
 
-    def picture_keys(self) -> np.ndarray:
-        """By the bytes of the pictures, all of which are read: tables seldom name them."""
-        keys = []
+    def picture_keys(self, tick: Tick) -> np.ndarray:
+        """Bytes in the table are read in its order, in batches; pictures in files, and texts, by row."""
+        keys = np.zeros(len(self.images), dtype=np.int64)
+        held = np.zeros(len(self.images), dtype=bool)
+        begin = 0
         for batch in self.images.with_format("arrow").iter(batch_size=_DIGESTED):
-            keys += [_picture_key(cell) for cell in batch.column(self.image_column).to_pylist()]
-        return np.array(keys, dtype=np.int64)[self.rows]
+            cells = batch.column(self.image_column).to_pylist()
+            for row, content in enumerate(map(_bytes_in, cells), start=begin):
+                if content:
+                    keys[row], held[row] = picture_key(content), True
+            tick(int(held[begin : begin + len(cells)].sum()))
+            begin += len(cells)
+        found, others = keys[self.rows], np.flatnonzero(~held[self.rows])
+        found[others] = keys_by_content(others, lambda number: self.entry(int(others[number])), tick)
+        return found
 
     def _place(self, row: int) -> str:
         return f"{self.name}, row {row + 1}"
@@ -187,11 +197,11 @@ def _columns(names: Sequence[str], settings: DataSettings, place: str) -> tuple[
     return ColumnRows(replace(columns, image=None), text_only=True), needed, str(columns.image)
 
 
-def _picture_key(cell: Any) -> int:
+def _bytes_in(cell: Any) -> bytes | None:
+    """The bytes that a cell holds, None where it names a file or holds nothing."""
     cell = cell[0] if isinstance(cell, list) and cell else cell
-    content = cell.get("bytes") or cell.get("path") if isinstance(cell, dict) else cell
-    content = b"" if content == [] else content
-    return key_of(os.path.basename(content).encode() if isinstance(content, str) else content or b"")
+    content = cell.get("bytes") if isinstance(cell, dict) else cell
+    return content if isinstance(content, bytes) else None
 
 
 def class_names(table: Dataset, column: str) -> list[str] | None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from weightport.errors import DataError
 from weightport.finetuning.data.columns import decode_text, parse_object, shown
+from weightport.finetuning.data.content_keys import Tick, keys_by_content
 from weightport.finetuning.data.entries import Entry
 from weightport.finetuning.data.faults import Faults
 from weightport.finetuning.data.files import PinnedFile
@@ -94,7 +95,8 @@ class TarRows:
                 numbers["part"].append(part)
                 numbers["answers"].append(len(row.answers))
                 numbers["key"].append(key_of(about, *texts, asked))
-                numbers["picture"].append(key_of(about))
+                # Of text alone, each row is about its own.
+                numbers["picture"].append(key_of(about, b"" if length else str(part).encode()))
                 rows_seen.update(f"{group.key!r} {length} {row.question!r} {row.answers!r} {row.history!r}\n".encode())
             keys.append(group.key)
         self.keys = PackedTexts(keys)
@@ -103,13 +105,13 @@ class TarRows:
         self.groups, self.parts = (np.array(numbers[name], dtype=np.int64) for name in ("group", "part"))
         self.answer_counts = np.array(numbers["answers"], dtype=np.int32)
         self.question_keys = np.array(numbers["key"], dtype=np.int64)
-        self._picture_keys = np.array(numbers["picture"], dtype=np.int64)
+        self._picture_names = np.array(numbers["picture"], dtype=np.int64)
         self.skipped = tuple(faults.skipped)
         self.content = fingerprint_of(["tar", rows_seen.hexdigest()])
         self.fingerprint = fingerprint_of(["tar", self.file.identity, asdict(settings)])
 
-    def picture_keys(self) -> np.ndarray:
-        return self._picture_keys
+    def picture_keys(self, tick: Tick) -> np.ndarray:
+        return keys_by_content(self._picture_names, self.entry, tick)
 
     def entry(self, row: int) -> Entry:
         number, part = int(self.groups[row]), int(self.parts[row])

@@ -49,13 +49,14 @@ def evaluate(
     overwrite: bool = False,
     announce: Callable[[int], None] = lambda samples: None,
     advance: Callable[[int], None] = lambda samples: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
     """Answer the data set `data` with the model in `directory` and measure by the recipe's metrics.
 
     The model runs in its own dtype, whatever the recipe trains. `adapter`: a LoRA adapter to put on it. `output`: a
     folder that gets metrics.json, evaluation.json (the settings) and predictions.jsonl. `held_out`: measure on that
-    share of the data alone, the one that a run with this `data.eval_fraction` did not train on. Raises a
-    WeightportError for a model, data or settings that cannot be.
+    share of the data alone, the one that a run with this `data.eval_fraction` did not train on; `say` gets
+    lines to show while it is chosen. Raises a WeightportError for a model, data or settings that cannot be.
     """
     if not recipe.evaluation.metrics:
         raise RecipeError(f"The recipe {recipe.name!r} measures nothing: give --metric.")
@@ -66,7 +67,7 @@ def evaluate(
     if output is not None:
         require_directory(output, overwrite=overwrite, inputs=inputs, beside=local_places(data))
     check_processor(directory)
-    samples = measured_samples(data, recipe, held_out)
+    samples = measured_samples(data, recipe, held_out, say)
     processor = load_processor(directory, family, recipe.batch)
     place = usable_device(device)
     dtype = base_dtype(directory) or torch.float32
@@ -94,11 +95,14 @@ def evaluate(
     return result
 
 
-def measured_samples(data: str | Sequence[str], recipe: Recipe, held_out: float | None) -> EntrySamples:
-    """The samples of `data`, a question with all its references each; of the share `held_out` alone where given."""
+def measured_samples(
+    data: str | Sequence[str], recipe: Recipe, held_out: float | None, say: Callable[[str], None]
+) -> EntrySamples:
+    """The samples of `data`, a question with all its references each; of the share `held_out` alone where given, and
+    `say` is told of pictures that are read to choose it."""
     if held_out is None:
         return open_data(data, recipe.data, grouped=True)
-    return open_divided(data, recipe.data, held_out)[1]
+    return open_divided(data, recipe.data, held_out, say)[1]
 
 
 def write_evaluation(

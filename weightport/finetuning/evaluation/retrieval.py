@@ -95,6 +95,7 @@ def evaluate_retrieval(
     overwrite: bool = False,
     announce: Callable[[int], None] = lambda samples: None,
     advance: Callable[[int], None] = lambda samples: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
     """Recall of the retrieval model in `directory` on the data set `data`, by vectors alone (`…-contrast`) and with
     the matching head's word on the `evaluation.rerank` nearest. The model runs in its own dtype. `held_out`: on that
@@ -107,7 +108,7 @@ def evaluate_retrieval(
     if output is not None:
         require_directory(output, overwrite=overwrite, inputs=[directory], beside=local_places(data))
     check_processor(directory)
-    samples = measured_samples(data, recipe, held_out)
+    samples = measured_samples(data, recipe, held_out, say)
     gallery = gallery_of(samples, chosen(len(samples), recipe.evaluation.samples), recipe.data.skip_bad)
     processor = load_processor(directory, None, recipe.batch)
     place = usable_device(device)

@@ -10,7 +10,7 @@ from weightport.finetuning.data.settings import DataSettings
 
 METHODS = ("full", "lora", "qlora")
 LOSS_MEANS = ("tokens", "samples", "batches")
-SAMPLINGS = ("plain", "balanced")
+SAMPLINGS = ("plain", "balanced", "nearby")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -26,7 +26,8 @@ class BatchSettings:
     answers, as in transformers; `samples`, of each answer's own mean, as big_vision trains; `batches`, of each
     accumulated batch's tokens, and the step's is their sum, as in loops that do not divide by the accumulation.
     augment: names of changes that training pictures go through (augmentation.py). sampling: `plain` takes every sample
-    once an epoch, `balanced` draws classes equally often. group_by_image: batches hold samples of the same pictures.
+    once an epoch, `balanced` draws classes equally often, `nearby` takes every sample once, in windows of samples that
+    stand next to each other in the files. group_by_image: batches hold samples of the same pictures.
     fit_memory: search for the largest batch of a process that fits, and accumulate so that a step's samples stay as
     many. memory: what it may use, as "8 GB"; by default 0.9 of a GPU, or half of what a machine without one has free.
     """

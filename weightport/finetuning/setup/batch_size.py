@@ -57,9 +57,10 @@ class Division:
         TrainingError when they cannot be divided."""
         own, rest = divmod(self.samples, processes)
         if rest:
+            then = "1 process" if self.processes == 1 else f"{self.processes} processes"
             raise TrainingError(
                 f"The run was started with {self.samples} samples a step ({self.size} × {self.accumulation} in "
-                f"{self.processes} processes), which {processes} processes cannot share evenly. Resume with another "
+                f"{then}), which {processes} processes cannot share evenly. Resume with another "
                 "number of processes."
             )
         largest = next(each for each in range(min(self.size, own), 0, -1) if own % each == 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,8 +124,9 @@ def resolved(recipe: Recipe, family: str, *, as_published: bool) -> tuple[Recipe
     return for_family(recipe, family, as_published=as_published), mistakes
 
 
-def prepare(job: Job) -> Prepared:
-    """Open and check everything: recipe and model, data, output, space. Writes nothing."""
+def prepare(job: Job, say: Callable[[str], None] = lambda line: None) -> Prepared:
+    """Open and check everything: recipe and model, data, output, space. Writes nothing. `say` gets a line now and then
+    while pictures are read to choose what is measured on."""
     recipe = job.recipe
     family = job.family
     check_processor(job.model)
@@ -144,7 +146,7 @@ def prepare(job: Job) -> Prepared:
         explicit=job.explicit,
     )
     _require_together(recipe, arguments)
-    samples, eval_samples = _opened(job, recipe)
+    samples, eval_samples = _opened(job, recipe, say if arguments.process_index == 0 else _silent)
     notes += samples.notes
     for each in (samples, eval_samples):
         if each is not None and each.skipped:
@@ -239,7 +241,7 @@ def _require_together(recipe: Recipe, arguments: TrainingArguments) -> None:
     asked = [
         name
         for name, wanted in (
-            ("batch.sampling=balanced", batch.sampling == "balanced"),
+            (f"batch.sampling={batch.sampling}", batch.sampling != "plain"),
             ("batch.group_by_image", batch.group_by_image),
             (f"training.train_sampling_strategy={order}", order != "random"),
         )
@@ -270,7 +272,7 @@ def _as_divided_before(run: Path, recipe: Recipe, arguments: TrainingArguments) 
     return [] if now == wanted else [f"as when the run was started: {now.described}"]
 
 
-def _opened(job: Job, recipe: Recipe) -> tuple[EntrySamples, EntrySamples | None]:
+def _opened(job: Job, recipe: Recipe, say: Callable[[str], None]) -> tuple[EntrySamples, EntrySamples | None]:
     """(what to train on, what to measure on)."""
     fraction = recipe.data.eval_fraction
     if job.eval_data is not None and fraction is not None:
@@ -279,7 +281,7 @@ def _opened(job: Job, recipe: Recipe) -> tuple[EntrySamples, EntrySamples | None
             "data: give one of them."
         )
     if fraction is not None:
-        return open_divided(job.data, recipe.data, fraction)
+        return open_divided(job.data, recipe.data, fraction, say)
     evaluation = open_data(job.eval_data, recipe.data, grouped=True) if job.eval_data is not None else None
     return open_data(job.data, recipe.data), evaluation
 
@@ -412,3 +414,7 @@ def _try_one(loaded: Loaded, recipe: Recipe, samples: Samples) -> None:
         if FAILURE not in made:
             return
     raise DataError(made[FAILURE])
+
+
+def _silent(line: str) -> None:
+    return None

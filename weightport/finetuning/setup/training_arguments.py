@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import os
+import shutil
+import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations import get_reporting_integration_callbacks, is_deepspeed_zero3_enabled
 
 from weightport.errors import RecipeError
 from weightport.finetuning.metrics.table import METRICS
@@ -52,6 +54,7 @@ def training_arguments(
             notes.append("load_best_model_at_end is off: there is no evaluation data")
         if values.pop("eval_on_start", False):
             notes.append("eval_on_start is off: there is no evaluation data")
+    _require_checkpoints_to_choose_from(values)
     best = METRICS.get(str(values.get("metric_for_best_model")).removeprefix("eval_"))
     if best is not None:
         values.setdefault("greater_is_better", best.higher_is_better)
@@ -87,6 +90,8 @@ def training_arguments(
         )
     except (TypeError, ValueError, ImportError) as error:
         raise RecipeError(f"training: {error}") from error
+    _require_whole_weights()
+    _require_compiler(arguments)
     _require_reporting(arguments)
     return arguments, notes
 
@@ -94,11 +99,27 @@ def training_arguments(
 def _require_evaluations(values: Mapping[str, Any], *, evaluates: bool) -> None:
     """Raises RecipeError when early stopping would have nothing to go by."""
     if not evaluates:
-        raise RecipeError("Early stopping needs evaluations, and there is no evaluation data. Pass --eval-data.")
+        raise RecipeError(
+            "Early stopping needs evaluations, and there is no evaluation data. Pass --eval-data or --eval-fraction."
+        )
     if values.get("eval_strategy", "no") in ("no", False):
         raise RecipeError(
             "Early stopping needs evaluations while training, and training.eval_strategy is no. Set "
             "eval_strategy=epoch, or steps with eval_steps."
+        )
+
+
+def _require_checkpoints_to_choose_from(values: Mapping[str, Any]) -> None:
+    """Raises RecipeError where the best model is the result and checkpoints are not saved when there are evaluations.
+    transformers would name options that the command does not have."""
+    saved, measured = (
+        str(values.get(f"{name}_strategy", other)) for name, other in (("save", "steps"), ("eval", "no"))
+    )
+    if values.get("load_best_model_at_end") and saved not in (measured, "best"):
+        raise RecipeError(
+            "The best model is taken from a checkpoint (early stopping, training.load_best_model_at_end): "
+            f"training.save_strategy is {saved} and training.eval_strategy is {measured}. Set both alike, or "
+            "load_best_model_at_end=false."
         )
 
 
@@ -111,6 +132,27 @@ def _require_deepspeed(values: Mapping[str, Any]) -> None:
         raise RecipeError(
             f"{asked} needs DeepSpeed, which is not installed: pip install deepspeed. FSDP does the same with torch "
             "alone: --set fsdp=true."
+        )
+
+
+def _require_whole_weights() -> None:
+    """Raises RecipeError for DeepSpeed's stage 3. transformers renames the weights that it loads into it, and would
+    save them under names that the base's files do not have."""
+    if is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        raise RecipeError(
+            "training.deepspeed: stage 3 of zero_optimization shares weights out, and stages 1 and 2 are what this "
+            "command takes. Set stage 2, or let FSDP share the weights out: --set fsdp=true."
+        )
+
+
+def _require_compiler(arguments: TrainingArguments) -> None:
+    """Raises RecipeError where torch.compile would find no compiler at its first step: on CPUs it writes C++."""
+    inductor = arguments.torch_compile and arguments.torch_compile_backend in (None, "inductor")
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if inductor and arguments.device.type == "cpu" and shutil.which(compiler) is None:
+        raise RecipeError(
+            f"training.torch_compile needs a C++ compiler, and there is no {compiler} (CXX, PATH). Install one, name "
+            "it with the environment variable CXX, or leave --compile out."
         )
 
 

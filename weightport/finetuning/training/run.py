@@ -33,7 +33,7 @@ from weightport.finetuning.training.averaging import AveragedWeights
 from weightport.finetuning.training.early_stopping import EarlyStopping
 from weightport.finetuning.training.results import RESULTS, Outcome, finish
 from weightport.finetuning.training.resuming import OWN_FILES, RECIPE, last_checkpoint, write_inputs
-from weightport.finetuning.training.sampling import BalancedSampler, GroupedSampler
+from weightport.finetuning.training.sampling import BalancedSampler, GroupedSampler, NearbySampler
 from weightport.finetuning.training.schedules import own_schedule
 from weightport.finetuning.training.trainer import (
     Averaging,
@@ -61,7 +61,7 @@ def finetune(
     `announce` is called before the first step, `say` with lines to show. Raises a WeightportError before anything is
     written when the model, the data or a setting cannot be right, and TrainingError when a loss is no number.
     """
-    prepared = prepare(job)
+    prepared = prepare(job, say)
     main = prepared.arguments.process_index == 0
     # Every process has looked at the output before one makes it.
     PartialState().wait_for_everyone()
@@ -211,6 +211,8 @@ def _sampler(prepared: Prepared, epoch: Epoch) -> Sampler[int] | None:
     seed = _data_seed(prepared.arguments)
     if prepared.weights is not None:
         return BalancedSampler(prepared.weights, seed, epoch)
+    if prepared.recipe.batch.sampling == "nearby":
+        return NearbySampler(len(prepared.samples), seed, epoch)
     return GroupedSampler(prepared.pictures, seed, epoch) if prepared.pictures is not None else None
 
 

@@ -12,6 +12,9 @@ from weightport.errors import DataError, RecipeError
 from weightport.finetuning.augmentation import Epoch
 from weightport.finetuning.data.samples import Sample, Samples
 
+WINDOW = 1024
+"""Samples that are shuffled among each other where the order of files is kept otherwise."""
+
 
 class BalancedSampler(Sampler[int]):
     """As many draws an epoch as there are samples, with replacement, in proportion to `weights` float64 [samples]."""
@@ -47,6 +50,28 @@ class GroupedSampler(Sampler[int]):
         generator = np.random.default_rng([self._seed, int(self._epoch)])
         places = generator.permutation(self._pictures.max() + 1)[self._pictures]
         yield from np.lexsort((generator.random(len(places)), places)).tolist()
+
+
+class NearbySampler(Sampler[int]):
+    """Every sample once an epoch, WINDOW that stand next to each other at a time: windows in random order, cut anew in
+    each epoch, and the samples of each in random order. So shards are read piece by piece, from one place each, and
+    nothing is kept but the order of a window and of windows."""
+
+    def __init__(self, samples: int, seed: int, epoch: Epoch) -> None:
+        self._samples = samples
+        self._seed = seed
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._samples
+
+    def __iter__(self) -> Iterator[int]:
+        generator = np.random.default_rng([self._seed, int(self._epoch)])
+        first = int(generator.integers(WINDOW)) - WINDOW
+        for window in generator.permutation(-(-(self._samples - first) // WINDOW)).tolist():
+            begin = first + window * WINDOW
+            inside = np.arange(max(begin, 0), min(begin + WINDOW, self._samples))
+            yield from generator.permutation(inside).tolist()
 
 
 def class_weights(samples: Samples) -> np.ndarray:
