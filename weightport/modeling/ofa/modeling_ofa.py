@@ -186,7 +186,8 @@ class OFAStack(OFAPreTrainedModel):
         """
         limit = self.config.image_bucket_size
         side = 2 * limit - 1
-        by_difference = self.image_rel_pos_tables[layer_idx].weight[: side**2].unflatten(0, (side, side))
+        table: Any = self.image_rel_pos_tables[layer_idx].weight
+        by_difference = table[: side**2].unflatten(0, (side, side))
         places = torch.arange(columns, device=by_difference.device)
         # [row difference, query column, key column, heads], from keys far above the query to keys far below it.
         pairs = by_difference.flip(0)[:, places[:, None] - places[None, :] + limit - 1]
@@ -344,7 +345,8 @@ class OFAEncoder(OFAStack):
 
         if pixel_values is not None:
             features = self._image_features(pixel_values)
-            grid = rows, columns = features.shape[-2:]
+            rows, columns = features.shape[-2:]
+            grid = (rows, columns)
             patch_ids = patch_position_ids(rows, columns, self.config.image_bucket_size, features.device)
             patch_embeddings = self._patch_positions(patch_ids, rows, columns)
             hidden_states = torch.cat([self._embed_patches(features, patch_embeddings), hidden_states], dim=1)
