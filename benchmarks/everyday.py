@@ -82,11 +82,11 @@ def inspecting(folder: Path, arguments: argparse.Namespace) -> list[Figures]:
     commands = {
         "weightport inspect": [*COMMAND, "inspect", str(file)],
         "torch.load": [sys.executable, "-c", LOADED, str(file)],
-        "import torch": START,
+        "interpreter": [sys.executable, "-c", "pass"],
     }
     title = f"Inspecting a torch file of {size / 1e9:.1f} GB"
     timings = alternate(commands, arguments.runs)
-    return [Figures.of(title, timings, "weightport inspect", "torch.load", start="import torch")]
+    return [Figures.of(title, timings, "weightport inspect", "torch.load", start="interpreter")]
 
 
 def _merged(folder: Path, arguments: argparse.Namespace) -> tuple[Path, Path]:

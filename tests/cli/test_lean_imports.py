@@ -66,6 +66,20 @@ def test_inspect_imports_neither_torch_nor_transformers(write: Callable[[Path], 
     assert done.stdout.splitlines()[-1] == "loaded:", done.stdout
 
 
+def test_what_a_source_is_takes_no_torch_and_its_conversion_no_other_family(tmp_path: Path) -> None:
+    torch_zip(tmp_path / "source")
+    code = (
+        "import sys; from weightport.api import open_sources; family, _ = open_sources(sys.argv[1]); "
+        "print(family.name, 'torch' in sys.modules); family.conversion; import weightport.converters.conversion; "
+        "others = ('weightport.finetuning', 'weightport.parity', *(f'weightport.families.{name}.conversion' "
+        "for name in ('florence2', 'paligemma2', 'blip2', 'moondream2'))); "
+        "print(*[name for name in sys.modules if name.startswith(others)])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "source")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["ofa False", ""]
+
+
 def test_a_family_is_recognised_without_its_conversion() -> None:
     for family in registry():
         assert family.recognition is not None, family.name

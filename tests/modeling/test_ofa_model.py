@@ -8,7 +8,7 @@ import torch
 from weightport.modeling.ofa.configuration_ofa import OFAConfig
 from weightport.modeling.ofa.layers_ofa import OFADropPath
 from weightport.modeling.ofa.modeling_ofa import OFAForConditionalGeneration, OFAModel
-from weightport.modeling.ofa.positions_ofa import text_relative_buckets
+from weightport.modeling.ofa.positions_ofa import image_relative_buckets, patch_position_ids, text_relative_buckets
 
 
 def logits_of(model, inputs, **changes) -> torch.Tensor:
@@ -63,6 +63,25 @@ def test_a_wider_image_has_other_positions_for_its_rows(make_model, inputs):
     model = make_model()
     tall = inputs["pixel_values"].transpose(2, 3)
     assert not torch.allclose(logits_of(model, inputs), logits_of(model, inputs, pixel_values=tall), atol=1e-4)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 3), (4, 2), (4, 4)])
+def test_the_bias_of_a_grid_of_patches_is_that_of_every_pair(make_model, grid):
+    encoder = make_model().model.encoder
+    ids = patch_position_ids(*grid, 4)
+    by_pair = encoder.image_relative_bias(1, image_relative_buckets(ids, ids, 4))
+    assert torch.equal(torch.cat(encoder.patch_relative_bias(1, *grid), dim=1)[None], by_pair)
+
+
+@pytest.mark.parametrize("left_out", [(), ("pixel_values",)])
+def test_encoding_without_gradients_gives_the_same_states(make_model, inputs, left_out):
+    encoder = make_model().model.encoder
+    source = {name: inputs[name] for name in ("input_ids", "pixel_values") if name not in left_out}
+    with torch.enable_grad():
+        with_gradients = encoder(**source).last_hidden_state
+    with torch.no_grad():
+        without = encoder(**source).last_hidden_state
+    assert with_gradients.requires_grad and torch.equal(without, with_gradients)
 
 
 @pytest.mark.parametrize("code_masks", [None, [True, True], [False, True]])

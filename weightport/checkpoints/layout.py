@@ -5,7 +5,9 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import prod
+from operator import mul
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -165,12 +167,12 @@ class Layout:
         if len(self.shape) != len(self.stride) or len(self.shape) > _MAX_DIMENSIONS:
             raise CheckpointError(f"a tensor claims {len(self.shape)} dimensions and {len(self.stride)} strides.")
         numbers = (*self.shape, *self.stride, self.offset)
-        if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
+        if set(map(type, numbers)) != {int} or min(numbers) < 0 or max(numbers) >= 1 << 62:
             raise CheckpointError(
                 "a tensor's shape, strides and offset must be whole numbers from 0 up, but are "
                 f"{shown(self.shape)}, {shown(self.stride)} and {shown(self.offset)}."
             )
-        if prod(max(size, 1) for size in self.shape) >= 1 << 60:
+        if prod(filter(None, self.shape)) >= 1 << 60:
             raise CheckpointError(f"a tensor's shape {shown(self.shape)} is larger than torch can hold.")
 
     @classmethod
@@ -179,7 +181,7 @@ class Layout:
         if len(shape) > _MAX_DIMENSIONS:
             raise CheckpointError(f"a tensor claims {len(shape)} dimensions; at most {_MAX_DIMENSIONS} are.")
         steps = shape if fortran else shape[::-1]
-        stride = tuple(prod(steps[:axis]) for axis in range(len(steps)))
+        stride = tuple(accumulate(steps, mul, initial=1))[:-1]
         return cls(element, shape, stride if fortran else stride[::-1])
 
     @property

@@ -21,4 +21,4 @@ class Signature:
 
     def fits(self, names: Sequence[str]) -> bool:
         """Whether one of `names` is such a name."""
-        return any(self._pattern.fullmatch(name) for name in names)
+        return any(map(self._pattern.fullmatch, names))

@@ -70,7 +70,7 @@ class Found:
 
 def is_blip2(names: Iterable[str]) -> bool:
     """Whether tensors of these names are of a LAVIS BLIP-2 (or of a model that has its Q-Former)."""
-    return any(_MARK.fullmatch(name) for name in names)
+    return any(map(_MARK.fullmatch, names))
 
 
 def locate(checkpoint: Checkpoint) -> Found:

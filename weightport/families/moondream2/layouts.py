@@ -46,6 +46,8 @@ class Found:
 
 def own_name(name: str) -> str:
     """`name` without what torch.compile puts into it."""
+    if COMPILED not in name:
+        return name
     return ".".join(part for part in name.split(".") if part != COMPILED)
 
 

@@ -30,14 +30,16 @@ def token_bucket(config: OFAConfig, name: str) -> torch.Tensor:
     Computed in float32: the original's ceil of a float32 logarithm decides the boundaries.
     """
     size = config.token_bucket_size
-    position = torch.arange(MAX_DISTANCE, dtype=torch.long)
-    relative = position[:, None] - position[None, :]
+    # Of every distance once, then of every pair: a file holds two such tables, of a million entries each.
+    relative = torch.arange(1 - MAX_DISTANCE, MAX_DISTANCE, dtype=torch.long)
     middle = size // 2
     distance = torch.where(relative.abs() < middle, middle - 1, relative.abs())
     nearness = distance.to(torch.float32) / middle
     growth = torch.log(nearness) / math.log((MAX_DISTANCE - 1) / middle) * (middle - 1)
     logarithmic = torch.sign(relative) * (torch.ceil(growth).int() + middle)
-    return torch.where(distance.le(middle), relative, logarithmic) + size - 1
+    buckets = torch.where(distance.le(middle), relative, logarithmic) + size - 1
+    position = torch.arange(MAX_DISTANCE)
+    return buckets[position[:, None] - position[None, :] + MAX_DISTANCE - 1]
 
 
 def image_bucket(config: OFAConfig, name: str) -> torch.Tensor:

@@ -177,6 +177,23 @@ class OFAStack(OFAPreTrainedModel):
         by_head = table(torch.arange(rows, device=buckets.device)).t().contiguous()
         return by_head.index_select(1, buckets.flatten()).unflatten(1, buckets.shape)[None]
 
+    def patch_relative_bias(self, layer_idx: int, rows: int, columns: int) -> list[torch.Tensor]:
+        """The layer's bias of a grid of patches among themselves, `image_relative_bias` without an index of every
+        pair: one tensor [heads, columns, rows * columns] for each row of queries.
+
+        It depends on the differences of rows and of columns only. What is looked up are all differences of rows for
+        each pair of columns; a row of queries is a window of that, which shares its memory.
+        """
+        limit = self.config.image_bucket_size
+        side = 2 * limit - 1
+        table: Any = self.image_rel_pos_tables[layer_idx].weight
+        by_difference = table[: side**2].unflatten(0, (side, side))
+        places = torch.arange(columns, device=by_difference.device)
+        # [row difference, query column, key column, heads], from keys far above the query to keys far below it.
+        pairs = by_difference.flip(0)[:, places[:, None] - places[None, :] + limit - 1]
+        windows = pairs.permute(3, 1, 0, 2).contiguous()
+        return [windows[:, :, limit - 1 - row :][:, :, :rows].flatten(2) for row in range(rows)]
+
     def text_relative_buckets(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Buckets [queries, keys] of text positions, int64 [queries] and [keys], smaller than `MAX_TEXT_POSITIONS`."""
         return self.text_buckets[queries[:, None] - keys[None, :] + MAX_TEXT_POSITIONS - 1]
@@ -259,6 +276,28 @@ class OFAEncoder(OFAStack):
             )
         return features
 
+    def _write_layer_bias(
+        self,
+        bias: torch.Tensor,
+        absolute_bias: torch.Tensor,
+        layer_idx: int,
+        text_buckets: torch.Tensor,
+        grid: tuple[int, int],
+    ) -> None:
+        """Makes `bias` [batch or 1, heads, source, source], the absolute one or that of another layer, the layer's.
+
+        Between patches and text it is the absolute one in every layer. Without gradients only: a backward pass would
+        need what is written over, and walk through every write.
+        """
+        patches = grid[0] * grid[1]
+        text = bias[:, :, patches:, patches:]
+        text.copy_(absolute_bias[:, :, patches:, patches:]).add_(self.text_relative_bias(layer_idx, text_buckets))
+        by_row = self.patch_relative_bias(layer_idx, *grid)
+        for start, relative in zip(range(0, patches, max(grid[1], 1)), by_row):
+            # One row of patches at a time stays in the processor's cache.
+            row = slice(start, start + grid[1])
+            bias[:, :, row, :patches].copy_(absolute_bias[:, :, row, :patches]).add_(relative)
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -302,14 +341,14 @@ class OFAEncoder(OFAStack):
         text_embeddings = self.embed_positions(text_positions)
         hidden_states = self._embed_text(inputs_embeds, text_embeddings)
         positions = self.pos_ln(text_embeddings)
-        text_buckets, patch_buckets = self.text_relative_buckets(text_positions, text_positions), None
+        text_buckets, grid = self.text_relative_buckets(text_positions, text_positions), (0, 0)
 
         if pixel_values is not None:
             features = self._image_features(pixel_values)
             rows, columns = features.shape[-2:]
+            grid = (rows, columns)
             patch_ids = patch_position_ids(rows, columns, self.config.image_bucket_size, features.device)
             patch_embeddings = self._patch_positions(patch_ids, rows, columns)
-            patch_buckets = image_relative_buckets(patch_ids, patch_ids, self.config.image_bucket_size)
             hidden_states = torch.cat([self._embed_patches(features, patch_embeddings), hidden_states], dim=1)
             positions = torch.cat([self.image_pos_ln(patch_embeddings), positions], dim=0)
             if patch_masks is None:
@@ -323,13 +362,20 @@ class OFAEncoder(OFAStack):
             self.position_bias(self.pos_q_linear(positions), self.pos_k_linear(positions)),
             create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=source_mask),
         )
+        bias, patch_buckets = None, None
+        if torch.is_grad_enabled() and pixel_values is not None:
+            patch_buckets = image_relative_buckets(patch_ids, patch_ids, self.config.image_bucket_size)
         for layer_idx, layer in enumerate(self.layers):
             if self.skips_layer(self.config.encoder_layerdrop):
                 continue
-            bias = absolute_bias.clone()
-            bias[:, :, -text_length:, -text_length:] += self.text_relative_bias(layer_idx, text_buckets)
-            if patch_buckets is not None:
-                bias[:, :, :-text_length, :-text_length] += self.image_relative_bias(layer_idx, patch_buckets)
+            if torch.is_grad_enabled():
+                bias = absolute_bias.clone()
+                bias[:, :, -text_length:, -text_length:] += self.text_relative_bias(layer_idx, text_buckets)
+                if patch_buckets is not None:
+                    bias[:, :, :-text_length, :-text_length] += self.image_relative_bias(layer_idx, patch_buckets)
+            else:
+                bias = absolute_bias.clone() if bias is None else bias
+                self._write_layer_bias(bias, absolute_bias, layer_idx, text_buckets, grid)
             hidden_states = layer(hidden_states, bias, **kwargs)
         if self.layer_norm is not None:
             hidden_states = self.layer_norm(hidden_states)

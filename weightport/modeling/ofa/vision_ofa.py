@@ -160,6 +160,10 @@ def build_vision_tower(config: OFAConfig) -> PreTrainedModel:
             setattr(parent, name, OFAFrozenBatchNorm2d(norm.num_features, norm.eps))
     if config.resnet_drop_path_rate > 0.0:
         _add_drop_path(tower, config.resnet_drop_path_rate)
+    for module in tower.modules():
+        if isinstance(module, nn.ReLU):
+            # What it is given is a batch norm's output or a sum, which nothing else reads.
+            module.inplace = True
     return tower
 
 
