@@ -172,7 +172,12 @@ def test_base_that_an_adapter_names_is_looked_up_in_the_hubs_cache(
     named = {"auto_mapping": None, "base_model_name_or_path": "someone/else"}
     path.write_text(json.dumps({**json.loads(path.read_text()), **named}))
     base = write_model("gemma", tmp_path / "base")
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, name: str(other / "config.json"))
+    cached = tmp_path / "cache" / "models--someone--else"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("abc")
+    (cached / "snapshots").mkdir()
+    (cached / "snapshots" / "abc").symlink_to(other)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     with pytest.raises(AdapterError, match=r"another architecture: found .*llama.*expected GemmaForCausalLM"):
         merge_lora(base, [(adapter, 1.0)], tmp_path / "out")
 
