@@ -164,6 +164,14 @@ class SecondComputation:
             out += delta.matrix(self.columns)[slice(*place.rows), slice(*place.columns)]
         return out
 
+    def add_to(self, place: Rectangle, sums: torch.Tensor) -> None:
+        """Add to `sums` [rows, columns], float32 or float64, what patches add there."""
+        for patch in self.patches:
+            if (factors := patch.factors(place, sums.dtype)) is not None:
+                where, left, right = factors
+                part = sums if where.shape == place.shape else sums[slice(*where.rows), slice(*where.columns)]
+                part.addmm_(left, right)
+
     def at(self, places: torch.Tensor) -> torch.Tensor:
         """What is added to single elements, counted row by row: float64."""
         rows, columns = places // self.columns, places % self.columns
