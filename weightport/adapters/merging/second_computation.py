@@ -129,7 +129,8 @@ class SecondComputation:
         )
         # What other methods add is no product of two narrow matrices: it is held as a whole.
         self.dense = tuple(
-            ExpectedDelta(each, settings[each.adapter], weights[each.adapter], out.shape) for each in touched.deltas
+            ExpectedDelta(each, settings[each.adapter], weights[each.adapter], out.shape, self.base.ref)
+            for each in touched.deltas
         )
         self.tokens = {
             row: values for _, ref, rows in touched.tokens for row, values in zip(rows, ref.read().double().unbind())
