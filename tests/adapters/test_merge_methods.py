@@ -62,9 +62,12 @@ METHODS: Mapping[str, Callable[[list[str]], Any]] = {
     ),
     "waveft-elements": lambda t: peft.WaveFTConfig(n_frequency=50, use_idwt=False, target_modules=t),
     "unilora": lambda t: peft.UniLoraConfig(r=4, theta_d_length=64, save_indices=True, target_modules=t),
+    "tinylora": lambda t: peft.TinyLoraConfig(r=3, u=5, target_modules=t),
+    "tinylora-shared": lambda t: peft.TinyLoraConfig(r=2, u=5, weight_tying=0.5, target_modules=t),
+    "tinylora-one": lambda t: peft.TinyLoraConfig(r=2, u=5, weight_tying=1, projection_seed=7, target_modules=t),
 }
 TARGETS = {"llama": ["q_proj", "down_proj", "up_proj"], "gpt2": ["c_attn", "c_proj"], "resnet": ["convolution"]}
-FLIPPED = ("vera", "vblora", "randlora", "gralora-hybrid", "fourierft", "waveft", "waveft-db3", "unilora")
+FLIPPED = ("vera", "vblora", "randlora", "gralora-hybrid", "fourierft", "waveft", "waveft-db3", "unilora", "tinylora")
 CONVOLUTIONS = {
     "loha": lambda t: peft.LoHaConfig(r=4, alpha=3, target_modules=t),
     "loha-core": lambda t: peft.LoHaConfig(r=4, alpha=3, target_modules=t, use_effective_conv2d=True),
@@ -159,6 +162,14 @@ WRONG: Mapping[str, tuple[str, Callable[[dict[str, torch.Tensor], dict[str, Any]
     ),
     "no wavelet": ("waveft", lambda t, c: c.update(wavelet_family="x"), AdapterError, "which peft does not have"),
     "places not saved": ("unilora", lambda t, c: c.update(save_indices=False), AdapterError, "save_indices is false"),
+    "another seed": ("tinylora", lambda t, c: c.update(projection_seed=3), AdapterError, "not those of the seed 3"),
+    "projections not saved": (
+        "tinylora", lambda t, c: [t.pop(k) for k in list(t) if "_P" in k], AdapterError, "has no tinylora_P"
+    ),
+    "a vector is absent": ("tinylora", lambda t, c: t.pop(first(t, "v.4")), AdapterError, "no tinylora_v.4"),
+    "a share of vectors that is none": (
+        "tinylora", lambda t, c: c.update(weight_tying=2), AdapterError, "weight_tying 2; expected"
+    ),
     "places beyond the vector": (
         "unilora", lambda t, c: t[first(t, "indices_B")].fill_(64), AdapterError, "from 64 to 64"
     ),
@@ -198,7 +209,6 @@ def test_adapter_of_a_method_that_cannot_be_merged_is_refused(case: str, tmp_pat
         ("PREFIX_TUNING", "trained vectors before the prompt"),
         ("XLORA", "chooses among adapters"),
         ("PSOFT", "singular vectors of the base that are saved nowhere"),
-        ("TINYLORA", "which of its vectors a module has"),
         ("OFT", "a rotation of the base's weights"),
         ("SOMETHING", "'SOMETHING'; merged are LORA, LOHA"),
     ],

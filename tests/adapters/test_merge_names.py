@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("peft")
 
-from matrix import REFUSED, merged_by_peft, pairs, run, write_model
+from matrix import CONFIGURATIONS, REFUSED, merged_by_peft, pairs, run, write_model
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny_families import FAMILIES, HUB_NAMES, rename_stored
@@ -73,7 +73,7 @@ def test_merge_into_a_directory_with_the_hubs_names_is_pefts(name: str, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "configuration"), pairs())
 def test_every_architecture_and_configuration(name: str, configuration: str, tmp_path: Path) -> None:
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for dtype in CONFIGURATIONS[configuration].dtypes:
         assert run(name, configuration, tmp_path / str(dtype), dtype) < NEAREST, dtype
 
 

@@ -138,6 +138,14 @@ def _unilora(x: torch.Tensor, parts: Parts, settings: Settings, outputs: int) ->
     return torch.nn.functional.linear(torch.nn.functional.linear(x, matrix("A")), matrix("B"))
 
 
+def _tinylora(x: torch.Tensor, parts: Parts, settings: Settings, outputs: int) -> torch.Tensor:
+    narrow = x @ parts["tinylora_A"].T
+    mixed = torch.zeros_like(narrow)
+    for share, projection in zip(parts["tinylora_v"], parts["tinylora_P"]):
+        mixed += share * (narrow @ projection.T)
+    return torch.nn.functional.linear(mixed, parts["tinylora_B"])
+
+
 def _c3a(x: torch.Tensor, parts: Parts, settings: Settings, outputs: int) -> torch.Tensor:
     kernel = parts["c3a_kernel"]
     split = torch.fft.ifft(x.view(len(x), kernel.shape[1], kernel.shape[2]))
@@ -204,4 +212,5 @@ _APPLIED: Mapping[str, Callable[[torch.Tensor, Parts, Settings, int], torch.Tens
     "FOURIERFT": fourier,
     "WAVEFT": coefficients,
     "UNILORA": _unilora,
+    "TINYLORA": _tinylora,
 }

@@ -115,6 +115,13 @@ def _unilora(parts: Parts, weight: Weight) -> Change:
     return LowRank(b, a)
 
 
+def _tinylora(parts: Parts, weight: Weight) -> Change:
+    """TinyLoRA (arXiv:2602.04118): a pair of the base's largest singular vectors, saved with the adapter, and between
+    them a sum of random matrices."""
+    between = torch.einsum("u,urs->rs", parts["tinylora_v"], parts["tinylora_P"])
+    return LowRank(parts["tinylora_B"] @ between, parts["tinylora_A"])
+
+
 def _c3a(parts: Parts, weight: Weight) -> Change:
     """C³A (arXiv:2407.19342): blocks of a circulant matrix each, divided by the number of inputs."""
     kernel = parts["c3a_kernel"] / weight.inputs
@@ -199,6 +206,7 @@ _CHANGES: Mapping[str, Callable[[Parts, Weight], Change]] = {
     "FOURIERFT": fourierft,
     "WAVEFT": waveft,
     "UNILORA": _unilora,
+    "TINYLORA": _tinylora,
 }
 
 

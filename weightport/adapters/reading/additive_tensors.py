@@ -52,6 +52,7 @@ METHODS: Mapping[str, MethodTensors] = {
     "RANDLORA": MethodTensors(("randlora_lambda", "randlora_gamma"), ("randlora_A", "randlora_B")),
     "FOURIERFT": MethodTensors(("fourierft_spectrum",)),
     "WAVEFT": MethodTensors(("waveft_spectrum",)),
+    "TINYLORA": MethodTensors(("tinylora_A", "tinylora_B", "tinylora_P", "tinylora_v")),
     "UNILORA": MethodTensors(
         tuple(f"unilora_{kind}_{side}" for side in "AB" for kind in ("indices", "scales")), ("unilora_theta_d",)
     ),

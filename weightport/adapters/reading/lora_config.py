@@ -40,7 +40,6 @@ _NOT_WEIGHTS: Mapping[str, str] = {
 # Methods whose change of the weights is in no file alone: what it takes beside.
 _NEEDS_MORE: Mapping[str, str] = {
     "PSOFT": "singular vectors of the base that are saved nowhere, and whose signs are each library's choice",
-    "TINYLORA": "which of its vectors a module has: the order of the running model's modules says it, no file",
     **dict.fromkeys(("OFT", "BOFT", "HRA", "ROAD"), "a rotation of the base's weights"),
     **dict.fromkeys(("HIRA", "IA3"), "a scaling of the base's weights or activations"),
     **dict.fromkeys(("LN_TUNING", "TRAINABLE_TOKENS", "SHIRA"), "replaced or single values, not a matrix"),
