@@ -56,6 +56,7 @@ METHODS: Mapping[str, Callable[[list[str]], Any]] = {
     "fourierft": lambda t: peft.FourierFTConfig(
         n_frequency=50, scaling=150, n_frequency_pattern={t[0]: 7}, target_modules=t
     ),
+    "fourierft-many": lambda t: peft.FourierFTConfig(n_frequency=700, target_modules=t),
     "waveft": lambda t: peft.WaveFTConfig(n_frequency=50, random_loc_seed=5, target_modules=t),
     "waveft-db3": lambda t: peft.WaveFTConfig(
         n_frequency=300, wavelet_family="db3", proportional_parameters=True, target_modules=t
@@ -89,7 +90,7 @@ def agree(base: Path, config: Any, folder: Path) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_merge_of_a_method_is_pefts(method: str, tmp_path: Path) -> None:
     # peft transforms in float32 whatever the model's dtype, which is four roundings of a float32 weight.
-    dtype = torch.float16 if method == "fourierft" else torch.float32
+    dtype = torch.float16 if method.startswith("fourierft") else torch.float32
     agree(write_model("llama", tmp_path / "base", dtype), METHODS[method](TARGETS["llama"]), tmp_path)
 
 

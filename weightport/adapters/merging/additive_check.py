@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from weightport.adapters.merging.lora_targets import DeltaChange
-from weightport.adapters.merging.spectral_check import coefficients, fourier, waves
+from weightport.adapters.merging.spectral_check import fourier, waves
 from weightport.adapters.reading.additive_tensors import ModuleDelta
 from weightport.checkpoints import TensorRef
 
@@ -58,8 +58,9 @@ def expected_matrix(
     outputs, inputs = (shape[1], shape[0]) if turned else (shape[0], math.prod(shape[1:]))
     if delta.method in ("LOHA", "LOKR"):
         matrix = _MATRICES[delta.method](parts, shape) * _alpha_by_rank(settings, delta.module)
-    elif delta.method == "WAVEFT" and settings.get("use_idwt", True):
-        matrix = waves(parts["waveft_spectrum"], settings, outputs, inputs)
+    elif delta.method in _SPECTRA:
+        (spectrum,) = parts.values()
+        matrix = _SPECTRA[delta.method](spectrum, settings, outputs, inputs)
     elif settings.get("init_weights") == "bat":
         values = base.read().double()
         matrix = _bat(values.T if turned else values.reshape(outputs, inputs), parts["miss_block"])
@@ -200,6 +201,10 @@ def _randlora(x: torch.Tensor, parts: Parts, settings: Settings, outputs: int) -
     return x @ inner.T @ outer.T * strength if small == x.shape[1] else x @ outer @ inner * strength
 
 
+_SPECTRA: Mapping[str, Callable[[torch.Tensor, Settings, int, int], torch.Tensor]] = {
+    "FOURIERFT": fourier,
+    "WAVEFT": waves,
+}
 _MATRICES: Mapping[str, Callable[[Parts, Sequence[int]], torch.Tensor]] = {"LOHA": _loha, "LOKR": _lokr}
 _APPLIED: Mapping[str, Callable[[torch.Tensor, Parts, Settings, int], torch.Tensor]] = {
     "VERA": _vera,
@@ -209,8 +214,6 @@ _APPLIED: Mapping[str, Callable[[torch.Tensor, Parts, Settings, int], torch.Tens
     "DELORA": _delora,
     "VBLORA": _vblora,
     "RANDLORA": _randlora,
-    "FOURIERFT": fourier,
-    "WAVEFT": coefficients,
     "UNILORA": _unilora,
     "TINYLORA": _tinylora,
 }

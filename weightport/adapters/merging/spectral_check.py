@@ -12,52 +12,60 @@ import torch
 from weightport.adapters.merging.wavelets import HAAR, synthesis_filters
 
 Settings = Mapping[str, Any]
-Parts = Mapping[str, torch.Tensor]
+
+_WAVES = 512
+_ELEMENTS = 1 << 22
+"""Waves, and elements of small ones, at a time: what is held beside the matrix is as large, however many there are."""
 
 
-def fourier(x: torch.Tensor, parts: Parts, settings: Settings, outputs: int) -> torch.Tensor:
-    """What FourierFT adds to the outputs [n, outputs] of inputs x [n, in]: a cosine over the weight for each
-    coefficient, taken apart into what the inputs see of it and what the outputs do."""
-    spectrum, inputs = parts["fourierft_spectrum"], x.shape[1]
+def fourier(spectrum: torch.Tensor, settings: Settings, outputs: int, inputs: int) -> torch.Tensor:
+    """FourierFT's matrix [outputs, inputs]: a cosine over the weight for each coefficient. Of more coefficients than
+    the weight has rows and columns, the sums over all frequencies of one axis, then of the other."""
     down, across = _places(len(spectrum), outputs, inputs, settings)
-    out_angles, in_angles = _angles(down, outputs), _angles(across, inputs)
-    seen = (x @ in_angles.cos().T * spectrum) @ out_angles.cos() - (
-        x @ in_angles.sin().T * spectrum
-    ) @ out_angles.sin()
-    return seen * (settings["scaling"] / (outputs * inputs))
-
-
-def coefficients(x: torch.Tensor, parts: Parts, settings: Settings, outputs: int) -> torch.Tensor:
-    """The same of WaveFT without a synthesis: single elements of the weight."""
-    spectrum = parts["waveft_spectrum"]
-    down, across = _places(len(spectrum), outputs, x.shape[1], settings)
-    added = torch.zeros(len(x), outputs, dtype=torch.float64)
-    return added.index_add_(1, down, x[:, across] * spectrum * settings["scaling"])
+    matrix = torch.zeros(outputs, inputs, dtype=torch.float64)
+    if len(spectrum) <= outputs + inputs:
+        for values, rows, columns in zip(*(each.split(_WAVES) for each in (spectrum, down, across))):
+            high, wide = _angles(rows, outputs), _angles(columns, inputs)
+            matrix += (high.cos().T * values) @ wide.cos() - (high.sin().T * values) @ wide.sin()
+    else:
+        dense = torch.zeros_like(matrix).index_put_((down, across), spectrum)
+        for rows in torch.arange(outputs).split(_WAVES):
+            high = _angles(rows, outputs)
+            even, odd = high.cos() @ dense, high.sin() @ dense
+            for columns in torch.arange(inputs).split(_WAVES):
+                wide = _angles(columns, inputs).T
+                matrix[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = even @ wide.cos() - odd @ wide.sin()
+    return matrix * (settings["scaling"] / (outputs * inputs))
 
 
 def waves(spectrum: torch.Tensor, settings: Settings, outputs: int, inputs: int) -> torch.Tensor:
-    """WaveFT's matrix [outputs, inputs]: for each coefficient the outer product of two filters, where it lies."""
-    low, high = synthesis_filters(settings.get("wavelet_family", HAAR), "adapter_config.json")
-    length = len(low)
-    filters = torch.tensor([low, high], dtype=torch.float64)
+    """WaveFT's matrix [outputs, inputs]: for each coefficient the outer product of two filters, where it lies; without
+    a synthesis, single elements."""
     down, across = _places(len(spectrum), outputs, inputs, settings)
-    halves, starts = [], []
-    for places, size in ((down, outputs), (across, inputs)):
-        half = math.ceil((size + length - 2) / 2)
-        within = places + (2 * half - size) // 2
-        halves.append(torch.div(within, half, rounding_mode="floor"))
-        # Where its filter begins, counted from the first element that is not cut off.
-        starts.append(2 * within.remainder(half) - (length - 2))
-    # The band of details across is made with the filter for details down, and the other way round.
-    rows, columns = filters[halves[1]], filters[halves[0]]
-    patches = spectrum[:, None, None] * rows[:, :, None] * columns[:, None, :]
-    at = starts[0][:, None, None] + torch.arange(length)[:, None]
-    to = starts[1][:, None, None] + torch.arange(length)
-    at, to = torch.broadcast_tensors(at, to)
-    within = (at >= 0) & (at < outputs) & (to >= 0) & (to < inputs)
     matrix = torch.zeros(outputs * inputs, dtype=torch.float64)
-    matrix.index_add_(0, (at * inputs + to)[within], patches[within])
+    if not settings.get("use_idwt", True):
+        matrix.index_add_(0, down * inputs + across, spectrum)
+        return matrix.view(outputs, inputs) * settings["scaling"]
+    low, high = synthesis_filters(settings.get("wavelet_family", HAAR), "adapter_config.json")
+    filters = torch.tensor([low, high], dtype=torch.float64)
+    # A filter reaches over a square of elements: as many coefficients at a time as make a block of memory.
+    for values, rows, columns in zip(*(each.split(_ELEMENTS // len(low) ** 2) for each in (spectrum, down, across))):
+        (below, at), (beside, to) = (_starts(*each, len(low)) for each in ((rows, outputs), (columns, inputs)))
+        # The band of details across is made with the filter for details down, and the other way round.
+        patches = values[:, None, None] * filters[beside][:, :, None] * filters[below][:, None, :]
+        at, to = torch.broadcast_tensors(at[:, :, None], to[:, None, :])
+        within = (at >= 0) & (at < outputs) & (to >= 0) & (to < inputs)
+        matrix.index_add_(0, (at * inputs + to)[within], patches[within])
     return matrix.view(outputs, inputs) * settings["scaling"]
+
+
+def _starts(places: torch.Tensor, size: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of coefficients at `places` of an axis: (whether each is of the second half, of details; the elements that its
+    filter reaches [count, length], counted from the first that is not cut off)."""
+    half = math.ceil((size + length - 2) / 2)
+    within = places + (2 * half - size) // 2
+    first = 2 * within.remainder(half) - (length - 2)
+    return torch.div(within, half, rounding_mode="floor"), first[:, None] + torch.arange(length)
 
 
 def _places(count: int, outputs: int, inputs: int, settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
