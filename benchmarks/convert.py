@@ -70,7 +70,7 @@ def write_checkpoint(path: Path, layers: int) -> int:
 
     shapes = family.targets(config).shapes
     refs = NamedTensors(
-        TensorRef(name, shape, dtype, lambda shape=shape, dtype=dtype: values(shape, dtype), (name,))
+        TensorRef.of(name, shape, dtype, lambda shape=shape, dtype=dtype: values(shape, dtype), (name,))
         for name, shape in shapes.items()
         for dtype in (torch.int64 if name.endswith("num_batches_tracked") else torch.float32,)
     )
@@ -123,7 +123,7 @@ def write_florence2(folder: Path, layers: int) -> Path:
         return noise.repeat(-(-count // noise.numel()))[:count].reshape(shape)
 
     refs = NamedTensors(
-        TensorRef(name, shape, torch.float32, lambda shape=shape: values(shape), (name,))
+        TensorRef.of(name, shape, torch.float32, lambda shape=shape: values(shape), (name,))
         for name, shape in family.targets(config).shapes.items()
     )
     native = Checkpoint(folder, "generated", (), refs)
@@ -172,7 +172,7 @@ def write_moondream2(folder: Path) -> Path:
         return noise.repeat(-(-count // noise.numel()))[:count].reshape(shape)
 
     refs = NamedTensors(
-        TensorRef(name, shape, torch.float16, lambda shape=shape: values(shape), (name,))
+        TensorRef.of(name, shape, torch.float16, lambda shape=shape: values(shape), (name,))
         for name, shape in family.targets(config).shapes.items()
     )
     native = Checkpoint(folder, "generated", (), refs)

@@ -183,8 +183,8 @@ def _recognition(family: Family, families: FamilyRegistry, case: Case) -> tuple[
     from weightport.checkpoints import open_checkpoint
 
     checkpoint = open_checkpoint(case.sources["checkpoint"])
-    claiming = [each.name for each in families if each.conversion.recognises(checkpoint)]
-    if not family.conversion.recognises(checkpoint):
+    claiming = [each.name for each in families if each.recognises(checkpoint)]
+    if not (family.recognises(checkpoint) and family.conversion.recognises(checkpoint)):
         return False, f"{family.name} does not recognise {checkpoint.path.name}"
     others = [name for name in claiming if name != family.name]
     if others:

@@ -469,7 +469,7 @@ def test_dump_with_an_adapter_in_it_is_rounded_as_a_merge_is(dtype: torch.dtype,
         ): value
         for name, value in stored.items()
     }
-    refs = {n: TensorRef(n, tuple(v.shape), v.dtype, lambda v=v: v) for n, v in {**dump, **pairs}.items()}
+    refs = {n: TensorRef.of(n, tuple(v.shape), v.dtype, lambda v=v: v) for n, v in {**dump, **pairs}.items()}
     found, _ = merge_dump(refs, json.loads((adapter / "adapter_config.json").read_text()), "dump")
     expected = load_file(merge_lora(base, [(adapter, 1.0)], tmp_path / "out").directory / "model.safetensors")
     assert set(found) == set(expected)

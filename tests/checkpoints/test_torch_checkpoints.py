@@ -15,6 +15,7 @@ import torch
 from checkpoint_bytes import StorageId, storage_id, tensor, write_archive
 
 from weightport.checkpoints import Record, TensorRef, open_checkpoint
+from weightport.checkpoints.dtypes import ELEMENT_TYPES
 from weightport.checkpoints.layout import Span
 from weightport.checkpoints.pickle.torch_tensors import Storage, StorageView, rebuild_tensor
 from weightport.checkpoints.source_file import SourceFile
@@ -285,7 +286,7 @@ def test_a_storage_that_is_part_of_another_gives_that_part(tmp_path):
     # Until torch 0.4 a storage could be a view of another: (view's key, offset, length) at the end of its id.
     path = tmp_path / "floats"
     path.write_bytes(np.arange(8, dtype="<f4").tobytes())
-    base = Storage(path, "0", torch.float32, 8, 32, Span(SourceFile(path), 0, 32))
+    base = Storage(path, "0", ELEMENT_TYPES["float32"], 8, 32, Span(SourceFile(path), 0, 32))
     ref = rebuild_tensor(StorageView(base, 2, 4), 1, (3,), (1,))
     assert ref.read().tolist() == [3.0, 4.0, 5.0]
     with pytest.raises(CheckpointError, match="ends at byte"):

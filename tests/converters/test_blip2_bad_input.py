@@ -174,9 +174,24 @@ def test_missing_and_unknown_tensors_of_every_source_are_named(opt, tmp_path):
     assert "extra.weight [2]" in str(error.value) and "visual_encoder.blocks.1.mlp.fc1.bias" in str(error.value)
 
 
+def cut_embedding(document):
+    name = next(name for name in document if name.endswith("embed_tokens.weight"))
+    document[name] = document[name][:349].clone()
+
+
+def test_configuration_without_sizes_means_the_classs_own(opt, tmp_path):
+    opt.edit_config(lambda config: [config.pop(name) for name in ("vocab_size", "word_embed_proj_dim")])
+    refused(opt, tmp_path, CoverageError, r"embed_tokens\.weight: the model has \[50272, 40\], the file .*\[360, 40\]")
+
+
+def test_language_model_without_its_embedding_is_refused(opt, tmp_path):
+    opt.edit("llm", without("model.decoder.embed_tokens.weight"))
+    refused(opt, tmp_path, CheckpointError, r"has no matrix model\.decoder\.embed_tokens\.weight")
+
+
 def test_tokenizer_with_no_room_for_the_image_token_is_refused(opt, tmp_path):
     opt.edit("checkpoint", without("opt_model.lm_head.weight"))
-    opt.edit_config(lambda config: config.update(vocab_size=349))
+    opt.edit("llm", cut_embedding)
     refused(opt, tmp_path, VocabularyError, "has 349 tokens, and the embedding 349 rows: there is none for <image>")
 
 

@@ -15,7 +15,7 @@ from weightport.errors import CoverageError
 
 
 def ref(name: str, tensor: torch.Tensor) -> TensorRef:
-    return TensorRef(name, tuple(tensor.shape), tensor.dtype, lambda: tensor, (id(tensor),))
+    return TensorRef.of(name, tuple(tensor.shape), tensor.dtype, lambda: tensor, (id(tensor),))
 
 
 def sources(**tensors: torch.Tensor) -> NamedTensors:

@@ -88,7 +88,7 @@ def test_stacked_arrays_become_layers_as_the_original_indexes_them(arrays, tmp_p
 def test_the_same_table_gives_the_npz_back_array_by_array(arrays, tmp_path, dtype):
     source = tmp_path / "source.npz"
     refs = {name: torch.from_numpy(array).to(dtype) for name, array in arrays.items()}
-    given = NamedTensors(TensorRef(n, tuple(t.shape), t.dtype, lambda t=t: t, (n,)) for n, t in refs.items())
+    given = NamedTensors(TensorRef.of(n, tuple(t.shape), t.dtype, lambda t=t: t, (n,)) for n, t in refs.items())
     made = plan(given, GEMMA, NativeTensors(NATIVE))
     (tmp_path / "native").mkdir()
     write_shards(lay_out(made.targets, 10**9), tmp_path / "native")
@@ -105,7 +105,7 @@ def test_the_same_table_gives_the_npz_back_array_by_array(arrays, tmp_path, dtyp
 
 def test_layers_that_are_not_all_there_are_missing_on_the_way_back(arrays, tmp_path):
     given = NamedTensors(
-        TensorRef(n, shape, torch.float32, lambda s=shape: torch.zeros(s), (n,))
+        TensorRef.of(n, shape, torch.float32, lambda s=shape: torch.zeros(s), (n,))
         for n, shape in NATIVE.items()
         if n != "model.layers.1.mlp.up_proj.weight"
     )
@@ -115,7 +115,7 @@ def test_layers_that_are_not_all_there_are_missing_on_the_way_back(arrays, tmp_p
 
 def test_a_layer_number_in_one_name_does_not_decide_how_many_names_are_made():
     given = NamedTensors(
-        [TensorRef("model.layers.999999999.input_layernorm.weight", (D,), torch.float32, lambda: torch.zeros(D))]
+        [TensorRef.of("model.layers.999999999.input_layernorm.weight", (D,), torch.float32, lambda: torch.zeros(D))]
     )
     with pytest.raises(CoverageError, match="layers of"):
         original_tensors(_checkpoint(given), GEMMA, config=None, record={})
@@ -124,7 +124,7 @@ def test_a_layer_number_in_one_name_does_not_decide_how_many_names_are_made():
 def test_another_number_of_layers_than_the_model_has_is_named(arrays):
     shapes = {name: shape for name, shape in NATIVE.items() if "layers.2." not in name}
     given = NamedTensors(
-        TensorRef(n, a.shape, torch.float32, lambda a=a: torch.from_numpy(a), (n,)) for n, a in arrays.items()
+        TensorRef.of(n, a.shape, torch.float32, lambda a=a: torch.from_numpy(a), (n,)) for n, a in arrays.items()
     )
     with pytest.raises(CoverageError, match=r"would become model\.layers\.2\..*which the model does not have"):
         plan(given, GEMMA, NativeTensors(shapes))
@@ -146,7 +146,7 @@ TWO = table(move("visual.{a,b}", "vision.{a,b}"), move("projection", "projector.
 def two_sources(trained: dict[str, float], vision: dict[str, float]):
     def part(values: dict[str, float]) -> NamedTensors:
         return NamedTensors(
-            TensorRef(name, (2,), torch.float32, lambda value=value: torch.full((2,), value), (name, value))
+            TensorRef.of(name, (2,), torch.float32, lambda value=value: torch.full((2,), value), (name, value))
             for name, value in values.items()
         )
 
@@ -178,7 +178,7 @@ def test_what_no_source_holds_is_missing_from_all_of_them():
 def test_an_export_of_one_part_leaves_the_others_tensors_out():
     native = _checkpoint(
         NamedTensors(
-            TensorRef(name, (2,), torch.float32, lambda: torch.zeros(2), (name,))
+            TensorRef.of(name, (2,), torch.float32, lambda: torch.zeros(2), (name,))
             for name in ("vision.a", "vision.b", "projector.weight")
         )
     )
@@ -192,7 +192,7 @@ def test_an_export_of_one_part_leaves_the_others_tensors_out():
 
 
 def test_two_tensors_of_one_name_are_no_set_of_tensors():
-    ref = TensorRef("a", (1,), torch.float32, lambda: torch.zeros(1))
+    ref = TensorRef.of("a", (1,), torch.float32, lambda: torch.zeros(1))
     with pytest.raises(CheckpointError, match="Two tensors are named a"):
         NamedTensors([ref, ref])
 

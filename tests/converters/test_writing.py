@@ -22,7 +22,7 @@ from weightport.writing.safetensors_shards import lay_out, write_shards
 
 
 def refs(tensors: dict[str, torch.Tensor]) -> NamedTensors:
-    return NamedTensors(TensorRef(n, tuple(t.shape), t.dtype, lambda t=t: t, (n,)) for n, t in tensors.items())
+    return NamedTensors(TensorRef.of(n, tuple(t.shape), t.dtype, lambda t=t: t, (n,)) for n, t in tensors.items())
 
 
 def made(tensors, rules, shapes, **options):
@@ -119,7 +119,7 @@ def test_memory_is_bounded_by_a_chunk_and_not_by_the_tensor(tmp_path):
     def mapped() -> torch.Tensor:
         return torch.from_file(str(path), shared=True, size=shape[0] * shape[1]).view(shape)
 
-    source = NamedTensors([TensorRef("m", shape, torch.float32, mapped, ("m",))])
+    source = NamedTensors([TensorRef.of("m", shape, torch.float32, mapped, ("m",))])
     done = plan(source, table(permute("m", "t")), NativeTensors({"t": shape}))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     anonymous_before = _anonymous_kb()

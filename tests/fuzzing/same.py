@@ -55,6 +55,9 @@ def require_array(where: str, ours: torch.Tensor, theirs: np.ndarray[Any, Any]) 
     if tuple(ours.shape) != theirs.shape:
         raise MismatchError(f"shape: {where} is {tuple(ours.shape)} here and {theirs.shape} there")
     plain = np.ascontiguousarray(theirs.astype(theirs.dtype.newbyteorder("=")))
+    if plain.dtype == bool:
+        # Of a truth value whose byte is neither 0 nor 1, torch's copy has 1.
+        plain = plain.view(np.uint8) != 0
     if bits(ours).numpy().tobytes() != plain.tobytes():
         raise MismatchError(f"values: {where} differs from what numpy reads")
 

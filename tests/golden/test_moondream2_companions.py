@@ -26,6 +26,10 @@ GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
 RELEASED_SIDE, RELEASED_MARGIN = 378, 56
 
 
+def has_tokenizer(case: Case) -> bool:
+    return has_data("companions/tokenizer.json")(case)
+
+
 def of_2024(case: Case) -> bool:
     return "infer.input_ids" in case.tensor_names and not case.adapter
 
@@ -99,7 +103,7 @@ def test_ids_decode_to_the_originals_text(case: Case, processor: Any) -> None:
         assert processor.decode(ids, skip_special_tokens=True) == text
 
 
-@judges(MOONDREAM, has_checkpoint)
+@judges(MOONDREAM, has_checkpoint, has_tokenizer)
 def test_placeholder_is_behind_every_token_and_inside_the_embedding(case: Case, processor: Any, model: Any) -> None:
     assert processor.image_token_id == len(processor.tokenizer) - 1 == model.config.image_token_id
     assert processor.image_token_id < model.get_input_embeddings().num_embeddings

@@ -124,7 +124,7 @@ def write_training_checkpoint(path: Path, layers: int) -> int:
         },
     )  # fmt: skip
     refs = NamedTensors(
-        TensorRef(name, shape, dtype, lambda shape=shape, dtype=dtype: torch.zeros(shape, dtype=dtype), (name,))
+        TensorRef.of(name, shape, dtype, lambda shape=shape, dtype=dtype: torch.zeros(shape, dtype=dtype), (name,))
         for name, shape in family.targets(config).shapes.items()
         for dtype in (torch.int64 if name.endswith("num_batches_tracked") else torch.float32,)
     )

@@ -19,13 +19,11 @@ import paligemma_files
 
 pytestmark = pytest.mark.slow
 
-INSPECTION = 1.5
-"""Seconds of processor time that `inspect` may take beyond importing torch, whatever the bytes of its source."""
+INSPECTION = 2.0
+"""Seconds of processor time that `inspect` may take, whatever the bytes of its source."""
 
 OF_MANY = 4.0
 """The same for 100,000 headers."""
-
-FLOOR = "import torch"
 
 PLAN_OF_A_MERGE = """
 import sys
@@ -46,13 +44,12 @@ def shown(what: str, done: Done) -> None:
 
 
 def inspected(path: Path, *expected: str, within: float = INSPECTION) -> None:
-    floor = min(python(FLOOR).processor for _ in range(2))
     done = weightport("inspect", path)
-    shown(f"inspect {path.name} ({done.processor - floor:.1f} s beyond importing torch)", done)
+    shown(f"inspect {path.name}", done)
     assert done.status == 0, done.output[-2000:]
     for text in expected:
         assert text in done.output, done.output[:2000]
-    assert done.processor - floor < within
+    assert done.processor < within
 
 
 def test_a_28b_npz_is_inspected_planned_in_full_and_converted_as_far_as_the_disk_allows(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,19 @@ def test_attention_implementations_agree(model, period: str) -> None:
     found = []
     for name in ("eager", "sdpa"):
         model.set_attn_implementation(name)
+        with torch.no_grad():
+            found.append(model(**inputs).logits[:, -3:])
+    assert torch.allclose(*found, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="flex attention is compiled with g++")
+def test_flex_attention_agrees(model, period: str) -> None:
+    inputs = inputs_of(period)
+    found = []
+    for name in ("eager", "flex_attention"):
+        model.set_attn_implementation(name)
+        assert model.config.text_config._attn_implementation == name
         with torch.no_grad():
             found.append(model(**inputs).logits[:, -3:])
     assert torch.allclose(*found, atol=1e-5)

@@ -178,7 +178,8 @@ def computed(directory: Path, family: str, dtype: torch.dtype) -> Iterator[tuple
     table, suffix = registry()[family].parity, "@float64" if dtype == torch.float64 else ""
     model = load_native(directory, dtype, attn_implementation="eager", stream=True)
     inputs = {
-        name: TensorRef(name, tuple(t.shape), t.dtype, partial(lambda t: t, t)) for name, t in INPUTS[family].items()
+        name: TensorRef.of(name, tuple(t.shape), t.dtype, partial(lambda t: t, t))
+        for name, t in INPUTS[family].items()
     }
     found: dict[str, torch.Tensor] = {}
     with ExitStack() as hooks, torch.no_grad():

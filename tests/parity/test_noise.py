@@ -22,7 +22,7 @@ VALUES = torch.linspace(-1, 1, 512, dtype=torch.float64) * math.sqrt(3)
 
 
 def expected(seam: str, value: torch.Tensor, dtype: torch.dtype = torch.float64) -> Expected:
-    return Expected(seam, dtype, TensorRef(f"run/out/{seam}", tuple(value.shape), value.dtype, lambda: value))
+    return Expected(seam, dtype, TensorRef.of(f"run/out/{seam}", tuple(value.shape), value.dtype, lambda: value))
 
 
 def reference(kind: str = "forward", **seams: tuple[torch.Tensor, torch.Tensor]) -> Run:

@@ -25,7 +25,7 @@ PLACE = Place("run", torch.float32, 4, NOISE)
 
 def expected(seam: str, tensor: torch.Tensor, dtype: torch.dtype = torch.float32, selection=Selection()) -> Expected:  # noqa: B008
     return Expected(
-        seam, dtype, TensorRef(f"run/out/{seam}", tuple(tensor.shape), tensor.dtype, lambda: tensor), selection
+        seam, dtype, TensorRef.of(f"run/out/{seam}", tuple(tensor.shape), tensor.dtype, lambda: tensor), selection
     )
 
 

@@ -30,6 +30,7 @@ SHOWN = ("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub"
 DISK = {"cpu": 4e9, "cuda": 16e9}
 """Bytes that have to be free for an environment, by the kind of torch in it."""
 CURRENT = "as developed"
+MATRIX = "## Matrix\n"
 
 
 @dataclass(frozen=True)
@@ -139,16 +140,18 @@ def _last(text: str, word: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if word in line), "")
 
 
-def page(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """docs/versions.md."""
+def page(text: str, results: Mapping[str, Mapping[str, Any]]) -> str:
+    """docs/versions.md with the matrix of `results` between its headings "Matrix" and the next; the rest stays."""
+    before, heading, after = text.partition(MATRIX)
+    if not heading:
+        raise ValueError(f"{PAGE.name} has no heading {MATRIX.strip()!r}")
+    rest = after[after.index("\n## ") :] if "\n## " in after else ""
+    return f"{before}{heading}\n{matrix(results)}{rest}"
+
+
+def matrix(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """A row for each environment, and below them what failed."""
     lines = [
-        "# Versions",
-        "",
-        "`make versions` installs the ends of the ranges in `setup.cfg`, one environment after the other, and",
-        "runs the tests in each. Every environment also converts a small checkpoint of each family, and verifies and",
-        "runs, against the original's own outputs, the directories that the environments before it wrote; the one of",
-        "development (the last row) reads all. This page is written by that command.",
-        "",
         "| environment | " + " | ".join(("Python", *SHOWN, "tests", "wrote", "read")) + " |",
         "|" + "---|" * (len(SHOWN) + 5),
     ]
@@ -193,7 +196,7 @@ def main() -> int:
     }  # fmt: skip
     order = [*(name for name in names if name in results), CURRENT]
     RESULTS.write_text(json.dumps({name: results[name] for name in order}, indent=1))
-    PAGE.write_text(page({name: results[name] for name in order}))
+    PAGE.write_text(page(PAGE.read_text(), {name: results[name] for name in order}))
     bad = [name for name, found in results.items() if any(found.get(key) for key in ("failed", "wrote", "read"))]
     print(f"{PAGE.relative_to(ROOT)} is written; " + (f"errors in {', '.join(bad)}" if bad else "no errors"))
     return 1 if bad else 0

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from weightport.checkpoints.dtypes import dtype_name
+from weightport.checkpoints.dtypes import is_dtype
 from weightport.checkpoints.pickle.records import Record, Symbol
 from weightport.checkpoints.shown import printable, shown
 from weightport.checkpoints.types import Checkpoint, TensorRef
@@ -58,7 +57,7 @@ def sections(checkpoint: Checkpoint) -> tuple[Section, ...]:
             len(refs),
             _distinct_bytes(refs),
             sum(ref.numel for ref in refs),
-            Counter(dtype_name(ref.dtype) for ref in refs),
+            Counter(ref.element.name for ref in refs),
         )
         for name, refs in found.items()
     )
@@ -71,7 +70,7 @@ def _longest_start(name: str, keys: set[str], lengths: list[int]) -> str:
 
 
 def _distinct_bytes(refs: list[TensorRef]) -> int:
-    return sum({(ref.storage or ref.name, ref.shape, ref.dtype): ref.nbytes for ref in refs}.values())
+    return sum({(ref.storage or ref.name, ref.shape, ref.element): ref.nbytes for ref in refs}.values())
 
 
 def plain(document: Any, *, depth: int = 6, items: int = 1000, text: int = 500) -> Any:
@@ -132,9 +131,9 @@ class _Plain:
         if isinstance(value, float):
             return value if math.isfinite(value) else str(value)
         if isinstance(value, (TensorRef, np.ndarray)):
-            dtype = dtype_name(value.dtype) if isinstance(value, TensorRef) else str(value.dtype)
+            dtype = value.element.name if isinstance(value, TensorRef) else str(value.dtype)
             return f"{dtype} [{', '.join(map(str, value.shape))}]"
-        if isinstance(value, torch.dtype):
+        if is_dtype(value):
             return str(value)
         if isinstance(value, (bytes, bytearray)):
             return f"<{len(value)} bytes>"

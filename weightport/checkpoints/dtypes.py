@@ -1,17 +1,63 @@
-"""The names that checkpoint formats give to element types, and the torch dtype each one means."""
+"""The names that checkpoint formats give to element types, and the type each one means.
+
+Headers are read without torch, which takes longer to import than most headers to read: an ElementType knows torch's
+name and the size, and has torch's own type when somebody asks for it.
+"""
 
 from __future__ import annotations
 
-import torch
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
-def _known(names: dict[str, str]) -> dict[str, torch.dtype]:
-    # Releases of torch differ in the youngest types; a name that this torch lacks stays unknown to the reader too.
-    return {name: getattr(torch, dtype) for name, dtype in names.items() if hasattr(torch, dtype)}
+@dataclass(frozen=True)
+class ElementType:
+    """A type of tensor elements: torch's name for it (`bfloat16`), and bytes of an element."""
+
+    name: str
+    itemsize: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """torch's own type. Imports torch."""
+        import torch
+
+        found: torch.dtype = getattr(torch, self.name)
+        return found
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def element_type(dtype: torch.dtype) -> ElementType:
+    """The type of elements that `dtype` is."""
+    return ElementType(dtype_name(dtype), dtype.itemsize)
+
+
+_SIZES = {
+    1: "bool uint8 int8 float8_e4m3fn float8_e5m2 float8_e8m0fnu float8_e4m3fnuz float8_e5m2fnuz",
+    2: "uint16 int16 float16 bfloat16",
+    4: "uint32 int32 float32",
+    8: "uint64 int64 float64 complex64",
+    16: "complex128",
+}
+ELEMENT_TYPES: Mapping[str, ElementType] = {
+    name: ElementType(name, size) for size, names in _SIZES.items() for name in names.split()
+}
+
+
+def _types(names: dict[str, str]) -> Mapping[str, ElementType]:
+    return {name: ELEMENT_TYPES[own] for name, own in names.items()}
 
 
 # Classes of torch's typed storages, as pickles name them (torch.FloatStorage). Quantized ones have no plain values.
-TORCH_STORAGES = _known(
+TORCH_STORAGES = _types(
     {
         "DoubleStorage": "float64",
         "FloatStorage": "float32",
@@ -32,14 +78,7 @@ QUANTIZED_STORAGES = frozenset(
     {"QInt8Storage", "QInt32Storage", "QUInt8Storage", "QUInt4x2Storage", "QUInt2x4Storage"}
 )
 
-# torch dtypes that a pickle may name (torch.bfloat16), by name. Quantized ones are left out as above.
-TORCH_DTYPES = {
-    name: value
-    for name, value in vars(torch).items()
-    if isinstance(value, torch.dtype) and not name.startswith(("q", "bits"))
-}
-
-SAFETENSORS_DTYPES = _known(
+SAFETENSORS_TYPES = _types(
     {
         "BOOL": "bool",
         "U8": "uint8",
@@ -64,23 +103,43 @@ SAFETENSORS_DTYPES = _known(
 )
 
 # NumPy's (kind, item size). V2 is bfloat16: numpy has no such type and writes JAX's as raw two-byte void.
-NUMPY_DTYPES = {
-    ("b", 1): torch.bool,
-    ("u", 1): torch.uint8,
-    ("u", 2): torch.uint16,
-    ("u", 4): torch.uint32,
-    ("u", 8): torch.uint64,
-    ("i", 1): torch.int8,
-    ("i", 2): torch.int16,
-    ("i", 4): torch.int32,
-    ("i", 8): torch.int64,
-    ("f", 2): torch.float16,
-    ("f", 4): torch.float32,
-    ("f", 8): torch.float64,
-    ("c", 8): torch.complex64,
-    ("c", 16): torch.complex128,
-    ("V", 2): torch.bfloat16,
+NUMPY_TYPES = {
+    ("b", 1): ELEMENT_TYPES["bool"],
+    ("u", 1): ELEMENT_TYPES["uint8"],
+    ("u", 2): ELEMENT_TYPES["uint16"],
+    ("u", 4): ELEMENT_TYPES["uint32"],
+    ("u", 8): ELEMENT_TYPES["uint64"],
+    ("i", 1): ELEMENT_TYPES["int8"],
+    ("i", 2): ELEMENT_TYPES["int16"],
+    ("i", 4): ELEMENT_TYPES["int32"],
+    ("i", 8): ELEMENT_TYPES["int64"],
+    ("f", 2): ELEMENT_TYPES["float16"],
+    ("f", 4): ELEMENT_TYPES["float32"],
+    ("f", 8): ELEMENT_TYPES["float64"],
+    ("c", 8): ELEMENT_TYPES["complex64"],
+    ("c", 16): ELEMENT_TYPES["complex128"],
+    ("V", 2): ELEMENT_TYPES["bfloat16"],
 }
+
+
+# What torch calls its element types, in any release; quantized ones, which have no plain values, are not among them.
+_DTYPE_NAME = re.compile(r"bool|bit|(bfloat|float|double|half|uint|int|long|short|complex|chalf|cfloat|cdouble)\w*")
+
+
+def torch_dtype(name: str) -> torch.dtype | None:
+    """The dtype that a pickle names as `torch.{name}`; None for anything else of torch, which is not imported then."""
+    if not _DTYPE_NAME.fullmatch(name):
+        return None
+    import torch
+
+    found = getattr(torch, name, None)
+    return found if isinstance(found, torch.dtype) else None
+
+
+def is_dtype(value: Any) -> bool:
+    """Whether `value` is a torch.dtype. Does not import torch: what is one came from it."""
+    dtype = getattr(sys.modules.get("torch"), "dtype", None)
+    return dtype is not None and isinstance(value, dtype)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -90,5 +149,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def parse_dtype(text: str | None) -> torch.dtype | None:
     """float32, float16, bfloat16 or float64; None and "keep" mean every tensor's own."""
-    names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
-    return None if text in (None, "keep") else names[str(text)]
+    if text in (None, "keep"):
+        return None
+    names = ("float32", "float16", "bfloat16", "float64")
+    return {name: ELEMENT_TYPES[name] for name in names}[str(text)].dtype

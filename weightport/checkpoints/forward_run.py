@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from weightport.checkpoints.layout import byte_swapped
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass
@@ -51,6 +53,8 @@ class ForwardRun:
         return replace(self, ordered=True)
 
     def pieces(self, start: int, count: int, dtype: torch.dtype, nbytes: int) -> Iterator[torch.Tensor]:
+        import torch
+
         wanted = count * dtype.itemsize
         step = max(nbytes // dtype.itemsize, 1) * dtype.itemsize
         values, filled = torch.empty(min(step, wanted), dtype=torch.uint8), 0

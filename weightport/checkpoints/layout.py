@@ -6,14 +6,17 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 
+from weightport.checkpoints.dtypes import ElementType
 from weightport.checkpoints.shown import shown
 from weightport.checkpoints.source_file import SourceFile
 from weightport.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
 
 # What an expanded (stride 0) tensor may grow to, if its whole file is smaller: larger ones are bombs, not weights.
 _EXPANDED_LIMIT = 1 << 30
@@ -118,6 +121,8 @@ class Span:
         self.file.read_into(memoryview(raw_bytes(values).numpy()), self.offset + start, "a tensor")  # type: ignore[arg-type]
 
     def pieces(self, start: int, count: int, dtype: torch.dtype, nbytes: int) -> Iterator[torch.Tensor]:
+        import torch
+
         offset, end = self.offset + start, self.offset + start + count * dtype.itemsize
         self.file.require(offset, end - offset, "a tensor")
         first = self.offset if self.ordered else None
@@ -136,6 +141,8 @@ class Span:
 
 def raw_bytes(values: torch.Tensor) -> torch.Tensor:
     """The bytes of `values` in row-major order: uint8, 1-D, sharing memory where the elements lie in order."""
+    import torch
+
     flat = values.detach().reshape(-1)
     if flat.numel() == 1:
         # torch calls a single element contiguous whatever its stride, and then refuses to see its bytes.
@@ -145,6 +152,8 @@ def raw_bytes(values: torch.Tensor) -> torch.Tensor:
 
 def byte_swapped(values: torch.Tensor) -> torch.Tensor:
     """A copy of the 1-D `values` with the bytes of every element reversed (of every part, for complex dtypes)."""
+    import torch
+
     width = values.dtype.itemsize // (2 if values.dtype.is_complex else 1)
     raw = values.view(torch.uint8).numpy().reshape(-1, width)
     return torch.from_numpy(np.ascontiguousarray(raw[:, ::-1]).reshape(-1)).view(values.dtype)
@@ -157,7 +166,7 @@ class Layout:
     `offset` and `stride` count elements. Raises CheckpointError for what torch cannot represent.
     """
 
-    dtype: torch.dtype
+    element: ElementType
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int = 0
@@ -175,13 +184,13 @@ class Layout:
             raise CheckpointError(f"a tensor's shape {shown(self.shape)} is larger than torch can hold.")
 
     @classmethod
-    def contiguous(cls, dtype: torch.dtype, shape: tuple[int, ...], *, fortran: bool = False) -> Layout:
+    def contiguous(cls, element: ElementType, shape: tuple[int, ...], *, fortran: bool = False) -> Layout:
         """The layout of an array alone in its bytes, in C order or (first index fastest) in Fortran order."""
         if len(shape) > _MAX_DIMENSIONS:
             raise CheckpointError(f"a tensor claims {len(shape)} dimensions; at most {_MAX_DIMENSIONS} are.")
         steps = shape if fortran else shape[::-1]
         stride = tuple(prod(steps[:axis]) for axis in range(len(steps)))
-        return cls(dtype, shape, stride if fortran else stride[::-1])
+        return cls(element, shape, stride if fortran else stride[::-1])
 
     @property
     def count(self) -> int:
@@ -192,13 +201,13 @@ class Layout:
 
     def require_within(self, nbytes: int, file_size: int) -> None:
         """Raises CheckpointError unless the tensor lies in a storage of `nbytes`, of a file of `file_size` bytes."""
-        end = (self.offset + self.count) * self.dtype.itemsize if self.count else 0
+        end = (self.offset + self.count) * self.element.itemsize if self.count else 0
         if end > nbytes:
             raise CheckpointError(
                 f"a tensor of shape {shown(self.shape)}, strides {shown(self.stride)}, offset {self.offset} and dtype "
-                f"{self.dtype} ends at byte {end} of a storage of {nbytes} bytes."
+                f"{self.element} ends at byte {end} of a storage of {nbytes} bytes."
             )
-        expanded = prod(self.shape) * self.dtype.itemsize
+        expanded = prod(self.shape) * self.element.itemsize
         if expanded > max(file_size, _EXPANDED_LIMIT):
             raise CheckpointError(
                 f"a tensor of shape {shown(self.shape)} and strides {shown(self.stride)} would fill {expanded} bytes "
@@ -217,18 +226,20 @@ class Layout:
 
     def read(self, source: Source) -> torch.Tensor:
         """The tensor, in memory of its own, over as few bytes of `source` as hold it."""
+        import torch
+
         if not self.count:
-            return torch.empty(self.shape, dtype=self.dtype)
-        start, nbytes = self.offset * self.dtype.itemsize, self.count * self.dtype.itemsize
-        (flat,) = source.pieces(start, self.count, self.dtype, nbytes)
+            return torch.empty(self.shape, dtype=self.element.dtype)
+        start, nbytes = self.offset * self.element.itemsize, self.count * self.element.itemsize
+        (flat,) = source.pieces(start, self.count, self.element.dtype, nbytes)
         return flat.as_strided(self.shape, self.stride)
 
     def pieces(self, source: Source, nbytes: int) -> Iterator[torch.Tensor]:
         """The tensor's elements in row-major order: 1-D, at most `nbytes` bytes at a time."""
         if self.count and self.is_contiguous:
-            yield from source.pieces(self.offset * self.dtype.itemsize, self.count, self.dtype, nbytes)
+            yield from source.pieces(self.offset * self.element.itemsize, self.count, self.element.dtype, nbytes)
         elif self.count:
-            yield from self.read(source).reshape(-1).split(max(nbytes // self.dtype.itemsize, 1))
+            yield from self.read(source).reshape(-1).split(max(nbytes // self.element.itemsize, 1))
 
 
 @dataclass(frozen=True)
@@ -245,12 +256,12 @@ class StoredTensor:
         """Rows `start` to `stop` of axis 0, over as few bytes as hold them."""
         whole = self.layout
         shape = (max(stop - start, 0), *whole.shape[1:])
-        return Layout(whole.dtype, shape, whole.stride, whole.offset + start * whole.stride[0]).read(self.source)
+        return Layout(whole.element, shape, whole.stride, whole.offset + start * whole.stride[0]).read(self.source)
 
     def part(self, place: int) -> StoredTensor:
         """Entry `place` of axis 0, for a reader that takes all entries in their order."""
         whole = self.layout
-        own = Layout(whole.dtype, whole.shape[1:], whole.stride[1:], whole.offset + place * whole.stride[0])
+        own = Layout(whole.element, whole.shape[1:], whole.stride[1:], whole.offset + place * whole.stride[0])
         # Entries of Fortran order lie between each other.
         return StoredTensor(own, self.source.in_order() if whole.is_contiguous else self.source)
 

@@ -6,30 +6,49 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from weightport.checkpoints.dtypes import ElementType, element_type
 from weightport.checkpoints.layout import StoredTensor
 from weightport.errors import CheckpointError
 from weightport.file_state import FileState
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
 class TensorRef:
     """One tensor of a checkpoint, not yet read.
 
-    `read()` touches only the tensor's own bytes and returns a tensor of exactly `shape` and `dtype`, in memory of its
-    own; `pieces()` gives the same values without holding them all. `storage` identifies the bytes: it is (file,
-    storage in the file, first byte in the storage, strides). Two refs of equal `storage`, `shape` and `dtype` are one
-    tensor stored once; two refs that agree in `storage[:2]` share a storage.
+    `element` is the type of its elements, known without torch; `dtype` is torch's own of it. `read()` touches only the
+    tensor's own bytes and returns a tensor of exactly `shape` and `dtype`, in memory of its own; `pieces()` gives the
+    same values without holding them all. `storage` identifies the bytes: it is (file, storage in the file, first byte
+    in the storage, strides). Two refs of equal `storage`, `shape` and `element` are one tensor stored once; two refs
+    that agree in `storage[:2]` share a storage.
     """
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    element: ElementType
     load: Callable[[], torch.Tensor] = field(repr=False, compare=False)
     storage: tuple[Any, ...] = field(default=(), repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        load: Callable[[], torch.Tensor],
+        storage: tuple[Any, ...] = (),
+    ) -> TensorRef:
+        """A tensor of torch's `dtype`."""
+        return cls(name, shape, element_type(dtype), load, storage)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.element.dtype
 
     @property
     def numel(self) -> int:
@@ -38,7 +57,7 @@ class TensorRef:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor's values, laid out contiguously."""
-        return self.numel * self.dtype.itemsize
+        return self.numel * self.element.itemsize
 
     def read(self) -> torch.Tensor:
         """The tensor, of `shape` and `dtype`. Raises CheckpointError when the file is damaged there or has changed."""
@@ -63,14 +82,14 @@ class TensorRef:
                 return load()[place]
 
         storage = (*self.storage, place) if self.storage else ()
-        return TensorRef(f"{self.name}[{place}]", self.shape[1:], self.dtype, entry, storage)
+        return TensorRef(f"{self.name}[{place}]", self.shape[1:], self.element, entry, storage)
 
     def pieces(self, nbytes: int) -> Iterator[torch.Tensor]:
         """The tensor's values in row-major order: 1-D, at most `nbytes` bytes (but one value at least) at a time."""
         if isinstance(self.load, StoredTensor):
             yield from self.load.pieces(nbytes)
         elif self.numel:
-            yield from self.load().reshape(-1).split(max(nbytes // self.dtype.itemsize, 1))
+            yield from self.load().reshape(-1).split(max(nbytes // self.element.itemsize, 1))
 
 
 class NamedTensors(Mapping[str, TensorRef]):

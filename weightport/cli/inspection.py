@@ -81,7 +81,7 @@ def describe(checkpoint: Checkpoint, family: str | None, kind: str | None, *, te
 
 
 def _tensor(ref: TensorRef) -> dict[str, Any]:
-    return {"shape": list(ref.shape), "dtype": str(ref.dtype).removeprefix("torch.")}
+    return {"shape": list(ref.shape), "dtype": ref.element.name}
 
 
 def _show(found: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from weightport.errors import FamilyError
 from weightport.families.signature import Signature
 
 if TYPE_CHECKING:
-    from weightport.checkpoints import Checkpoint
+    from weightport.checkpoints import Checkpoint, TensorRef
     from weightport.converters.family import ConversionStage
     from weightport.finetuning.evaluation.retrieval import RetrievalStage
     from weightport.finetuning.family import Family as TrainingStage
@@ -57,6 +57,8 @@ class Family:
     Its stages, as `module:attribute`: `conversion`, `parity`, `training`; None where it has none. `retrieval_stage` is
     a function (config.json) → the stage of models for image-text retrieval, None for others. `about_stage` is a
     function (checkpoint) → sentences on which of the family's releases it is, for `weightport inspect`.
+    `recognition` is a function (tensors by name) → whether they are a checkpoint of the family: what the conversion's
+    `recognises` answers, without importing the conversion; None asks the conversion.
 
     What engines need of it as data: `bare` (options with which a checkpoint is only looked at), `portable` (auto_map
     entries of the modelling code in the package `portable_code`, which is written beside weights), `ties` (further
@@ -75,6 +77,7 @@ class Family:
     training_stage: str | None = None
     retrieval_stage: str | None = None
     about_stage: str | None = None
+    recognition: str | None = None
     signatures: tuple[Signature, ...] = ()
     options: type[ConversionOptions] = ConversionOptions
     sources: tuple[Source, ...] = ()
@@ -132,6 +135,12 @@ class Family:
         if self.about_stage is None:
             return ()
         return tuple(self._stage("description", self.about_stage)(checkpoint))
+
+    def recognises(self, names: Mapping[str, TensorRef]) -> bool:
+        """Whether tensors of these names are a checkpoint of this family."""
+        if self.recognition is None:
+            return self.conversion.recognises(names)
+        return bool(self._stage("recognition", self.recognition)(names))
 
     def looks_like(self, names: Iterable[str]) -> str | None:
         """The kind of checkpoint that tensors with these names are, by this family's signatures."""

@@ -165,14 +165,14 @@ class FamilyRegistry:
 
     def recognised(self, checkpoint: Checkpoint) -> Family | None:
         """The family that recognises the checkpoint, None where none does."""
-        return next((family for family in self if family.conversion.recognises(checkpoint)), None)
+        return next((family for family in self if family.recognises(checkpoint)), None)
 
     def recognise(self, checkpoint: Checkpoint, name: str | None = None) -> Family:
         """The family of the checkpoint. Raises UnknownFamilyError, also when it is not the one asked for."""
         if not checkpoint:
             why = _pickled(checkpoint)
             raise UnknownFamilyError(f"{checkpoint.path} holds no tensors, so it is not a model's checkpoint.{why}")
-        if name is not None and self[name].conversion.recognises(checkpoint):
+        if name is not None and self[name].recognises(checkpoint):
             return self[name]
         matching = self.recognised(checkpoint)
         if name is None and matching is not None:

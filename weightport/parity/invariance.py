@@ -212,5 +212,5 @@ def _stepwise(model: PreTrainedModel, arguments: Mapping[str, Any], steps: int) 
 
 def _compared(seam: str, value: torch.Tensor, whole: torch.Tensor, real: torch.Tensor, place: Place) -> Comparison:
     reference = whole[real].cpu()
-    ref = TensorRef(seam, tuple(reference.shape), reference.dtype, lambda: reference)
+    ref = TensorRef.of(seam, tuple(reference.shape), reference.dtype, lambda: reference)
     return compare(Observed(value[real]), Expected(seam, place.dtype, ref), place)

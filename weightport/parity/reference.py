@@ -145,7 +145,9 @@ def _open(path: Path) -> tuple[dict[str, TensorRef], Mapping[str, str]]:
     for key, view in views.items():
         if view.get_dtype() not in _DTYPES:
             raise ReferenceFileError(f"{path}: {key!r} is {view.get_dtype()}, which no reference holds.")
-        refs[key] = TensorRef(key, tuple(view.get_shape()), _DTYPES[view.get_dtype()], partial(file.get_tensor, key))
+        refs[key] = TensorRef.of(
+            key, tuple(view.get_shape()), _DTYPES[view.get_dtype()], partial(file.get_tensor, key)
+        )
     return refs, metadata
 
 

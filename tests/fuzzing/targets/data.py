@@ -158,7 +158,9 @@ def _as_csv(folder: Path, samples: EntrySamples) -> bool:
     if not path.is_file():
         return False
     rows = list(csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")))
-    rows = [row for row in rows if any(value for value in row.values())]
+    rows = [
+        row for row in rows if any(value and str(value).strip() for value in row.values())
+    ]  # a line of blanks is none
     for index, row in enumerate(rows[:SAMPLES]):
         if index >= len(samples) or samples[index].suffix not in map(str, row.values()):
             raise MismatchError(f"answer: row {index} is {row!r:.80} there")
@@ -173,7 +175,8 @@ def _captions_seeds(folder: Path) -> list[Case]:
 
 
 def _as_captions(folder: Path, samples: EntrySamples) -> bool:
-    document = json.loads((folder / "_annotations.coco.json").read_bytes())
+    # A number is an answer as it is written: 1.50 has four characters.
+    document = json.loads((folder / "_annotations.coco.json").read_bytes(), parse_float=str, parse_int=str)
     if not isinstance(samples.source, CocoCaptions):
         return False
     texts = [text for each in document["annotations"] for text in _leaves(each.get("caption"))]

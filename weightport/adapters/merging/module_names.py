@@ -104,7 +104,7 @@ class ModuleNames:
     def near(self, name: str) -> Sequence[str]:
         """A few names like `name`, for an error message."""
         known = self.space.shapes if self.space is not None else self._tensors
-        return get_close_matches(name, known, n=2, cutoff=0.6)
+        return get_close_matches(name[:200], known, n=2, cutoff=0.6)
 
     def _stored(self, name: str) -> Place | None:
         ref = self._tensors.get(name)

@@ -100,4 +100,4 @@ def _merged(
     def load() -> torch.Tensor:
         return with_low_rank(base.read(), a.read(), b.read(), scaling)
 
-    return TensorRef(f"{module}.weight", base.shape, base.dtype, load)
+    return TensorRef(f"{module}.weight", base.shape, base.element, load)

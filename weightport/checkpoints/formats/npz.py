@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import io
+import re
 import tokenize
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from weightport.checkpoints.dtypes import NUMPY_DTYPES
+from weightport.checkpoints.dtypes import NUMPY_TYPES
 from weightport.checkpoints.formats.zip_archive import Member, member_span, read_directory, read_member
 from weightport.checkpoints.inflating import inflate, inflated
 from weightport.checkpoints.layout import Layout, Source, StoredTensor
@@ -74,20 +76,20 @@ def _array(file: SourceFile, member: Member, name: str) -> Any:
     shape, fortran, kind, skip = _header(start)
     if kind.kind in "OUS" or kind.fields or kind.subdtype:
         return _not_a_tensor(file, member, skip, shape, kind)
-    dtype = NUMPY_DTYPES.get((kind.kind, kind.itemsize))
-    if dtype is None:
+    element = NUMPY_TYPES.get((kind.kind, kind.itemsize))
+    if element is None:
         raise CheckpointError(f"has the type {kind.str}, which has no equal in torch.")
-    layout = Layout.contiguous(dtype, shape, fortran=fortran)
-    if layout.count * dtype.itemsize != member.size - skip:
+    layout = Layout.contiguous(element, shape, fortran=fortran)
+    if layout.count * element.itemsize != member.size - skip:
         raise CheckpointError(
-            f"has shape {shown(shape)} and type {kind.str}, which take {layout.count * dtype.itemsize} bytes, but "
+            f"has shape {shown(shape)} and type {kind.str}, which take {layout.count * element.itemsize} bytes, but "
             f"holds {member.size - skip}."
         )
     big_endian = kind.byteorder == ">"
     source: Source = inflated(file, member, skip, big_endian=big_endian)
     if member.stored:
         source = member_span(file, member, skip=skip, big_endian=big_endian)
-    return TensorRef(name, shape, dtype, StoredTensor(layout, source), (str(file.path), name, 0, layout.stride))
+    return TensorRef(name, shape, element, StoredTensor(layout, source), (str(file.path), name, 0, layout.stride))
 
 
 def _header(start: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
@@ -95,15 +97,28 @@ def _header(start: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
     stream = io.BytesIO(start)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
-        version = np.lib.format.read_magic(stream)
+        version, magic = np.lib.format.read_magic(stream), stream.tell()
         if version not in readers:
             raise CheckpointError(f"is of .npy version {version}; known are {sorted(readers)}.")
+        stream = io.BytesIO(_as_python3(start, magic))
         shape, fortran, kind = readers[version](stream)
     except _HEADER_ERRORS as error:
         raise CheckpointError(f"has a malformed .npy header ({shown(str(error))}).") from error
     if not all(type(size) is int for size in shape):
         raise CheckpointError(f"has the shape {shown(shape)}.")
-    return shape, bool(fortran), kind, stream.tell()
+    return shape, bool(fortran), kind, magic + stream.tell()
+
+
+def _as_python3(start: bytes, magic: int) -> bytes:
+    """What follows the `magic` bytes, with a header that is one literal. Of others numpy tries whether Python 2 wrote
+    them, which takes the square of their length: seconds for 2,000 characters."""
+    begin = magic + (4 if start[6:7] == b"\x02" else 2)
+    end = begin + int.from_bytes(start[magic:begin], "little")
+    if len(start) < end:
+        return start[magic:]
+    header = re.sub(rb"(?<=\d)L(?=\s*[,)])", b" ", start[begin:end])
+    ast.literal_eval(header.decode("latin-1"))
+    return start[magic:begin] + header + start[end:]
 
 
 def _not_a_tensor(file: SourceFile, member: Member, skip: int, shape: tuple[int, ...], kind: np.dtype[Any]) -> Any:

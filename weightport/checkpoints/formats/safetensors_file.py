@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from typing import Any
 
-from weightport.checkpoints.dtypes import SAFETENSORS_DTYPES
+from weightport.checkpoints.dtypes import SAFETENSORS_TYPES
 from weightport.checkpoints.json_text import parse_json
 from weightport.checkpoints.layout import Layout, Span, StoredTensor
 from weightport.checkpoints.naming import tensor_name
@@ -46,7 +46,7 @@ def open_safetensors(file: SourceFile) -> Checkpoint:
         if name in tensors:
             raise CheckpointError(f"{file.path}: holds two tensors that would both be named {shown(name)}.")
         storage = (str(file.path), name, 0, layout.stride)
-        tensors[name] = TensorRef(name, layout.shape, layout.dtype, StoredTensor(layout, source), storage)
+        tensors[name] = TensorRef(name, layout.shape, layout.element, StoredTensor(layout, source), storage)
     if start + end != file.size:
         raise CheckpointError(
             f"{file.path}: its tensors end at byte {start + end}, but the file has {file.size}. "
@@ -70,23 +70,23 @@ def _entry(file: SourceFile, name: str, entry: Any) -> tuple[str, Layout, tuple[
     where = f"{file.path}: {shown(name)}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where} should have dtype, shape and data_offsets in the header.")
-    dtype = SAFETENSORS_DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
-    if dtype is None:
+    element = SAFETENSORS_TYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if element is None:
         raise CheckpointError(
-            f"{where} has dtype {shown(entry['dtype'])}; known are {', '.join(sorted(SAFETENSORS_DTYPES))}."
+            f"{where} has dtype {shown(entry['dtype'])}; known are {', '.join(sorted(SAFETENSORS_TYPES))}."
         )
     if not _whole(entry["shape"]) or not _whole(entry["data_offsets"]) or len(entry["data_offsets"]) != 2:
         raise CheckpointError(f"{where} has a shape or data_offsets that are not whole numbers.")
     first, last = entry["data_offsets"]
     try:
         name = tensor_name(name)
-        layout = Layout.contiguous(dtype, tuple(entry["shape"]))
+        layout = Layout.contiguous(element, tuple(entry["shape"]))
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
-    if last - first != layout.count * dtype.itemsize:
+    if last - first != layout.count * element.itemsize:
         raise CheckpointError(
             f"{where} has shape {shown(layout.shape)} and dtype {entry['dtype']}, which take "
-            f"{layout.count * dtype.itemsize} bytes, but stands at bytes {first} to {last}."
+            f"{layout.count * element.itemsize} bytes, but stands at bytes {first} to {last}."
         )
     return name, layout, (first, last)
 

@@ -6,9 +6,7 @@ import re
 import struct
 from typing import Any
 
-import torch
-
-from weightport.checkpoints.dtypes import QUANTIZED_STORAGES, TORCH_STORAGES
+from weightport.checkpoints.dtypes import QUANTIZED_STORAGES, TORCH_STORAGES, ElementType
 from weightport.checkpoints.formats.zip_archive import Member, member_span, read_directory, read_member
 from weightport.checkpoints.layout import Span
 from weightport.checkpoints.naming import name_tensors
@@ -115,7 +113,7 @@ def _is_module(key: Any) -> bool:
     return isinstance(key, tuple) and key[:1] == ("module",) and len(key) > 1
 
 
-def _storage_id(key: Any) -> tuple[torch.dtype | None, str, int, Any]:
+def _storage_id(key: Any) -> tuple[ElementType | None, str, int, Any]:
     """Element type (None: bytes), name, number of elements and view of a persistent id."""
     if not isinstance(key, tuple) or len(key) not in (5, 6) or key[0] != "storage":
         raise CheckpointError(f"refers to {shown(key)}, which is no storage.")
@@ -125,7 +123,7 @@ def _storage_id(key: Any) -> tuple[torch.dtype | None, str, int, Any]:
     return _element_type(kind), str(name), count, view[0] if view else None
 
 
-def _element_type(kind: Any) -> torch.dtype | None:
+def _element_type(kind: Any) -> ElementType | None:
     found = _STORAGE_NAME.fullmatch(kind.type_name) if isinstance(kind, Symbol) else None
     name = found[1] if found else ""
     if name in QUANTIZED_STORAGES:
@@ -138,10 +136,10 @@ def _element_type(kind: Any) -> torch.dtype | None:
     return TORCH_STORAGES.get(name)
 
 
-def _same(storage: Storage, kind: torch.dtype | None, count: int) -> Storage:
-    if (storage.dtype, storage.count) != (kind, count):
+def _same(storage: Storage, kind: ElementType | None, count: int) -> Storage:
+    if (storage.element, storage.count) != (kind, count):
         raise CheckpointError(
-            f"describes the storage {shown(storage.key)} twice: as {storage.count} × {storage.dtype} and as "
+            f"describes the storage {shown(storage.key)} twice: as {storage.count} × {storage.element} and as "
             f"{count} × {kind}."
         )
     return storage

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from weightport.checkpoints.dtypes import NUMPY_DTYPES
+from weightport.checkpoints.dtypes import ELEMENT_TYPES, NUMPY_TYPES, ElementType
 from weightport.checkpoints.formats.sharded import read_json
 from weightport.checkpoints.forward_run import ForwardRun
 from weightport.checkpoints.layout import Layout, StoredTensor
@@ -44,7 +43,7 @@ class ZarrArray:
 
     folder: Path
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    element: ElementType
     chunk: tuple[int, ...]
     big_endian: bool
     compressed: bool
@@ -54,13 +53,13 @@ class ZarrArray:
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
+        return prod(self.shape) * self.element.itemsize
 
     def ref(self, name: str) -> TensorRef:
         """The array as a tensor that is called `name`."""
         run = ForwardRun(partial(_blocks, self), self.nbytes, big_endian=self.big_endian)
-        layout = Layout.contiguous(self.dtype, self.shape)
-        return TensorRef(name, self.shape, self.dtype, StoredTensor(layout, run), (str(self.folder), name))
+        layout = Layout.contiguous(self.element, self.shape)
+        return TensorRef(name, self.shape, self.element, StoredTensor(layout, run), (str(self.folder), name))
 
     def chunk_file(self, place: tuple[int, ...]) -> Path:
         """The file of the chunk at this place of the grid."""
@@ -75,7 +74,7 @@ def open_zarr_array(folder: Path) -> ZarrArray:
     if not isinstance(stated, dict):
         raise CheckpointError(f"{path}: should describe an array, but holds {shown(stated, 80)}.")
     shape, chunk = _sizes(path, stated, "shape", 0), _sizes(path, stated, "chunks", 1)
-    dtype, big_endian = _dtype(path, stated.get("dtype"))
+    element, big_endian = _element(path, stated.get("dtype"))
     compressor, separator = stated.get("compressor"), stated.get("dimension_separator", ".")
     wrong = {
         "zarr_format": stated.get("zarr_format") != 2,
@@ -91,8 +90,8 @@ def open_zarr_array(folder: Path) -> ZarrArray:
         )
     if len(chunk) != len(shape):
         raise CheckpointError(f"{path}: has the shape {list(shape)}, but chunks of {list(chunk)}.")
-    Layout.contiguous(dtype, shape)
-    found = ZarrArray(folder, shape, dtype, chunk, big_endian, compressor is not None, separator, (), {})
+    Layout.contiguous(element, shape)
+    found = ZarrArray(folder, shape, element, chunk, big_endian, compressor is not None, separator, (), {})
     files = (path, *_chunks(found))
     return replace(found, files=files, states={file: _state(file) for file in files})
 
@@ -104,18 +103,18 @@ def _sizes(path: Path, stated: dict[str, Any], key: str, least: int) -> tuple[in
     return tuple(sizes)
 
 
-def _dtype(path: Path, name: Any) -> tuple[torch.dtype, bool]:
-    """(torch's dtype, whether its bytes are in the other order) of a dtype's name; bfloat16 is tensorstore's own."""
+def _element(path: Path, name: Any) -> tuple[ElementType, bool]:
+    """(element type, whether its bytes are in the other order) of a dtype's name; bfloat16 is tensorstore's own."""
     if name == "bfloat16":
-        return torch.bfloat16, False
+        return ELEMENT_TYPES["bfloat16"], False
     try:
         kind = np.dtype(name) if isinstance(name, str) and len(name) <= 8 else None
     except TypeError:
         kind = None
-    dtype = NUMPY_DTYPES.get((kind.kind, kind.itemsize)) if kind is not None and kind.kind != "V" else None
-    if kind is None or dtype is None:
+    element = NUMPY_TYPES.get((kind.kind, kind.itemsize)) if kind is not None and kind.kind != "V" else None
+    if kind is None or element is None:
         raise CheckpointError(f"{path}: has the dtype {shown(name, 80)}, which has no equal in torch.")
-    return dtype, kind.byteorder == ">"
+    return element, kind.byteorder == ">"
 
 
 def _chunk_name(place: tuple[int, ...], separator: str) -> str:
@@ -165,7 +164,7 @@ class _Chunk:
 
     def __init__(self, array: ZarrArray, place: tuple[int, ...]) -> None:
         self.path = array.chunk_file(place)
-        self.size, self.at = prod(array.chunk) * array.dtype.itemsize, 0
+        self.size, self.at = prod(array.chunk) * array.element.itemsize, 0
         file = SourceFile(self.path)
         array.states[self.path].require_same(file.state, self.path)
         stream = _FileStream(file)
@@ -238,7 +237,7 @@ def _blocks(array: ZarrArray) -> Iterator[bytes]:
     The last axis that is divided decides the runs: each is a piece of one chunk, and the pieces of a chunk come in
     the chunk's own order. Chunks are closed when their last piece was had.
     """
-    grid, shape, chunk, width = _grid(array), array.shape, array.chunk, array.dtype.itemsize
+    grid, shape, chunk, width = _grid(array), array.shape, array.chunk, array.element.itemsize
     divided = max((axis for axis, parts in enumerate(grid) if parts > 1), default=0)
     inner, chunk_inner = prod(shape[divided + 1 :]), prod(chunk[divided + 1 :])
     if inner != chunk_inner and shape:

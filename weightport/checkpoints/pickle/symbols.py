@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from weightport.checkpoints.dtypes import TORCH_DTYPES
+from weightport.checkpoints.dtypes import torch_dtype
 from weightport.checkpoints.pickle.numpy_arrays import ARRAY_BUILDERS
 from weightport.checkpoints.pickle.records import Record, Symbol
 from weightport.checkpoints.pickle.torch_tensors import TENSOR_BUILDERS
@@ -77,9 +77,8 @@ def find_symbol(module: str, name: str) -> Any:
     known = type_name in BUILDERS or type_name in _KEYED_BUILDERS
     if (denied or type_name.startswith(_DENIED_PREFIXES)) and not known:
         raise unsafe(type_name)
-    if module == "torch" and name in TORCH_DTYPES:
-        return TORCH_DTYPES[name]
-    return Symbol(type_name)
+    dtype = torch_dtype(name) if module == "torch" else None
+    return Symbol(type_name) if dtype is None else dtype
 
 
 def unsafe(type_name: str) -> UnsafeCheckpointError:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from weightport.checkpoints.dtypes import ElementType, element_type, is_dtype
 from weightport.checkpoints.layout import Layout, Source, StoredTensor
 from weightport.checkpoints.pickle.records import Symbol
 from weightport.checkpoints.shown import shown
 from weightport.checkpoints.types import TensorRef
 from weightport.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
 
 _UNSUPPORTED = {
     "_rebuild_sparse_tensor": "a sparse tensor",
@@ -31,28 +33,28 @@ _UNSUPPORTED = {
 
 @dataclass(eq=False)
 class Storage:
-    """A run of elements that tensors share. `dtype` is None for an untyped one, whose `count` is in bytes.
+    """A run of elements that tensors share. `element` is None for an untyped one, whose `count` is in bytes.
 
     `source` is where the bytes are; in torch's old format it is known only after the pickle was read.
     """
 
     path: Path
     key: str
-    dtype: torch.dtype | None
+    element: ElementType | None
     count: int
     file_size: int
     source: Source | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.count * (self.dtype.itemsize if self.dtype else 1)
+        return self.count * (self.element.itemsize if self.element else 1)
 
-    def tensor(self, dtype: torch.dtype, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> TensorRef:
+    def tensor(self, element: ElementType, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> TensorRef:
         """The tensor of this layout (`offset` and `stride` in elements), without a name as yet."""
-        layout = Layout(dtype, shape, stride, offset)
+        layout = Layout(element, shape, stride, offset)
         layout.require_within(self.nbytes, self.file_size)
-        first = offset * dtype.itemsize
-        return TensorRef("", shape, dtype, StoredTensor(layout, self), (str(self.path), self.key, first, stride))
+        first = offset * element.itemsize
+        return TensorRef("", shape, element, StoredTensor(layout, self), (str(self.path), self.key, first, stride))
 
     def in_order(self) -> Source:
         """Itself: tensors share a storage, which is checked whole when one of them is read in part."""
@@ -87,13 +89,13 @@ def rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any, 
         base, skip, count = storage.base, storage.offset, storage.count
     if not isinstance(base, Storage):
         raise CheckpointError(f"a tensor should be made of a storage, but is made of {shown(storage)}.")
-    dtype = dtype or base.dtype
-    if not isinstance(dtype, torch.dtype) or type(offset) is not int:
-        raise CheckpointError(f"a tensor has dtype {shown(dtype)} and offset {shown(offset)}.")
-    layout = Layout(dtype, _whole_numbers(shape), _whole_numbers(stride), offset)
+    element = element_type(dtype) if is_dtype(dtype) else base.element
+    if (dtype and not is_dtype(dtype)) or element is None or type(offset) is not int:
+        raise CheckpointError(f"a tensor has dtype {shown(dtype or element)} and offset {shown(offset)}.")
+    layout = Layout(element, _whole_numbers(shape), _whole_numbers(stride), offset)
     if count is not None:
-        layout.require_within(count * dtype.itemsize, base.file_size)
-    return base.tensor(dtype, skip + offset, layout.shape, layout.stride)
+        layout.require_within(count * element.itemsize, base.file_size)
+    return base.tensor(element, skip + offset, layout.shape, layout.stride)
 
 
 def rebuild_tensor_v2(

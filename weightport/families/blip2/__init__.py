@@ -43,6 +43,7 @@ FAMILY = Family(
     portable_code=CODE,
     verification_prompt="a photo of",
     tasks={"caption": "a photo of"},
+    recognition="weightport.families.blip2.layouts:is_blip2",
     conversion_stage="weightport.families.blip2.conversion:CONVERSION",
     parity_stage="weightport.families.blip2.parity:BLIP2",
     training_stage="weightport.families.blip2.training:TRAINING",

@@ -174,11 +174,9 @@ def read_qformer(tensors: Mapping[str, TensorRef], options: Blip2Options, bert: 
     )
 
 
-def check_projection(tensors: Mapping[str, TensorRef], kind: Kind, language: Mapping[str, Any], folder: str) -> None:
-    """Raise ConfigurationError unless the language model is as wide as the projection to it."""
+def check_projection(tensors: Mapping[str, TensorRef], kind: Kind, width: int, folder: str) -> None:
+    """Raise ConfigurationError unless the language model's embedding is as wide as the projection to it."""
     rows = _shape(tensors, PROJECTION[kind], 2)[0]
-    width = language.get("hidden_size" if kind == "opt" else "d_model")
-    width = language.get("word_embed_proj_dim", width) if kind == "opt" else width
     if rows != width:
         known = LANGUAGE_WIDTHS[kind].get(rows)
         raise ConfigurationError(

@@ -60,10 +60,10 @@ class Blip2Conversion:
         tensors = whole.combined.tensors
         vision = configuration.read_vision(tensors, found, options)
         qformer = configuration.read_qformer(tensors, options, _bert(options))
-        if whole.language_config is not None:
+        if whole.embedding is not None:
             folder = str(given[sources.LLM].path)
-            configuration.check_projection(tensors, found.kind, whole.language_config, folder)
-        rows = int(whole.language_config["vocab_size"]) if whole.language_config else qformer.vocabulary
+            configuration.check_projection(tensors, found.kind, whole.embedding.shape[1], folder)
+        rows = whole.embedding.shape[0] if whole.embedding is not None else qformer.vocabulary
         special = _special_ids(found.kind, rows, given, options)
         exact = options.exact or vision.tower == "clip"
         if options.portable and not exact:

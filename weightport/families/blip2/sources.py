@@ -27,11 +27,13 @@ _ROWS = 4096  # of an embedding, compared at a time
 
 @dataclass(frozen=True)
 class Whole:
-    """A model of several sources. `language_config` is the language model's config.json, None for stage 1."""
+    """A model of several sources. `language_config` is the language model's config.json and `embedding` its table of
+    tokens; None for stage 1."""
 
     combined: CombinedTensors
     unused: Mapping[str, str]
     language_config: Mapping[str, Any] | None
+    embedding: TensorRef | None
 
 
 def gather(sources: Sources, found: Found) -> Whole:
@@ -48,20 +50,21 @@ def gather(sources: Sources, found: Found) -> Whole:
             f"{sources.main.path} does not hold the vision encoder, which was frozen in training: give its file with "
             "--vision (eva_vit_g.pth, or clip_vit_L.pth of a model with ViT-L)."
         )
-    config = None
+    config = embedding = None
     if found.kind == "itm":
         if LLM in sources:
             raise UsageError(f"--llm: {sources.main.path} is a stage-1 checkpoint, which has no language model.")
     else:
         config = _language_config(sources, found)
         parts[LLM] = _language(sources[LLM], found.kind)
-        _compare_aliases(sources, found, parts[LLM])
+        embedding = _embedding(sources[LLM], found.kind, parts[LLM])
+        _compare_aliases(sources, found, embedding)
         why = "another name of the frozen embedding, which the language model's folder gives"
         unused |= dict.fromkeys(found.aliases, why)
     combined = combine(parts)
     for hidden in combined.shadowed.values():
         unused |= dict.fromkeys(hidden, "the checkpoint holds it too")
-    return Whole(combined, unused, config)
+    return Whole(combined, unused, config, embedding)
 
 
 def _refuse_other_tower(sources: Sources, found: Found) -> None:
@@ -126,14 +129,19 @@ def _language(folder: Checkpoint, kind: Kind) -> NamedTensors:
     return tensors.renamed(lambda name: LANGUAGE[kind] + name)
 
 
-def _compare_aliases(sources: Sources, found: Found, language: NamedTensors) -> None:
+def _embedding(folder: Checkpoint, kind: Kind, language: NamedTensors) -> TensorRef:
+    """The table of tokens, whose sizes a config.json leaves out where they are the class's defaults."""
+    name = _EMBEDDING[kind]
+    table = language.get(name)
+    if table is None or len(table.shape) != 2:
+        found = "" if table is None else f": it has the shape {list(table.shape)}"
+        raise CheckpointError(f"{folder.path} has no matrix {name.removeprefix(LANGUAGE[kind])}{found}.")
+    return table
+
+
+def _compare_aliases(sources: Sources, found: Found, own: TensorRef) -> None:
     """The embedding that the trainer left in the checkpoint must be the folder's: else it is another model's."""
     for alias in found.aliases.values():
-        own = language.get(_EMBEDDING[found.kind])
-        if own is None:
-            raise CheckpointError(
-                f"{sources[LLM].path} has no {_EMBEDDING[found.kind].removeprefix(LANGUAGE[found.kind])}."
-            )
         if alias.shape != own.shape or not _same_values(alias, own):
             raise ConfigurationError(
                 f"{alias.name} in {sources.main.path}, which the trainer left there, is not the embedding of "

@@ -75,6 +75,10 @@ def load_tokenizer(kind: Kind, folder: Path) -> Any:
     """The tokenizer in `folder` as LAVIS sets it up. Raises VocabularyError for what is none of its kind."""
     from transformers import AutoTokenizer
 
+    model_type = configuration_in(folder).get("model_type", "")
+    if not isinstance(model_type, str):
+        # AutoTokenizer would import every model of transformers to name them all.
+        raise VocabularyError(f"{folder / 'config.json'}: model_type is {model_type!r:.80}, not the name of a model.")
     try:
         # OPT answers behind its prompt, so that padding stands before it.
         side = {"padding_side": "left"} if kind == "opt" else {}

@@ -21,6 +21,7 @@ FAMILY = Family(
     card_prompt='"<CAPTION>"',
     bare={"vocabulary": "none", "image_token": "none"},
     verification_prompt="<CAPTION>",
+    recognition="weightport.families.florence2.layouts:is_florence2",
     conversion_stage="weightport.families.florence2.conversion:CONVERSION",
     parity_stage="weightport.families.florence2.parity:FLORENCE2",
     training_stage="weightport.families.florence2.training:TRAINING",

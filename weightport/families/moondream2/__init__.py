@@ -36,6 +36,7 @@ FAMILY = Family(
     portable_code="weightport.modeling.moondream",
     verification_prompt="<image>\n\nQuestion: What is this?\n\nAnswer:",
     about_stage="weightport.families.moondream2.conversion:about",
+    recognition="weightport.families.moondream2.layouts:is_moondream2",
     conversion_stage="weightport.families.moondream2.conversion:CONVERSION",
     parity_stage="weightport.families.moondream2.parity:MOONDREAM2",
     training_stage="weightport.families.moondream2.training:TRAINING",

@@ -40,7 +40,7 @@ class MoondreamConversion:
     original_form: OriginalForm = "folder"
 
     def recognises(self, names: Mapping[str, TensorRef]) -> bool:
-        return layouts.place_of(names) is not None or layouts.is_quantized(names)
+        return layouts.is_moondream2(names)
 
     def read(self, sources: Sources, options: MoondreamOptions) -> SourceModel:
         """The model in the checkpoint. Raises WeightportError naming what does not fit."""

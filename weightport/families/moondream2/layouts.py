@@ -70,6 +70,12 @@ def is_quantized(names: Iterable[str]) -> bool:
     return any(QUANTIZED.fullmatch(own_name(name)) for name in names)
 
 
+def is_moondream2(names: Iterable[str]) -> bool:
+    """Whether tensors of these names hold a moondream2, of whatever precision."""
+    known = tuple(names)
+    return place_of(known) is not None or is_quantized(known)
+
+
 def locate(checkpoint: Checkpoint) -> Found:
     """The moondream2 in a checkpoint that has one. Raises CheckpointError, ConfigurationError."""
     if is_quantized(checkpoint):

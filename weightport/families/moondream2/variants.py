@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from weightport.checkpoints import Checkpoint, TensorRef
+from weightport.checkpoints.dtypes import element_type
 from weightport.checkpoints.types import NamedTensors
 from weightport.errors import CheckpointError, ConfigurationError
 from weightport.families.moondream2.layouts import Found
@@ -178,4 +179,6 @@ def _computed(
 ) -> TensorRef:
     """A tensor in the place of `ref`."""
     kept = dtype or ref.dtype
-    return replace(ref, shape=shape, dtype=kept, load=lambda: values().to(kept).contiguous(), storage=())
+    return replace(
+        ref, shape=shape, element=element_type(kept), load=lambda: values().to(kept).contiguous(), storage=()
+    )

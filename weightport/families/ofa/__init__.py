@@ -24,6 +24,7 @@ FAMILY = Family(
     portable=AUTO_MAPS,
     portable_code="weightport.modeling.ofa",
     ties={"model.decoder.embed_tokens.weight": "model.encoder.embed_tokens.weight"},
+    recognition="weightport.families.ofa.layouts:is_ofa",
     conversion_stage="weightport.families.ofa.conversion:CONVERSION",
     parity_stage="weightport.families.ofa.parity:OFA",
     training_stage="weightport.families.ofa.training:TRAINING",

@@ -10,7 +10,6 @@ from weightport.checkpoints import Checkpoint, TensorRef
 from weightport.checkpoints.types import NamedTensors
 from weightport.errors import CheckpointError
 from weightport.families.ofa.fairseq_options import fairseq_options
-from weightport.families.ofa.rules import PORT_TO_FAIRSEQ
 
 FAIRSEQ = "fairseq"
 PORT = "transformers-port"
@@ -93,6 +92,9 @@ def _is_port(tensors: Mapping[str, TensorRef]) -> bool:
 
 
 def _fairseq_names(tensors: NamedTensors) -> NamedTensors:
+    # Rules take torch; telling what a checkpoint is does not.
+    from weightport.families.ofa.rules import PORT_TO_FAIRSEQ
+
     def fairseq_name(name: str) -> str:
         claim = next(PORT_TO_FAIRSEQ.of_source(name), None)
         return claim.rule.target_names(claim.captures)[0] if claim else name

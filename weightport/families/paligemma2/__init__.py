@@ -23,6 +23,7 @@ FAMILY = Family(
     bare={"vocabulary": "none"},
     verification_prompt="<image>caption en",
     tasks={"caption": "caption en", "ocr": "ocr"},
+    recognition="weightport.families.paligemma2.layouts:is_paligemma",
     conversion_stage="weightport.families.paligemma2.conversion:CONVERSION",
     parity_stage="weightport.families.paligemma2.parity:PALIGEMMA2",
     training_stage="weightport.families.paligemma2.training:TRAINING",

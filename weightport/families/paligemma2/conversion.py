@@ -33,7 +33,7 @@ class PaliGemmaConversion:
     original_form: OriginalForm = "npz"
 
     def recognises(self, names: Mapping[str, TensorRef]) -> bool:
-        return layouts.prefix_of(names) is not None
+        return layouts.is_paligemma(names)
 
     def read(self, sources: Sources, options: PaliGemmaOptions) -> SourceModel:
         """The model in the checkpoint. Raises WeightportError naming what does not fit."""

@@ -61,6 +61,11 @@ def prefix_of(names: Iterable[str]) -> str | None:
     return None
 
 
+def is_paligemma(names: Iterable[str]) -> bool:
+    """Whether tensors of these names hold a PaliGemma."""
+    return prefix_of(names) is not None
+
+
 def locate(checkpoint: Checkpoint) -> Found:
     """The PaliGemma in a checkpoint that has one. Raises UnsafeCheckpointError where some of it is pickled."""
     prefix = prefix_of(checkpoint) or ""

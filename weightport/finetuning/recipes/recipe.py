@@ -348,7 +348,8 @@ def _plain(value: Any) -> Any:
 def _similar(name: str, known: typing.Iterable[str]) -> str:
     names = list(known)
     # A shared section makes names of settings look alike that are not: their last parts decide.
-    last = name.rpartition(".")[2]
+    # No setting has a name of more characters, and comparing takes the square of their number.
+    last = name.rpartition(".")[2][:100]
     likeness = {each: difflib.SequenceMatcher(None, last, each.rpartition(".")[2]).ratio() for each in names}
     likeness |= {each: 1.0 for each in names if last and last in each.rpartition(".")[2].split("_")}
     close = sorted((each for each in names if likeness[each] > 0.7), key=lambda each: -likeness[each])[:3]
