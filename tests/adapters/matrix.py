@@ -13,15 +13,16 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import tiny_models
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from tiny_families import FAMILIES, V, randomised, to_hub_names
 from tiny_models import MODELS, load, write_adapter
 
@@ -65,13 +66,18 @@ _PARAMETERS: Mapping[str, tuple[str, ...]] = {
 _NO_TOKENS = frozenset({"resnet", "vit"})
 
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
 @dataclass(frozen=True)
 class Configuration:
-    """How an adapter is made of an architecture: None where the architecture has no such adapter."""
+    """How an adapter is made of an architecture: None where the architecture has no such adapter. `dtypes`: those in
+    which peft's own merge is a measure."""
 
-    make: Callable[[str], LoraConfig | None]
+    make: Callable[[str], PeftConfig | None]
     options: MergeOptions = field(default_factory=MergeOptions)
     change: Any = None
+    dtypes: tuple[torch.dtype, ...] = DTYPES
 
 
 def _linear(name: str, **settings: Any) -> LoraConfig:
@@ -131,6 +137,17 @@ def _head(name: str) -> LoraConfig | None:
     return LoraConfig(r=4, lora_alpha=8, target_modules=[_ends(name)[1]])
 
 
+def _method(name: str, config: Callable[..., PeftConfig], **settings: Any) -> PeftConfig | None:
+    """An adapter of a method for linear layers alone."""
+    return None if name == "resnet" else config(target_modules=list(_linear_names(name)), **settings)
+
+
+def _bat(name: str) -> PeftConfig | None:
+    return (
+        None if name in ("gpt2", "vision_encoder_decoder") else _method(name, peft.MissConfig, r=8, init_weights="bat")
+    )
+
+
 def _no_dora(name: str) -> LoraConfig:
     return _linear(name, use_dora=True)
 
@@ -162,6 +179,12 @@ CONFIGURATIONS: Mapping[str, Configuration] = {
         change=tiny_models.grown,
     ),
     "resized": Configuration(lambda name: _of_text(name, lambda: _linear(name)), change=tiny_models.grown),
+    # Transformed in float32 by peft whatever the model's dtype, which is roundings of a float32 weight.
+    "fourierft": Configuration(lambda name: _method(name, peft.FourierFTConfig, n_frequency=90), dtypes=DTYPES[1:]),
+    "waveft": Configuration(lambda name: _method(name, peft.WaveFTConfig, n_frequency=90)),
+    "unilora": Configuration(partial(_method, config=peft.UniLoraConfig, r=4, theta_d_length=64, save_indices=True)),
+    "tinylora": Configuration(partial(_method, config=peft.TinyLoraConfig, r=3, u=5, weight_tying=0.5)),
+    "miss-bat": Configuration(_bat),
 }
 
 
@@ -289,17 +312,14 @@ def run(architecture: str, configuration: str, folder: Path, dtype: torch.dtype,
     return distance(found, expected, dtype)
 
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def cell(architecture: str, configuration: str, dtypes: Sequence[torch.dtype] = DTYPES) -> str:
+def cell(architecture: str, configuration: str) -> str:
     """What the table says of a pair: the largest distance of the dtypes, "refused", or what went wrong."""
     if CONFIGURATIONS[configuration].make(architecture) is None:
         return "–"
     if (architecture, configuration) in NOT_COMPARED:
         return "not compared"
     furthest = 0.0
-    for dtype in dtypes:
+    for dtype in CONFIGURATIONS[configuration].dtypes:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 furthest = max(furthest, run(architecture, configuration, Path(folder), dtype))

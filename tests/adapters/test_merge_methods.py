@@ -18,12 +18,14 @@ from safetensors.torch import load_file, save_file
 from test_merge_proof import merged
 from tiny_models import load, write_adapter, write_base
 
+from weightport.adapters.base.base_model import open_base
 from weightport.adapters.merging.additive_check import ExpectedDelta
-from weightport.adapters.merging.additive_delta import ByRows, additive_change, additive_part
+from weightport.adapters.merging.additive_delta import additive_change, additive_part
 from weightport.adapters.merging.combination import Combination
 from weightport.adapters.merging.lora_targets import DeltaChange, Part
 from weightport.adapters.merging.merge import MergeOptions
 from weightport.adapters.merging.module_names import Place
+from weightport.adapters.merging.weight_delta import ByRows
 from weightport.adapters.reading.lora_tensors import open_adapter
 from weightport.adapters.verification.verify import why_not_verified
 from weightport.api import merge_lora
@@ -50,9 +52,23 @@ METHODS: Mapping[str, Callable[[list[str]], Any]] = {
         r=4, num_vectors=16, vector_length=8, topk=3, target_modules=t, save_only_topk_weights=True
     ),
     "randlora": lambda t: peft.RandLoraConfig(r=5, randlora_alpha=7, target_modules=t),
+    "miss-bat": lambda t: peft.MissConfig(r=8, init_weights="bat", target_modules=t),
+    "fourierft": lambda t: peft.FourierFTConfig(
+        n_frequency=50, scaling=150, n_frequency_pattern={t[0]: 7}, target_modules=t
+    ),
+    "fourierft-many": lambda t: peft.FourierFTConfig(n_frequency=700, target_modules=t),
+    "waveft": lambda t: peft.WaveFTConfig(n_frequency=50, random_loc_seed=5, target_modules=t),
+    "waveft-db3": lambda t: peft.WaveFTConfig(
+        n_frequency=300, wavelet_family="db3", proportional_parameters=True, target_modules=t
+    ),
+    "waveft-elements": lambda t: peft.WaveFTConfig(n_frequency=50, use_idwt=False, target_modules=t),
+    "unilora": lambda t: peft.UniLoraConfig(r=4, theta_d_length=64, save_indices=True, target_modules=t),
+    "tinylora": lambda t: peft.TinyLoraConfig(r=3, u=5, target_modules=t),
+    "tinylora-shared": lambda t: peft.TinyLoraConfig(r=2, u=5, weight_tying=0.5, target_modules=t),
+    "tinylora-one": lambda t: peft.TinyLoraConfig(r=2, u=5, weight_tying=1, projection_seed=7, target_modules=t),
 }
 TARGETS = {"llama": ["q_proj", "down_proj", "up_proj"], "gpt2": ["c_attn", "c_proj"], "resnet": ["convolution"]}
-FLIPPED = ("vera", "vblora", "randlora", "gralora-hybrid")
+FLIPPED = ("vera", "vblora", "randlora", "gralora-hybrid", "fourierft", "waveft", "waveft-db3", "unilora", "tinylora")
 CONVOLUTIONS = {
     "loha": lambda t: peft.LoHaConfig(r=4, alpha=3, target_modules=t),
     "loha-core": lambda t: peft.LoHaConfig(r=4, alpha=3, target_modules=t, use_effective_conv2d=True),
@@ -73,7 +89,9 @@ def agree(base: Path, config: Any, folder: Path) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_merge_of_a_method_is_pefts(method: str, tmp_path: Path) -> None:
-    agree(write_model("llama", tmp_path / "base"), METHODS[method](TARGETS["llama"]), tmp_path)
+    # peft transforms in float32 whatever the model's dtype, which is four roundings of a float32 weight.
+    dtype = torch.float16 if method.startswith("fourierft") else torch.float32
+    agree(write_model("llama", tmp_path / "base", dtype), METHODS[method](TARGETS["llama"]), tmp_path)
 
 
 @pytest.mark.parametrize("method", FLIPPED)
@@ -129,7 +147,33 @@ WRONG: Mapping[str, tuple[str, Callable[[dict[str, torch.Tensor], dict[str, Any]
     "no topk": ("vblora", lambda t, c: c.update(topk=-1), AdapterError, "topk is -1; expected a number of at least 1"),
     "half a topk": ("vblora", lambda t, c: c.update(topk=0.5), AdapterError, "topk is 0.5"),
     "more topk than vectors": ("vblora", lambda t, c: c.update(topk=99), AdapterError, "not fit"),
-    "bat": ("miss", lambda t, c: c.update(init_weights="bat"), AdapterError, "multiplies the base's weight"),
+    "not bat's blocks": ("miss", lambda t, c: c.update(init_weights="bat"), AdapterError, "not fit"),
+    "bat over another height": (
+        "miss-bat", lambda t, c: t.update({first(t, "miss_block"): torch.ones(3, 8, 8)}), AdapterError, "another base"
+    ),
+    "a seed that is no number": ("fourierft", lambda t, c: c.update(random_loc_seed="x"), AdapterError, "seed is 'x'"),
+    "more coefficients than places": (
+        "waveft", lambda t, c: t.update({first(t, "spectrum"): torch.ones(9999)}), AdapterError, "not fit"
+    ),
+    "a wavelet without filters": (
+        "waveft", lambda t, c: c.update(wavelet_family="db11"), AdapterError, "has no filters of"
+    ),
+    "a wavelet wider than peft leaves room for": (
+        "waveft", lambda t, c: c.update(wavelet_family="coif5"), AdapterError, "filters of 48 values"
+    ),
+    "no wavelet": ("waveft", lambda t, c: c.update(wavelet_family="x"), AdapterError, "which peft does not have"),
+    "places not saved": ("unilora", lambda t, c: c.update(save_indices=False), AdapterError, "save_indices is false"),
+    "another seed": ("tinylora", lambda t, c: c.update(projection_seed=3), AdapterError, "not those of the seed 3"),
+    "projections not saved": (
+        "tinylora", lambda t, c: [t.pop(k) for k in list(t) if "_P" in k], AdapterError, "has no tinylora_P"
+    ),
+    "a vector is absent": ("tinylora", lambda t, c: t.pop(first(t, "v.4")), AdapterError, "no tinylora_v.4"),
+    "a share of vectors that is none": (
+        "tinylora", lambda t, c: c.update(weight_tying=2), AdapterError, "weight_tying 2; expected"
+    ),
+    "places beyond the vector": (
+        "unilora", lambda t, c: t[first(t, "indices_B")].fill_(64), AdapterError, "from 64 to 64"
+    ),
     "another method's tensors": ("miss", lambda t, c: c.update(peft_type="LOHA"), AdapterError, "LOHA adapter, and"),
     "another vector bank": (
         "vblora-topk",
@@ -165,7 +209,7 @@ def test_adapter_of_a_method_that_cannot_be_merged_is_refused(case: str, tmp_pat
         ("PROMPT_TUNING", "PROMPT_TUNING, which puts trained vectors before the prompt"),
         ("PREFIX_TUNING", "trained vectors before the prompt"),
         ("XLORA", "chooses among adapters"),
-        ("FOURIERFT", "draws from a seed"),
+        ("PSOFT", "singular vectors of the base that are saved nowhere"),
         ("OFT", "a rotation of the base's weights"),
         ("SOMETHING", "'SOMETHING'; merged are LORA, LOHA"),
     ],
@@ -192,11 +236,13 @@ def test_matrix_of_a_weight_that_is_stored_within_another(method: str, turned: b
     source = ((0, 32), (50, 98)) if turned else ((50, 98), (0, 32))
     piece = Piece("fused", source, (1, 0) if turned else (0, 1), (0, 0))
     delta = adapter.deltas[0]
-    whole = additive_change(delta, shape, adapter.settings, torch.float64, 2.0, turned=False)
+    weight = next(iter(open_base(base).checkpoint.tensors.values()))
+    whole = additive_change(delta, shape, adapter.settings, torch.float64, 2.0, weight.read, turned=False)
     found = torch.empty(stored, dtype=torch.float64)
     additive_part(whole, piece, stored).rows(0, stored[0], found)
     change = DeltaChange(0, delta, Part(Place("up_proj", shape, (piece,)), piece))
-    torch.testing.assert_close(found, ExpectedDelta(change, adapter.settings.data, 2.0, stored).matrix(stored[1]))
+    expected = ExpectedDelta(change, adapter.settings.data, 2.0, stored, weight)
+    torch.testing.assert_close(found, expected.matrix(stored[1]))
     assert found.any() and not found.T[:50].any() if turned else not found[:50].any()
 
 
@@ -206,6 +252,9 @@ def test_grid_of_many_blocks_takes_no_more_than_the_weight(tmp_path: Path) -> No
     config = peft.GraloraConfig(r=32, alpha=3, gralora_k=16, hybrid_r=3, target_modules=["up_proj"])
     adapter = write_adapter(base, tmp_path / "adapter", config)
     opened = open_adapter(adapter)
-    change = additive_change(opened.deltas[0], (48, 32), opened.settings, torch.float64, 1.0, turned=False)
+    values = torch.zeros(48, 32)
+    change = additive_change(
+        opened.deltas[0], (48, 32), opened.settings, torch.float64, 1.0, lambda: values, turned=False
+    )
     assert isinstance(change, ByRows)
     agree(base, config, tmp_path / "again")

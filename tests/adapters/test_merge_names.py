@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("peft")
 
-from matrix import REFUSED, merged_by_peft, pairs, run, write_model
+from matrix import CONFIGURATIONS, REFUSED, merged_by_peft, pairs, run, write_model
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny_families import FAMILIES, HUB_NAMES, rename_stored
@@ -73,7 +73,7 @@ def test_merge_into_a_directory_with_the_hubs_names_is_pefts(name: str, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "configuration"), pairs())
 def test_every_architecture_and_configuration(name: str, configuration: str, tmp_path: Path) -> None:
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for dtype in CONFIGURATIONS[configuration].dtypes:
         assert run(name, configuration, tmp_path / str(dtype), dtype) < NEAREST, dtype
 
 
@@ -172,7 +172,12 @@ def test_base_that_an_adapter_names_is_looked_up_in_the_hubs_cache(
     named = {"auto_mapping": None, "base_model_name_or_path": "someone/else"}
     path.write_text(json.dumps({**json.loads(path.read_text()), **named}))
     base = write_model("gemma", tmp_path / "base")
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, name: str(other / "config.json"))
+    cached = tmp_path / "cache" / "models--someone--else"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("abc")
+    (cached / "snapshots").mkdir()
+    (cached / "snapshots" / "abc").symlink_to(other)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     with pytest.raises(AdapterError, match=r"another architecture: found .*llama.*expected GemmaForCausalLM"):
         merge_lora(base, [(adapter, 1.0)], tmp_path / "out")
 

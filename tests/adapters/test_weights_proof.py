@@ -167,15 +167,38 @@ def test_differing_bits_are_computed_exactly(
     """A neighbouring float16 where the sum lies between two: no mistake, and no equal bits either."""
 
     def judge(written: Written) -> None:
-        added = second_computation.SecondComputation.added
-        monkeypatch.setattr(
-            second_computation.SecondComputation,
-            "added",
-            lambda self, place, out: added(self, place, out).mul_(1 + 2e-3 if out.dtype == torch.float32 else 1),
-        )
+        def add_to(
+            self: second_computation.SecondComputation, place: second_computation.Rectangle, sums: torch.Tensor
+        ) -> None:
+            sums += self.added(place, torch.empty_like(sums)).mul_(1 + 2e-3)
+
+        monkeypatch.setattr(second_computation.SecondComputation, "add_to", add_to)
         assert again(written) <= 1
 
     judged(tmp_path, torch.float16, judge)
+
+
+def test_infinity_in_both_computations_is_no_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_to = second_computation.SecondComputation.add_to
+
+    def overflowing(
+        self: second_computation.SecondComputation, place: second_computation.Rectangle, sums: torch.Tensor
+    ) -> None:
+        add_to(self, place, sums)
+        if place.rows[0] == 0:
+            sums.view(-1)[7] = float("inf")
+
+    monkeypatch.setattr(second_computation.SecondComputation, "add_to", overflowing)
+    with pytest.raises(ParityError, match="computed a second time"):
+        judged(tmp_path, torch.float16, spoil(infinite))
+
+
+def test_not_a_number_is_not_forgotten_for_a_later_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every block is computed exactly: a distance of NaN is the furthest."""
+    monkeypatch.setattr(second_computation, "BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr(TensorProof, "_screened", lambda *arguments: False)
+    with pytest.raises(ParityError, match="computed a second time"):
+        judged(tmp_path, torch.float16, spoil(not_a_number))
 
 
 def test_change_that_cancels_the_base_is_computed_exactly(tmp_path: Path) -> None:

@@ -112,6 +112,16 @@ class Span:
     def in_order(self) -> Span:
         return replace(self, ordered=True)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the bytes are elements as they stand, and nothing is checked over all of them."""
+        return not self.big_endian and self.checksum is None
+
+    def fill(self, values: torch.Tensor, start: int) -> None:
+        """Read into the contiguous `values` what stands from byte `start` of the run on; for plain runs only."""
+        assert self.is_plain
+        self.file.read_into(memoryview(raw_bytes(values).numpy()), self.offset + start, "a tensor")  # type: ignore[arg-type]
+
     def pieces(self, start: int, count: int, dtype: torch.dtype, nbytes: int) -> Iterator[torch.Tensor]:
         import torch
 

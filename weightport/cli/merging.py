@@ -178,12 +178,12 @@ def _show_plan(lines: Lines, base: Path, adapters: tuple[tuple[Path, float], ...
 
 def _verified(lines: Lines, written: Written, verify: bool | None) -> Mapping[str, Any] | None:
     """The record of the check; None when it was not asked for or cannot be had."""
+    if verify is False:
+        return None
     from weightport.adapters.verification.verify import UnverifiableError, verify_merge, why_not_verified, worst
     from weightport.checkpoints.formats.sharded import read_json
     from weightport.errors import UsageError
 
-    if verify is False:
-        return None
     reason = why_not_verified(written)
     if reason is not None:
         if verify:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -66,6 +67,8 @@ def _configuration_folder(named: str | None) -> Path | None:
         return None
     if (Path(named) / "config.json").is_file():
         return Path(named)
+    if not _may_be_cached(named):
+        return None
     try:
         from huggingface_hub import try_to_load_from_cache
 
@@ -73,6 +76,13 @@ def _configuration_folder(named: str | None) -> Path | None:
     except ValueError:  # no name that the Hub could have
         return None
     return Path(cached).parent if isinstance(cached, str) else None
+
+
+def _may_be_cached(named: str) -> bool:
+    """Whether the Hub's cache has a folder for `named`: to ask it costs imports that a merge has no other use for."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return os.path.isdir(os.path.join(HF_HUB_CACHE, f"models--{named.replace('/', '--')}"))
 
 
 def _trained_architecture(adapter: LoraAdapter) -> str | None:

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 from weightport.adapters.merging.lora_targets import DeltaChange
+from weightport.adapters.merging.spectral_check import fourier, waves
 from weightport.adapters.reading.additive_tensors import ModuleDelta
+from weightport.checkpoints import TensorRef
 
 Settings = Mapping[str, Any]
 Parts = Mapping[str, torch.Tensor]
@@ -28,11 +30,13 @@ _INPUTS = 512
 class ExpectedDelta:
     """What a change adds to a stored tensor of `shape`: float64."""
 
-    def __init__(self, change: DeltaChange, settings: Settings, weight: float, shape: Sequence[int]) -> None:
+    def __init__(
+        self, change: DeltaChange, settings: Settings, weight: float, shape: Sequence[int], base: TensorRef
+    ) -> None:
         place, piece = change.part.place, change.part.piece
         turned = bool(settings.get("fan_in_fan_out")) if place.turned is None else place.turned
         self._values = expected_matrix(
-            change.delta, settings, weight, shape if change.part.plain else place.shape, turned=turned
+            change.delta, settings, weight, shape if change.part.plain else place.shape, base, turned=turned
         )
         if not change.part.plain:
             spans = tuple(slice(start, start + piece.extent(axis)) for axis, start in enumerate(piece.start))
@@ -47,13 +51,19 @@ class ExpectedDelta:
 
 
 def expected_matrix(
-    delta: ModuleDelta, settings: Settings, weight: float, shape: Sequence[int], *, turned: bool
+    delta: ModuleDelta, settings: Settings, weight: float, shape: Sequence[int], base: TensorRef, *, turned: bool
 ) -> torch.Tensor:
-    """`weight` times what is added to a weight of `shape`, as float64 of that shape."""
+    """`weight` times what is added to a weight of `shape`, as float64 of that shape; `base` for what depends on it."""
     parts = {name: ref.read().double() for name, ref in delta.parts.items()}
     outputs, inputs = (shape[1], shape[0]) if turned else (shape[0], math.prod(shape[1:]))
     if delta.method in ("LOHA", "LOKR"):
         matrix = _MATRICES[delta.method](parts, shape) * _alpha_by_rank(settings, delta.module)
+    elif delta.method in _SPECTRA:
+        (spectrum,) = parts.values()
+        matrix = _SPECTRA[delta.method](spectrum, settings, outputs, inputs)
+    elif settings.get("init_weights") == "bat":
+        values = base.read().double()
+        matrix = _bat(values.T if turned else values.reshape(outputs, inputs), parts["miss_block"])
     else:
         matrix = torch.empty(outputs, inputs, dtype=torch.float64)
         for start in range(0, inputs, _INPUTS):
@@ -110,6 +120,33 @@ def _miss(x: torch.Tensor, parts: Parts, settings: Settings, outputs: int) -> to
     return (sums @ block).tile(1, outputs // block.shape[1])
 
 
+def _bat(values: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """(W + a row of identities) times each row's block."""
+    size = blocks.shape[1]
+    matrix = torch.empty_like(values)
+    identity = torch.eye(size, dtype=values.dtype).repeat(1, values.shape[1] // size)
+    for number, block in enumerate(blocks):
+        rows = slice(number * size, (number + 1) * size)
+        matrix[rows] = ((values[rows] + identity).reshape(-1, size) @ block).reshape(size, -1)
+    return matrix
+
+
+def _unilora(x: torch.Tensor, parts: Parts, settings: Settings, outputs: int) -> torch.Tensor:
+    def matrix(side: str) -> torch.Tensor:
+        places = parts[f"unilora_indices_{side}"].long()
+        return parts["unilora_theta_d"].take(places).mul(parts[f"unilora_scales_{side}"])
+
+    return torch.nn.functional.linear(torch.nn.functional.linear(x, matrix("A")), matrix("B"))
+
+
+def _tinylora(x: torch.Tensor, parts: Parts, settings: Settings, outputs: int) -> torch.Tensor:
+    narrow = x @ parts["tinylora_A"].T
+    mixed = torch.zeros_like(narrow)
+    for share, projection in zip(parts["tinylora_v"], parts["tinylora_P"]):
+        mixed += share * (narrow @ projection.T)
+    return torch.nn.functional.linear(mixed, parts["tinylora_B"])
+
+
 def _c3a(x: torch.Tensor, parts: Parts, settings: Settings, outputs: int) -> torch.Tensor:
     kernel = parts["c3a_kernel"]
     split = torch.fft.ifft(x.view(len(x), kernel.shape[1], kernel.shape[2]))
@@ -164,6 +201,10 @@ def _randlora(x: torch.Tensor, parts: Parts, settings: Settings, outputs: int) -
     return x @ inner.T @ outer.T * strength if small == x.shape[1] else x @ outer @ inner * strength
 
 
+_SPECTRA: Mapping[str, Callable[[torch.Tensor, Settings, int, int], torch.Tensor]] = {
+    "FOURIERFT": fourier,
+    "WAVEFT": waves,
+}
 _MATRICES: Mapping[str, Callable[[Parts, Sequence[int]], torch.Tensor]] = {"LOHA": _loha, "LOKR": _lokr}
 _APPLIED: Mapping[str, Callable[[torch.Tensor, Parts, Settings, int], torch.Tensor]] = {
     "VERA": _vera,
@@ -173,4 +214,6 @@ _APPLIED: Mapping[str, Callable[[torch.Tensor, Parts, Settings, int], torch.Tens
     "DELORA": _delora,
     "VBLORA": _vblora,
     "RANDLORA": _randlora,
+    "UNILORA": _unilora,
+    "TINYLORA": _tinylora,
 }

@@ -9,64 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from weightport.adapters.merging.low_rank_delta import CONV1D_MODELS, Change, Dense, LowRank, is_conv1d, stored_part
-from weightport.adapters.reading.additive_tensors import ModuleDelta
+from weightport.adapters.merging.spectral_delta import fourierft, waveft
+from weightport.adapters.merging.weight_delta import ByRows, Parts, Weight
+from weightport.adapters.reading.additive_tensors import ModuleDelta, is_bat
 from weightport.adapters.reading.lora_config import MergeSettings
-from weightport.adapters.reading.lora_settings import is_number
-from weightport.converters.lora_patterns import shown
 from weightport.converters.stored_pieces import Piece
 from weightport.errors import AdapterError
-
-Parts = Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class ByRows:
-    """A matrix [height, …] whose rows `of` computes: from the first to the last, excluded."""
-
-    height: int
-    of: Callable[[int, int], torch.Tensor]
-
-    def rows(self, start: int, stop: int, out: torch.Tensor) -> None:
-        values = self.of(start, stop)
-        if values.shape != out.shape:
-            raise ValueError(f"rows of {list(values.shape)}, not {list(out.shape)}")
-        out.copy_(values)
-
-
-@dataclass(frozen=True)
-class Weight:
-    """The weight that something is added to: its shape seen as [out, in], its kernel's, and what the settings say."""
-
-    outputs: int
-    inputs: int
-    kernel: tuple[int, ...]
-    settings: MergeSettings
-    module: str
-
-    def strength(self, alpha: str = "alpha", rank: float | None = None) -> float:
-        """alpha / rank, by the settings' patterns."""
-        return self.number(alpha, "alpha_pattern") / (rank or self.settings.rank(self.module))
-
-    def number(self, field: str, patterns: str | None = None) -> float:
-        """A number of the settings. Raises AdapterError for anything else."""
-        value: Any = self.settings.patterned(patterns, self.module, None) if patterns else None
-        value = self.settings.data.get(field) if value is None else value
-        if not is_number(value):
-            raise AdapterError(f"{self.settings.where}: {field} is {shown(value)}; expected a number.")
-        return float(value)
-
-    def count(self, field: str) -> int:
-        """A whole number of the settings, at least 1. Raises AdapterError for anything else."""
-        value = self.settings.data.get(field)
-        if type(value) is not int or value < 1:
-            raise AdapterError(f"{self.settings.where}: {field} is {shown(value)}; expected a number of at least 1.")
-        return value
 
 
 def _loha(parts: Parts, weight: Weight) -> Change:
@@ -120,12 +72,54 @@ def _vera(parts: Parts, weight: Weight) -> Change:
 def _miss(parts: Parts, weight: Weight) -> Change:
     """MiSS (arXiv:2409.15371): every rank-th input is added up, and the sums have one row of the block each."""
     block = parts["miss_block"]
+    if is_bat(weight.settings.data):
+        return _bat(block, weight)
     if block.ndim != 2 or weight.outputs % block.shape[1]:
         raise ValueError("the block is no matrix over the outputs")
     left = block.repeat(1, weight.outputs // block.shape[1]).T
     places = torch.arange(weight.inputs, device=block.device) % block.shape[0]
     right = (places == torch.arange(block.shape[0], device=block.device).unsqueeze(1)).to(block.dtype)
     return LowRank(left, right)
+
+
+def _bat(blocks: torch.Tensor, weight: Weight) -> Change:
+    """MiSS with init_weights "bat": every square block of the weight times one of its block of rows, and that one
+    added."""
+    count, size, width = blocks.shape
+    if size != width or count * size != weight.outputs:
+        raise ValueError("the blocks are not square, or not over the outputs")
+    values = torch.empty(weight.outputs, weight.inputs, device="meta") if blocks.is_meta else weight.values()
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        index = torch.arange(start, stop, device=blocks.device)
+        own = values[start:stop].to(blocks.dtype).unflatten(1, (-1, size))
+        product = torch.einsum("njs,nst->njt", own, blocks[index // size])
+        return (product + blocks[index // size, index % size].unsqueeze(1)).flatten(1)
+
+    return ByRows(weight.outputs, rows)
+
+
+def _unilora(parts: Parts, weight: Weight) -> Change:
+    """Uni-LoRA (arXiv:2506.00799): a pair whose elements are scaled values of one vector that all modules share."""
+    shared = parts["unilora_theta_d"]
+    for side in "AB":
+        places = parts[f"unilora_indices_{side}"]
+        if shared.ndim != 1 or places.dtype not in (torch.int32, torch.int64):
+            raise ValueError("no vector, or no places in one")
+        if not places.is_meta and places.numel() and not 0 <= int(places.min()) <= int(places.max()) < len(shared):
+            raise AdapterError(
+                f"{weight.module}: unilora_indices_{side} go from {int(places.min())} to {int(places.max())}, but "
+                f"unilora_theta_d has {len(shared)} values; the adapter is damaged."
+            )
+    a, b = (shared[parts[f"unilora_indices_{side}"]] * parts[f"unilora_scales_{side}"] for side in "AB")
+    return LowRank(b, a)
+
+
+def _tinylora(parts: Parts, weight: Weight) -> Change:
+    """TinyLoRA (arXiv:2602.04118): a pair of the base's largest singular vectors, saved with the adapter, and between
+    them a sum of random matrices."""
+    between = torch.einsum("u,urs->rs", parts["tinylora_v"], parts["tinylora_P"])
+    return LowRank(parts["tinylora_B"] @ between, parts["tinylora_A"])
 
 
 def _c3a(parts: Parts, weight: Weight) -> Change:
@@ -209,6 +203,10 @@ _CHANGES: Mapping[str, Callable[[Parts, Weight], Change]] = {
     "DELORA": _delora,
     "VBLORA": _vblora,
     "RANDLORA": _randlora,
+    "FOURIERFT": fourierft,
+    "WAVEFT": waveft,
+    "UNILORA": _unilora,
+    "TINYLORA": _tinylora,
 }
 
 
@@ -225,12 +223,14 @@ def additive_change(
     settings: MergeSettings,
     dtype: torch.dtype,
     weight: float,
+    values: Callable[[], torch.Tensor],
     *,
     turned: bool,
 ) -> Change:
-    """`weight` times what the module's tensors add to a weight of `shape`, in the weight's own orientation."""
+    """`weight` times what the module's tensors add to a weight of `shape`, in the weight's own orientation. `values`
+    reads the base's, for methods whose change depends on them."""
     parts = {name: _wide(ref.read(), dtype) for name, ref in delta.parts.items()}
-    return _scaled(_oriented(_natural(delta, parts, shape, settings, turned=turned), turned=turned), weight)
+    return _scaled(_oriented(_natural(delta, parts, shape, settings, values, turned=turned), turned=turned), weight)
 
 
 def _wide(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -238,10 +238,21 @@ def _wide(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _natural(
-    delta: ModuleDelta, parts: Parts, shape: Sequence[int], settings: MergeSettings, *, turned: bool
+    delta: ModuleDelta,
+    parts: Parts,
+    shape: Sequence[int],
+    settings: MergeSettings,
+    values: Callable[[], torch.Tensor],
+    *,
+    turned: bool,
 ) -> Change:
     outputs, inputs = (shape[1], shape[0]) if turned else (shape[0], math.prod(shape[1:]))
-    return _CHANGES[delta.method](parts, Weight(outputs, inputs, tuple(shape[2:]), settings, delta.module))
+
+    def natural_values() -> torch.Tensor:
+        return values().T if turned else values().reshape(outputs, inputs)
+
+    weight = Weight(outputs, inputs, tuple(shape[2:]), settings, delta.module, natural_values)
+    return _CHANGES[delta.method](parts, weight)
 
 
 def _oriented(change: Change, *, turned: bool) -> Change:
@@ -273,7 +284,7 @@ def additive_misfit(delta: ModuleDelta, shape: Sequence[int], settings: MergeSet
     }
     rows, columns = shape[0], math.prod(shape[1:])
     try:
-        change = _oriented(_natural(delta, parts, shape, settings, turned=turned), turned=turned)
+        change = _oriented(_natural(delta, parts, shape, settings, _not_read, turned=turned), turned=turned)
         if isinstance(change, LowRank):
             found = change.left.shape[0], change.right.shape[1], change.left.shape[1] - change.right.shape[0]
         else:
@@ -286,6 +297,10 @@ def additive_misfit(delta: ModuleDelta, shape: Sequence[int], settings: MergeSet
     except (RuntimeError, IndexError, ValueError, ZeroDivisionError, OverflowError):
         return f"{delta.module}: {delta.described} do not fit the base's weight {list(shape)}: another base"
     return None
+
+
+def _not_read() -> torch.Tensor:
+    raise AssertionError("shapes need no values")
 
 
 def _meta_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -25,6 +25,7 @@ from weightport.adapters.merging.low_rank_delta import (
 from weightport.adapters.merging.quantized import is_quantized_layer
 from weightport.adapters.merging.tensor_edit import Dora, Edit
 from weightport.adapters.merging.ties import TiedHead
+from weightport.adapters.reading.additive_tensors import is_bat
 from weightport.adapters.reading.lora_tensors import LoraAdapter
 from weightport.checkpoints import TensorRef
 from weightport.checkpoints.lazy_tensors import same_bits
@@ -94,13 +95,15 @@ class EditBuilder:
         for other in found.deltas:
             settings, of = self.adapters[other.adapter].settings, _model_shape(other, shape)
             _refuse(additive_misfit(other.delta, of, settings, turned=self._turned(other)))
+            if is_bat(settings.data):
+                _refuse(_not_of_the_base(other, ref, quantized is not None))
         for _, _, rows in found.tokens:
             if rows and not 0 <= max(rows) < shape[0]:
                 _refuse(f"trainable_token_indices name row {max(rows)}; {ref.name} has {shape[0]}")
         flips = [self._flipped(change, _model_shape(change, shape)) for change in found.pairs]
         return Edit(
             (*found.sources, *(quantized.sources if quantized else ())),
-            self._changes(found, shape, flips),
+            self._changes(found, replacement or ref, shape, flips),
             replacement,
             _dora(found, shape, flips),
             tuple((rows, tokens) for _, tokens, rows in found.tokens),
@@ -120,7 +123,7 @@ class EditBuilder:
         )
 
     def _changes(
-        self, found: Touched, shape: tuple[int, ...], flips: Sequence[bool]
+        self, found: Touched, base: TensorRef, shape: tuple[int, ...], flips: Sequence[bool]
     ) -> Callable[[torch.dtype], Sequence[Change]]:
         def build(dtype: torch.dtype) -> Sequence[Change]:
             changes: list[Change] = []
@@ -141,7 +144,7 @@ class EditBuilder:
                 changes += combined if part.plain else [stored_part(c, part.piece, shape) for c in combined]
             for change in (*found.parameters, *found.biases):
                 changes.append(self._alone(change, shape, dtype))
-            changes += [self._of_delta(change, shape, dtype) for change in found.deltas]
+            changes += [self._of_delta(change, base, shape, dtype) for change in found.deltas]
             return changes
 
         return build
@@ -150,10 +153,10 @@ class EditBuilder:
         settings = self.adapters[change.adapter].settings
         return is_turned(change.delta, change.part.place.turned, settings, self.base.model_type)
 
-    def _of_delta(self, change: DeltaChange, shape: tuple[int, ...], dtype: torch.dtype) -> Change:
+    def _of_delta(self, change: DeltaChange, base: TensorRef, shape: tuple[int, ...], dtype: torch.dtype) -> Change:
         settings, weight = self.adapters[change.adapter].settings, self.weights[change.adapter]
         of, turned = _model_shape(change, shape), self._turned(change)
-        whole = additive_change(change.delta, of, settings, dtype, weight, turned=turned)
+        whole = additive_change(change.delta, of, settings, dtype, weight, base.read, turned=turned)
         return whole if change.part.plain else additive_part(whole, change.part.piece, shape)
 
     def _alone(self, change: PairChange, shape: tuple[int, ...], dtype: torch.dtype) -> Change:
@@ -194,6 +197,15 @@ def _beside_pairs(found: Touched, ref: TensorRef, replacement: TensorRef | None,
     }
     beside = next((name for name, there in what.items() if there), None)
     return f"{ref.name}: {kind} combines pairs and leaves out {beside}; use {SUM}, the exact sum" if beside else None
+
+
+def _not_of_the_base(change: DeltaChange, ref: TensorRef, quantized: bool) -> str | None:
+    """Why the change, which multiplies the base's weight, cannot be had of what the files hold."""
+    if not change.part.plain:
+        return f"{change.delta.module}: MiSS's bat multiplies a weight that the files hold in other parts ({ref.name})"
+    if quantized:
+        return f"{change.delta.module}: MiSS's bat multiplies the base's weight, which is rounded to 4 bits"
+    return None
 
 
 def _refuse(problem: str | None) -> None:

@@ -13,7 +13,9 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from weightport.adapters.merging.additive_check import ExpectedDelta
 from weightport.adapters.merging.lora_targets import PairChange, Touched
@@ -21,8 +23,8 @@ from weightport.adapters.merging.tensor_edit import Output
 from weightport.checkpoints import TensorRef
 from weightport.checkpoints.layout import Span, StoredTensor
 
-BLOCK_ELEMENTS = 1 << 18
-"""Elements compared at a time: they stay in the processor's cache."""
+BLOCK_ELEMENTS = 1 << 19
+"""Elements compared at a time: few enough for the processor's cache, and enough to be worth a call."""
 
 
 @dataclass(frozen=True)
@@ -87,15 +89,15 @@ class Patch:
         return self.left.float(), self.right.float()
 
     @cached_property
-    def _lengths(self) -> tuple[torch.Tensor, float]:
+    def _lengths(self) -> tuple[NDArray[np.float64], float]:
         """The length of each row of `left`, and of the longest column of `right`."""
-        return self.left.norm(dim=1), float(self.right.norm(dim=0).max())
+        return self.left.norm(dim=1).numpy(), float(self.right.norm(dim=0).max())
 
     def reach(self, place: Rectangle) -> float:
         """At least the sum of |left| · |right| of any element of `place` (Cauchy and Schwarz)."""
         rows, longest = self._lengths
         found = rows[max(place.rows[0] - self.row, 0) : max(place.rows[1] - self.row, 0)]
-        return float(found.max()) * longest if found.numel() else 0.0
+        return float(found.max()) * longest if found.size else 0.0
 
     def at(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """What is added to single elements, float64 like their number."""
@@ -127,14 +129,15 @@ class SecondComputation:
         )
         # What other methods add is no product of two narrow matrices: it is held as a whole.
         self.dense = tuple(
-            ExpectedDelta(each, settings[each.adapter], weights[each.adapter], out.shape) for each in touched.deltas
+            ExpectedDelta(each, settings[each.adapter], weights[each.adapter], out.shape, self.base.ref)
+            for each in touched.deltas
         )
         self.tokens = {
             row: values for _, ref, rows in touched.tokens for row, values in zip(rows, ref.read().double().unbind())
         }
         self.lengths = self._dora(out, touched)
 
-    @property
+    @cached_property
     def depth(self) -> int:
         """Products added up in an element, at most."""
         return sum(patch.left.shape[1] + 1 for patch in self.patches)
@@ -144,7 +147,7 @@ class SecondComputation:
         return sum(patch.reach(place) for patch in self.patches)
 
     def base_values(self, place: Rectangle) -> torch.Tensor:
-        """The base's values there, [rows, columns], as they are stored."""
+        """The base's values there, [rows, columns], as they are stored; valid until others are asked for."""
         first = place.rows[0] * self.columns + place.columns[0]
         return self.base.run(first, first + prod(place.shape)).reshape(place.shape)
 
@@ -161,6 +164,14 @@ class SecondComputation:
         for delta in self.dense:
             out += delta.matrix(self.columns)[slice(*place.rows), slice(*place.columns)]
         return out
+
+    def add_to(self, place: Rectangle, sums: torch.Tensor) -> None:
+        """Add to `sums` [rows, columns], float32 or float64, what patches add there."""
+        for patch in self.patches:
+            if (factors := patch.factors(place, sums.dtype)) is not None:
+                where, left, right = factors
+                part = sums if where.shape == place.shape else sums[slice(*where.rows), slice(*where.columns)]
+                part.addmm_(left, right)
 
     def at(self, places: torch.Tensor) -> torch.Tensor:
         """What is added to single elements, counted row by row: float64."""
@@ -218,15 +229,29 @@ class _Elements:
         load = ref.load
         by_rows = isinstance(load, StoredTensor) and isinstance(load.source, Span) and load.layout.is_contiguous
         self._held = ((0, ref.numel), ref.read().reshape(-1)) if not by_rows or not ref.shape else None
+        self._plain: tuple[Span, int] | None = None
+        if by_rows and isinstance(load, StoredTensor) and isinstance(load.source, Span) and load.source.is_plain:
+            self._plain = load.source, load.layout.offset
+        self._memory = torch.empty(0, dtype=ref.dtype)
 
     def run(self, first: int, last: int) -> torch.Tensor:
-        """Elements `first` to `last`, 1-D, in the tensor's own dtype."""
+        """Elements `first` to `last`, 1-D, in the tensor's own dtype; valid until others are asked for."""
+        if self._held is None and self._plain is not None:
+            return self._read(*self._plain, first, last)
         if self._held is None or not (self._held[0][0] <= first and last <= self._held[0][1]):
             rows = first // self.width, -(-last // self.width)
             values = self.ref.rows(*rows).reshape(-1)
             self._held = (rows[0] * self.width, rows[1] * self.width), values
         (start, _), values = self._held
         return values[first - start : last - start]
+
+    def _read(self, source: Span, offset: int, first: int, last: int) -> torch.Tensor:
+        """The same, read into memory that is used again."""
+        if self._memory.numel() < last - first:
+            self._memory = torch.empty(last - first, dtype=self.ref.dtype)
+        values = self._memory[: last - first]
+        source.fill(values, (offset + first) * values.itemsize)
+        return values
 
 
 def _stacked(change: PairChange, shape: Sequence[int]) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from weightport.adapters.merging.combination import SUM
 from weightport.adapters.merging.lora_targets import Touched
@@ -37,6 +38,9 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _READ_BYTES = 8 << 20
 _HALF = 0.5001
 """Half a rounding, and what converting float64 by way of float32 adds to it."""
+
+_SHAPES = 64
+"""Shapes of blocks that are kept: nearly all blocks of a tensor have one."""
 
 _SLACK = 64
 """Roundings of the arithmetic's dtype, of the terms of a sum, that a correct merge may be off by before its last
@@ -227,17 +231,39 @@ class ShardWatch:
             tensor.compare(torch.frombuffer(data, dtype=tensor.out.dtype, count=count))
 
 
+@dataclass(frozen=True)
+class _Block:
+    """Memory for one block, as a matrix and as the bits of its elements, 1-D."""
+
+    values: torch.Tensor
+    bits: NDArray[np.signedinteger[Any]]
+
+
 class _Memory:
     """Memory for one block, used again for every block: fresh memory costs more than the arithmetic."""
 
     def __init__(self) -> None:
         self._held: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._blocks: dict[tuple[str, torch.dtype, tuple[int, int]], _Block] = {}
 
-    def block(self, use: str, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    def block(self, use: str, dtype: torch.dtype, shape: tuple[int, int]) -> _Block:
         """Memory of `shape`, at most BLOCK_ELEMENTS, valid until it is asked for again for the same `use`."""
-        if (use, dtype) not in self._held:
-            self._held[use, dtype] = torch.empty(BLOCK_ELEMENTS, dtype=dtype)
-        return self._held[use, dtype][: prod(shape)].view(shape)
+        found = self._blocks.get((use, dtype, shape))
+        if found is None:
+            if (use, dtype) not in self._held:
+                self._held[use, dtype] = torch.empty(BLOCK_ELEMENTS, dtype=dtype)
+            flat = self._held[use, dtype][: prod(shape)]
+            found = _Block(flat.view(shape), _bits(flat))
+            if len(self._blocks) > _SHAPES:
+                self._blocks.clear()
+            self._blocks[use, dtype, shape] = found
+        return found
+
+
+def _bits(values: torch.Tensor) -> NDArray[np.signedinteger[Any]]:
+    """The bits of `values`, as signed integers in the same memory."""
+    found: NDArray[np.signedinteger[Any]] = values.view(_INTEGERS[values.dtype.itemsize]).numpy()
+    return found
 
 
 class TensorProof:
@@ -250,7 +276,8 @@ class TensorProof:
         self._worst = 0.0
         self._doubtful: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._screens = (torch.float32, torch.float64) if out.dtype.itemsize <= 2 else (torch.float64,)
-        self._integers = _INTEGERS[out.dtype.itemsize]
+        if out.dtype.is_floating_point:
+            self._infinity = int(_bits(torch.tensor([torch.inf]).to(out.dtype))[0])
 
     def compare(self, written: torch.Tensor) -> None:
         """The next elements as they stand in the file, 1-D."""
@@ -293,38 +320,54 @@ class TensorProof:
         That error is at most (depth + 4) · eps / 2 · (|base| + reach) an element. Elements that differ wait for a
         computation in float64.
         """
-        out = self.out.dtype
-        wide = self._memory.block("sums", dtype, place.shape).copy_(base)
-        absolute = torch.abs(wide, out=self._memory.block("added", dtype, place.shape))
-        reach, total = self.again.reach(place), float(absolute.sum())
-        limit = torch.finfo(out).max / 2
-        if not total + reach < limit and not float(absolute.max()) + reach < limit:
+        bits = _bits(written)
+        # Infinities and NaN are no sums that a bound holds for; negative ones are the largest numbers without a sign.
+        unsigned = bits.view(f"u{bits.itemsize}")
+        if bits.max() >= self._infinity or unsigned.max() >= self._infinity + (1 << (8 * bits.itemsize - 1)):
             return False
-        # A sum of so many float32 is right to one in a hundred.
-        mean = 0.98 * total / wide.numel()
-        error = (self.again.depth + 4) * torch.finfo(dtype).eps / 2 * reach
-        if not error <= _SLACK * _arithmetic_eps(out) * mean / 2:
+        sums = self._memory.block("sums", dtype, place.shape).values.copy_(base)
+        error = (self.again.depth + 4) * torch.finfo(dtype).eps / 2 * self.again.reach(place)
+        mean = self._mean(sums, 2 * error / (_SLACK * _arithmetic_eps(self.out.dtype)))
+        if mean is None:
             return False
-        if self.again.patches:
-            wide += self.again.added(place, self._memory.block("added", dtype, place.shape))
-        return self._same_bits(wide, part, start, base, written, mean)
+        if self.again.depth + 4 <= _SLACK:
+            self.again.add_to(place, sums)
+        else:
+            # A product added as a whole, so that the base is rounded once.
+            sums += self.again.added(place, self._memory.block("added", dtype, place.shape).values)
+        return self._same_bits(sums, part, start, base, bits, written, mean)
+
+    def _mean(self, sums: torch.Tensor, enough: float) -> float | None:
+        """A mean absolute value of at least `enough` that the block's is not below; None where it is less. Half
+        of the block, with nothing beside it, is as a rule enough to know."""
+        flat = sums.reshape(-1)
+        for count in (flat.numel() // 2, flat.numel()):
+            absolute = self._memory.block("added", sums.dtype, (1, count)).values
+            # A sum of so many float32 is right to one in a hundred.
+            mean = 0.98 * float(torch.abs(flat[:count], out=absolute[0]).sum()) / flat.numel()
+            if enough <= mean < torch.inf:
+                return mean
+        return None
 
     def _same_bits(
         self,
-        wide: torch.Tensor,
+        sums: torch.Tensor,
         part: slice,
         start: int,
         base: torch.Tensor,
+        bits: NDArray[np.signedinteger[Any]],
         written: torch.Tensor,
         mean: float,
     ) -> bool:
-        rounded = self._memory.block("rounded", self.out.dtype, wide.shape).copy_(wide)
-        expected = rounded.reshape(-1)[part].view(self._integers).numpy()
-        differing = np.flatnonzero(expected != written.view(self._integers).numpy())
-        if len(differing) > written.numel() // 8 + 8:
+        rounded = self._memory.block("rounded", self.out.dtype, (sums.shape[0], sums.shape[1]))
+        rounded.values.copy_(sums)
+        unequal = rounded.bits[part] != bits
+        # Counting is the quicker of the two, and there is seldom one.
+        count = np.count_nonzero(unequal)
+        if count > written.numel() // 8 + 8:
             return False
-        if len(differing):
-            where = torch.from_numpy(differing)
+        if count:
+            where = torch.from_numpy(np.flatnonzero(unequal))
             self._doubtful.append(
                 (
                     where + start,
@@ -341,9 +384,9 @@ class TensorProof:
     def _exactly(self, place: Rectangle, base: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """(expected values, what is allowed beside their rounding is a multiple of) in float64."""
         before = self.again.with_trained_rows(
-            place, self._memory.block("base", torch.float64, place.shape).copy_(base)
+            place, self._memory.block("base", torch.float64, place.shape).values.copy_(base)
         )
-        added = self.again.added(place, self._memory.block("added", torch.float64, place.shape))
+        added = self.again.added(place, self._memory.block("added", torch.float64, place.shape).values)
         expected = self.again.finish(place, before + added)
         terms = before.abs_().add_(added.abs_())
         terms += terms.mean()
@@ -359,9 +402,8 @@ class TensorProof:
         self._note(_in_roundings(written, base + added, base.abs() + added.abs() + mean, self.out.dtype))
 
     def _note(self, found: float) -> None:
-        # Not max(): a comparison with NaN has to count.
-        if not found <= self._worst:
-            self._worst = found
+        # NaN is no distance: it stays the furthest, whatever comes after it.
+        self._worst = max(self._worst, found) if found == found else float("inf")
 
 
 def _arithmetic_eps(dtype: torch.dtype) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from weightport.checkpoints import TensorRef
 from weightport.errors import AdapterError
@@ -49,7 +50,18 @@ METHODS: Mapping[str, MethodTensors] = {
         ("vblora_vector_bank",),
     ),
     "RANDLORA": MethodTensors(("randlora_lambda", "randlora_gamma"), ("randlora_A", "randlora_B")),
+    "FOURIERFT": MethodTensors(("fourierft_spectrum",)),
+    "WAVEFT": MethodTensors(("waveft_spectrum",)),
+    "TINYLORA": MethodTensors(("tinylora_A", "tinylora_B", "tinylora_P", "tinylora_v")),
+    "UNILORA": MethodTensors(
+        tuple(f"unilora_{kind}_{side}" for side in "AB" for kind in ("indices", "scales")), ("unilora_theta_d",)
+    ),
 }
+
+
+def is_bat(settings: Mapping[str, Any]) -> bool:
+    """Whether these are settings of MiSS with blocks that multiply the base's weight."""
+    return settings.get("peft_type") == "MISS" and settings.get("init_weights") == "bat"
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,7 @@ _NOT_WEIGHTS: Mapping[str, str] = {
 
 # Methods whose change of the weights is in no file alone: what it takes beside.
 _NEEDS_MORE: Mapping[str, str] = {
-    **dict.fromkeys(("FOURIERFT", "WAVEFT", "UNILORA", "TINYLORA"), "places that peft draws from a seed"),
-    "PSOFT": "a singular value decomposition of the base",
+    "PSOFT": "singular vectors of the base that are saved nowhere, and whose signs are each library's choice",
     **dict.fromkeys(("OFT", "BOFT", "HRA", "ROAD"), "a rotation of the base's weights"),
     **dict.fromkeys(("HIRA", "IA3"), "a scaling of the base's weights or activations"),
     **dict.fromkeys(("LN_TUNING", "TRAINABLE_TOKENS", "SHIRA"), "replaced or single values, not a matrix"),
@@ -145,10 +144,11 @@ def _require_method(data: Mapping[str, Any], where: str) -> None:
     if kind == "LORA":
         return
     if isinstance(kind, str) and kind in METHODS:
-        if kind == "MISS" and data.get("init_weights") == "bat":
+        if kind == "UNILORA" and not data.get("save_indices"):
             raise AdapterError(
-                f"{where}: init_weights is bat, under which MiSS multiplies the base's weights; merge it with peft's "
-                "merge_and_unload."
+                f"{where}: save_indices is false, so which values of the vector a module has is drawn again from a "
+                "seed, in the order in which the running model has its modules. Load the adapter in peft, set "
+                "save_indices=True in its configuration, and save it again."
             )
         return
     if what := _NOT_WEIGHTS.get(str(kind)):

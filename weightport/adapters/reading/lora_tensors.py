@@ -14,6 +14,7 @@ import torch
 from weightport.adapters.reading.additive_tensors import METHODS, ModuleDelta, module_deltas
 from weightport.adapters.reading.block_diagonal import expanded
 from weightport.adapters.reading.lora_config import MergeSettings, read_merge_settings
+from weightport.adapters.reading.tinylora_vectors import with_own_vectors
 from weightport.checkpoints import TensorRef, open_checkpoint
 from weightport.errors import AdapterError, CheckpointError, NonFiniteError
 from weightport.file_state import FileState
@@ -103,6 +104,8 @@ def open_adapter(folder: Path) -> LoraAdapter:
     tensors = dict(checkpoint.items())
     deltas: tuple[ModuleDelta, ...] = ()
     keyed = {_stripped(key): ref for key, ref in tensors.items()}
+    if settings.method == "TINYLORA":
+        keyed = with_own_vectors(keyed, settings.data, path)
     if settings.method in METHODS:
         deltas, keyed = module_deltas(settings.method, keyed, path)
     parts: dict[tuple[str, int], dict[str, TensorRef]] = {}
