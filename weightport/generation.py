@@ -17,6 +17,7 @@ from weightport.checkpoints import open_checkpoint
 from weightport.devices import usable_device
 from weightport.errors import CheckpointError, DataError, UsageError
 from weightport.model_directory import check_model_directory, check_processor
+from weightport.panics import panics_as_errors
 from weightport.pictures import BROKEN_PICTURE, picture_formats
 
 LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -106,7 +107,8 @@ def generate(
 def _loading(directory: Path) -> Iterator[None]:
     """What transformers raises for a directory that it cannot load, as CheckpointError."""
     try:
-        yield
+        with panics_as_errors():
+            yield
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise CheckpointError(

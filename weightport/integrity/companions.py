@@ -10,6 +10,7 @@ from weightport.converters.processor import check_processor, image_sides
 from weightport.errors import WeightportError
 from weightport.integrity.findings import Finding, Severity, unchecked, wrong
 from weightport.integrity.structure import Loaded, VerifiedFamily
+from weightport.panics import panics_as_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -49,7 +50,8 @@ def _tokenizer(directory: Path, loaded: Loaded) -> tuple[list[str], list[Finding
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        with panics_as_errors():
+            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
         vocabulary: Mapping[str, int] = tokenizer.get_vocab()
     except Exception as error:
         # Parsers in other languages raise what they like.
@@ -71,7 +73,8 @@ def _processor(directory: Path, loaded: Loaded, family: VerifiedFamily | None) -
     from transformers.processing_utils import ProcessorMixin
 
     try:
-        processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        with panics_as_errors():
+            processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         return [], [_unread("processor", directory, error)]
     config: Any = loaded.model.config

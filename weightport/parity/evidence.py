@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import AutoTokenizer, PreTrainedModel
 
 from weightport.converters.record import read_record, versions
+from weightport.panics import panics_as_errors
 from weightport.parity.family import Family
 from weightport.parity.reference import Reference
 
@@ -113,6 +114,7 @@ def tokenizer_of(directory: Path) -> Any | None:
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        with panics_as_errors():
+            return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError):
         return None

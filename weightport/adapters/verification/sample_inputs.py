@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from weightport.panics import panics_as_errors
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -40,7 +42,8 @@ def _processed(directory: Path, prompt: str) -> Inputs:
 
     pixels = torch.randint(0, 256, (64, 80, 3), generator=_random(), dtype=torch.uint8)
     try:
-        processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
+        with panics_as_errors():
+            processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
         batch = processor(text=prompt, images=Image.fromarray(pixels.numpy()), return_tensors="pt")
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         # A directory with an image processor alone, or one that takes other arguments: what is made up does as well.

@@ -15,6 +15,7 @@ from weightport.checkpoints.json_text import parse_json
 from weightport.errors import MissingVocabularyError, VocabularyError
 from weightport.families.blip2.layouts import Kind
 from weightport.hub import HUB_ERRORS, download_folder, reason
+from weightport.panics import panics_as_errors
 from weightport.tokenizers.provenance import Provenance, of_folder
 
 DECODER_START = "[DEC]"
@@ -82,7 +83,8 @@ def load_tokenizer(kind: Kind, folder: Path) -> Any:
     try:
         # OPT answers behind its prompt, so that padding stands before it.
         side = {"padding_side": "left"} if kind == "opt" else {}
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **side)
+        with panics_as_errors():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **side)
     except Exception as error:
         # tokenizers raises plain Exceptions, huggingface_hub its own for values of config.json.
         reason = (str(error) or repr(error)).splitlines()[0]

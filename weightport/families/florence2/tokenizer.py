@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from weightport.checkpoints.json_text import parse_json
 from weightport.errors import VocabularyError
+from weightport.panics import panics_as_errors
 
 LOCATIONS = 1000
 _PAIRS = ("cap", "ncap", "dcap", "grounding", "seg")
@@ -145,7 +146,8 @@ def build_florence2_tokenizer(
     for each in data["added_tokens"]:
         vocab[each["content"]] = each["id"]
     try:
-        backend = Tokenizer.from_str(json.dumps(data))
+        with panics_as_errors():
+            backend = Tokenizer.from_str(json.dumps(data))
     except Exception as error:  # the library raises no type of its own
         raise VocabularyError(f"The tokenizer in {vocabulary.source} cannot be built: {error}.") from error
     return PreTrainedTokenizerFast(

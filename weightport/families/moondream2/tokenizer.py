@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from weightport.checkpoints.json_text import parse_json
 from weightport.errors import MissingVocabularyError, VocabularyError
 from weightport.hub import HUB_ERRORS, download, reason
+from weightport.panics import panics_as_errors
 from weightport.tokenizers.provenance import Provenance, of_file
 
 IMAGE_TOKEN = "<image>"
@@ -159,7 +160,8 @@ def build_tokenizer(vocabulary: MoondreamVocabulary, image_id: int, model_max_le
     data["added_tokens"].sort(key=lambda each: each["id"])
     data["truncation"] = data["padding"] = None
     try:
-        backend = Tokenizer.from_str(json.dumps(data))
+        with panics_as_errors():
+            backend = Tokenizer.from_str(json.dumps(data))
     except Exception as error:  # the library raises no type of its own
         raise VocabularyError(f"The tokenizer in {vocabulary.source} cannot be built: {error}.") from error
     found = backend.token_to_id(IMAGE_TOKEN)

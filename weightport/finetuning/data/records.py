@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import StringIO
@@ -209,7 +210,7 @@ def csv_format(file: PinnedFile) -> Csv:
     tabs = file.path.suffix.lower() == ".tsv"
     delimiter = "\t" if tabs else max(DELIMITERS, key=lambda each: len(_fields(text, each, place)))
     names = tuple(name.strip() for name in _fields(text, delimiter, place))
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise DataError(f"{place}: the column {shown(twice[0])!r} stands twice among the names.")
     return Csv(delimiter, names)

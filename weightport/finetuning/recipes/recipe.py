@@ -105,6 +105,8 @@ def parse_recipe(text: str, place: str) -> Recipe:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"{place} is no YAML: {error}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{place} is no recipe: it nests lists or mappings hundreds deep.") from error
     if not isinstance(content, Mapping):
         raise RecipeError(f"{place} is no recipe: expected sections such as data, training, found {content!r:.60}.")
     known = [each.name for each in fields(Recipe)]

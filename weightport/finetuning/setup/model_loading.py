@@ -16,6 +16,7 @@ from weightport.checkpoints import open_checkpoint
 from weightport.errors import CheckpointError, RecipeError, TrainingError
 from weightport.finetuning.family import Family
 from weightport.finetuning.recipes.settings import BatchSettings, ModelSettings
+from weightport.panics import panics_as_errors
 
 _LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """Nothing is fetched, and no code of the directory is run."""
@@ -39,7 +40,8 @@ def load_processor(directory: Path, family: Family | None, batch: BatchSettings)
     from weightport import modeling  # noqa: F401 - registers the families that transformers lacks
 
     try:
-        processor = AutoProcessor.from_pretrained(directory, **_LOCAL)
+        with panics_as_errors():
+            processor = AutoProcessor.from_pretrained(directory, **_LOCAL)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise CheckpointError(f"{directory} has no whole tokenizer and processor: {error}") from error
     if batch.image_size is not None and family is not None:
