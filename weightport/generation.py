@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from weightport.checkpoints import open_checkpoint
-from weightport.devices import usable_device
+from weightport.devices import settle_arithmetic, usable_device
 from weightport.errors import CheckpointError, DataError, UsageError
 from weightport.model_directory import check_model_directory, check_processor
 from weightport.panics import panics_as_errors
@@ -67,6 +67,7 @@ def generate(
         processor = AutoProcessor.from_pretrained(directory, **LOCAL)
     asked = prompt if prompt is not None else task_prompt(processor, task, tasks or {})
     logging.disable_progress_bar()
+    settle_arithmetic()
     # Our reader says what is wrong with a damaged file, and what to do.
     open_checkpoint(directory)
     with _loading(directory):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedModel
 
+import weightport
 from weightport.api import check_parity, load_native
 from weightport.parity import runner, streaming, training
 from weightport.parity.loading import _narrower
@@ -144,3 +146,12 @@ def test_memory_that_torch_does_not_get_is_no_fault_of_the_reference(native, ref
     monkeypatch.setattr(runner, "_forward", full)
     with pytest.raises(MemoryError, match=r"run 'text': .*9 bytes"):
         check_parity(native, reference("text"))
+
+
+def test_every_place_that_loads_a_model_settles_the_arithmetic_first() -> None:
+    package = Path(weightport.__file__).parent
+    loading = re.compile(r"(AutoModelForImageTextToText|auto_class\)?|model_class)\.from_pretrained\(")
+    texts = {path: path.read_text() for path in package.rglob("*.py") if "modeling" not in path.parts}
+    found = {path.name: text for path, text in texts.items() if loading.search(text)}
+    assert sorted(found) == ["generation.py", "loading.py", "model_loading.py", "verify.py"]
+    assert all("settle_arithmetic()" in text for text in found.values())

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from weightport.checkpoints import open_checkpoint
+from weightport.devices import settle_arithmetic
 from weightport.errors import CheckpointError, ConfigurationError, CoverageError
 from weightport.parity.family import Family
 from weightport.parity.streaming import stream_weights
@@ -35,6 +36,7 @@ def load_native(
     one while the model runs (see streaming.py). `overrides` replace configuration values. Raises CheckpointError when
     the directory is none, CoverageError when its weights and its configuration do not meet.
     """
+    settle_arithmetic()
     directory = Path(directory)
     loaded_in = _narrower(directory, dtype) if stream and dtype is not None else dtype
     settings: dict[str, Any] = dict(overrides or {})

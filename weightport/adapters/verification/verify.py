@@ -28,6 +28,7 @@ from weightport.adapters.verification.peft_loading import load_adapter
 from weightport.adapters.verification.sample_inputs import sample_inputs
 from weightport.checkpoints import open_checkpoint
 from weightport.converters.name_spaces import NameSpace, name_space
+from weightport.devices import settle_arithmetic
 from weightport.errors import AdapterError, ConfigurationError, ParityError
 from weightport.extras import install_command
 
@@ -209,6 +210,7 @@ def load_model(directory: Path) -> PreTrainedModel:
 
     from weightport import modeling  # noqa: F401 - registers the families that transformers lacks
 
+    settle_arithmetic()
     config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
     name = (config.architectures or ["AutoModel"])[0]
     own = transformers.AutoModelForImageTextToText if type(config).__module__.startswith("weightport.") else None

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from weightport.checkpoints import open_checkpoint
+from weightport.devices import settle_arithmetic
 from weightport.errors import CheckpointError, RecipeError, TrainingError
 from weightport.finetuning.family import Family
 from weightport.finetuning.recipes.settings import BatchSettings, ModelSettings
@@ -81,6 +82,7 @@ def load_model(
     if settings.method == "qlora" and family is not None:
         options |= {"quantization_config": four_bits(family), "device_map": {"": device}}
     logging.disable_progress_bar()
+    settle_arithmetic()
     # Our reader says what is wrong with a damaged file, and what to do.
     open_checkpoint(directory)
     try:
