@@ -18,11 +18,13 @@ from tiny_runs import assigned, trained_model
 from transformers import PreTrainedModel, Trainer
 
 from weightport import cli
-from weightport.errors import DataError
+from weightport.errors import DataError, OutputError
 from weightport.finetuning import rescue
 from weightport.finetuning.data.samples import Picture
 from weightport.finetuning.evaluation import answering
+from weightport.finetuning.rescue import disk_fault
 from weightport.finetuning.training import results
+from weightport.finetuning.training.run import _disk_faults_named
 
 FEW = {
     "training.max_steps": 2,
@@ -176,3 +178,28 @@ def test_adapter_needs_the_space_of_an_adapter(
     assert "free, and the result with" in finetune(**epochs).output
     done = finetune("--method", "lora", "--set", "lora.r=1", **epochs)
     assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.EIO, "Input/output error"), "failed, or one that is read from (input/output error)"),
+        (OSError(errno.ENOSPC, "No space left on device"), "is full"),
+        (RuntimeError("basic_ios::clear: iostream error"), "did not take what was written (it is full, or failed)"),
+        (OSError(errno.ENOENT, "No such file"), None),
+        (RuntimeError("mat1 and mat2"), None),
+    ],
+)
+def test_a_disk_s_fault_is_told_from_others(error: Exception, says: str | None) -> None:
+    assert disk_fault(error) == says
+    wrapped = RuntimeError("saving")
+    wrapped.__cause__ = error
+    assert disk_fault(wrapped) == says
+
+
+def test_a_checkpoint_that_the_disk_did_not_take_is_one_error(tmp_path) -> None:
+    said = pytest.raises(OutputError, match=r"The disk of .*run did not take .* Nothing was left behind")
+    with said, _disk_faults_named(tmp_path / "run"):
+        raise RuntimeError("basic_ios::clear: iostream error")
+    with pytest.raises(RuntimeError, match="mat1"), _disk_faults_named(tmp_path / "run"):
+        raise RuntimeError("mat1 and mat2")

@@ -26,6 +26,32 @@ _SIGNS_OF_A_FULL_DISK = ("No space left on device", "PytorchStreamWriter failed"
 """safetensors and torch.save say so in words only."""
 
 
+_FAILING = {
+    errno.EIO: "input/output error",
+    errno.EROFS: "it is read-only",
+    errno.ESTALE: "the network share lost a file",
+    errno.ENOTCONN: "the network share is not connected",
+    errno.EREMOTEIO: "the network share failed",
+    errno.ENXIO: "it is gone",
+    errno.ENODEV: "it is gone",
+}
+_SIGN_OF_A_FAILING_DISK = "basic_ios::clear"
+"""torch.save's, of a stream that did not take what was written."""
+
+
+def disk_fault(error: BaseException | None) -> str | None:
+    """What the disk did that is behind an error, to be said after "The disk of a run"; None where it is another's."""
+    if is_full_disk(error):
+        return "is full"
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FAILING:
+            return f"failed, or one that is read from ({_FAILING[error.errno]})"
+        if isinstance(error, RuntimeError) and _SIGN_OF_A_FAILING_DISK in str(error):
+            return "did not take what was written (it is full, or failed)"
+        error = error.__cause__
+    return None
+
+
 def is_full_disk(error: BaseException | None) -> bool:
     """Whether a full disk or a used-up quota is what is behind an error, whichever library was writing."""
     while error is not None:

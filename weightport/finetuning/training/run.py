@@ -26,7 +26,7 @@ from weightport.finetuning.family import Family
 from weightport.finetuning.features.filling import filled_store
 from weightport.finetuning.recipes.recipe import as_yaml
 from weightport.finetuning.recipes.settings import Recipe
-from weightport.finetuning.rescue import is_full_disk
+from weightport.finetuning.rescue import disk_fault, is_full_disk
 from weightport.finetuning.setup.batch_size import division_of
 from weightport.finetuning.setup.preparing import Job, Prepared, prepare
 from weightport.finetuning.training.averaging import AveragedWeights
@@ -73,7 +73,7 @@ def finetune(
                 keep = stack.enter_context(_begun(job, prepared))
         PartialState().wait_for_everyone()
         try:
-            with _full_disk_named(job.output):
+            with _disk_faults_named(job.output):
                 return _train(
                     replace(job, recipe=prepared.recipe),
                     prepared,
@@ -89,15 +89,16 @@ def finetune(
 
 
 @contextmanager
-def _full_disk_named(run: Path) -> Iterator[None]:
-    """A checkpoint that found no space is an OutputError, whichever library was writing it."""
+def _disk_faults_named(run: Path) -> Iterator[None]:
+    """A checkpoint that the disk did not take is an OutputError, whichever library was writing it."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if not is_full_disk(error):
+        fault = disk_fault(error)
+        if fault is None:
             raise
         left = "The checkpoints before are whole (--resume)." if last_checkpoint(run) else "Nothing was left behind."
-        raise OutputError(f"The disk of {run} is full. {left} Make room, or choose another --output.") from error
+        raise OutputError(f"The disk of {run} {fault}. {left} Make room, or choose another --output.") from error
 
 
 def _begun(job: Job, prepared: Prepared) -> AbstractContextManager[Callable[[], None]]:
