@@ -19,6 +19,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from weightport.version import __version__
+from weightport.writing.disk_errors import disk_errors
 from weightport.writing.written_hashes import sha256_of
 
 RECORD = ".weightport.json"
@@ -76,14 +77,15 @@ def record_folder(folder: Path, also: Sequence[str] = (), replaces: str = "", ca
 
 
 def record_file(path: Path) -> None:
-    """Note that weightport wrote this file, where the folder it stands in has a record."""
+    """Note that weightport wrote this file, where the folder it stands in has a record. Raises OutputError."""
     record = read_record(path.parent)
     if record is not None:
         state = _state(path)
         hashes = {name: value for name, value in record.hashes.items() if name != path.name}
         if state != _IRREGULAR:
             hashes[path.name] = sha256_of(path)
-        write_record(path.parent, replace(record, files={**record.files, path.name: state}, hashes=hashes))
+        with disk_errors(path.parent / RECORD):
+            write_record(path.parent, replace(record, files={**record.files, path.name: state}, hashes=hashes))
 
 
 def is_edited(path: Path) -> bool:
