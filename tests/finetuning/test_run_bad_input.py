@@ -89,7 +89,7 @@ USAGE = {
     "task": (["--set", "batch.task=dance", "--set", "batch.prompt=null"], ["no task 'dance'"]),
     "strategies that disagree": (
         ["--set", "load_best_model_at_end=true", "--set", "eval_strategy=epoch", "--set", "save_strategy=steps",
-         "--eval-data", "SAME"], ["training: "],
+         "--eval-data", "SAME"], ["save_strategy is steps and", "eval_strategy is epoch", "Set both alike"],
     ),
     "best by no metric": (
         ["--set", "load_best_model_at_end=true", "--set", "metric_for_best_model=beauty",
