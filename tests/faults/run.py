@@ -67,6 +67,8 @@ def attack(made: Bench, name: str, points: int, state: Path | None = None) -> No
     for what, kind in CHANGES.items():
         for nth in spread(readings or 0, max(points // 10, 3)):
             made.changed_source(command, kind, nth, f"source {what}", states)
+    if state:
+        _save(made, state)
 
 
 def _save(made: Bench, state: Path) -> None:
