@@ -11,9 +11,11 @@ NO_NUMBERS = ("meta", "fake")
 
 
 def settle_arithmetic() -> None:
-    """What every place that loads a model to run it calls first. MKL settles at the first exp of a process how exactly
-    it computes; where two threads share that one, a half of the values was wrong by 1e-4 in 7 of 50 processes, and in
-    none of 60 after this (torch 2.13, two cores)."""
+    """Compute one exp on one thread; to be called before a model runs.
+
+    MKL chooses the accuracy of its vector functions at their first call in a process. Where two threads shared that
+    call, half of the values were wrong by 1e-4 in 7 of 50 processes; after this, in none of 60 (torch 2.13, 2 cores).
+    """
     torch.zeros(1).exp()
 
 

@@ -14,26 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_processes import side_by_side
-from tiny_runs import job_of, losses, run, still
+from tiny_runs import FOUR_STEPS, job_of, losses, run, still
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed (pip install deepspeed)"),
 ]
 
-STEPS = {
-    "training.learning_rate": 1e-3,
-    "training.warmup_steps": 0,
-    "training.max_steps": 4,
-    "training.save_strategy": "steps",
-    "training.save_steps": 2,
-    "training.save_total_limit": None,
-    "training.logging_steps": 1,
-    "training.dataloader_num_workers": 0,
-    "evaluation.samples": 3,
-    "evaluation.batch_size": 1,
-    "evaluation.generation.max_new_tokens": 3,
-}
 BUILD = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load()"
 
 
@@ -57,7 +44,7 @@ def test_shared_out_gradients_have_the_losses_and_the_result_of_one_process(
     on_cpu: dict[str, str], tiny: Callable[[str], Path], pairs: Path, tmp_path: Path
 ) -> None:
     model = tiny("florence2")
-    whole = {**STEPS, **still(model), "training.per_device_train_batch_size": 4}
+    whole = {**FOUR_STEPS, **still(model), "training.per_device_train_batch_size": 4}
     one = run(model, "docvqa", pairs, tmp_path / "one", eval_data=pairs, more=whole)
     shared = {
         **whole,

@@ -15,26 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_processes import side_by_side
-from tiny_runs import assigned, job_of, losses, run, still
+from tiny_runs import FOUR_STEPS, assigned, job_of, losses, run, still
 from torch import nn
 
 from weightport.errors import RecipeError
 from weightport.finetuning.training.sharding import tied_modules
 
-STEPS = {
-    "training.learning_rate": 1e-3,
-    "training.warmup_steps": 0,
-    "training.max_steps": 4,
-    "training.per_device_train_batch_size": 4,
-    "training.save_strategy": "steps",
-    "training.save_steps": 2,
-    "training.save_total_limit": None,
-    "training.logging_steps": 1,
-    "training.dataloader_num_workers": 0,
-    "evaluation.samples": 3,
-    "evaluation.batch_size": 1,
-    "evaluation.generation.max_new_tokens": 3,
-}
+STEPS = {**FOUR_STEPS, "training.per_device_train_batch_size": 4}
 CLOSE = {"abs": 1e-6, "rel": 5e-7}
 """As in test_run_processes.py: losses of about 10 have neighbours 1e-6 away in float32."""
 

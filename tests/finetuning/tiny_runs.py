@@ -104,6 +104,20 @@ STILL = {
 }
 """Fields of the config that make training random."""
 
+FOUR_STEPS = {
+    "training.learning_rate": 1e-3,
+    "training.warmup_steps": 0,
+    "training.max_steps": 4,
+    "training.save_strategy": "steps",
+    "training.save_steps": 2,
+    "training.save_total_limit": None,
+    "training.logging_steps": 1,
+    "training.dataloader_num_workers": 0,
+    "evaluation.samples": 3,
+    "evaluation.batch_size": 1,
+    "evaluation.generation.max_new_tokens": 3,
+}
+"""A run of four steps with a checkpoint every second one, in one process of data."""
 FIXED_RATE = {"training.warmup_steps": 0, "training.lr_scheduler_type": "constant"}
 """What a few steps on four pictures need in place of a guide's schedule."""
 
