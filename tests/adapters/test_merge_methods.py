@@ -25,6 +25,7 @@ from weightport.adapters.merging.combination import Combination
 from weightport.adapters.merging.lora_targets import DeltaChange, Part
 from weightport.adapters.merging.merge import MergeOptions
 from weightport.adapters.merging.module_names import Place
+from weightport.adapters.merging.planned_edits import _not_of_the_base
 from weightport.adapters.merging.weight_delta import ByRows
 from weightport.adapters.reading.lora_tensors import open_adapter
 from weightport.adapters.verification.verify import why_not_verified
@@ -201,6 +202,18 @@ def test_adapter_of_a_method_that_cannot_be_merged_is_refused(case: str, tmp_pat
     with pytest.raises(error, match=said):
         merge_lora(base, [(adapter, 1.0)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_change_that_multiplies_the_weight_needs_it_as_the_files_have_it(tmp_path: Path) -> None:
+    base = write_model("llama", tmp_path / "base")
+    adapter = write_adapter(base, tmp_path / "adapter", METHODS["miss-bat"](["up_proj"]))
+    with pytest.raises(AdapterError, match=r"up_proj: MiSS's bat multiplies the base's weight, which is rounded"):
+        merge_lora(base, [(adapter, 1.0)], tmp_path / "out", MergeOptions(quantized_base="nf4"))
+    assert not (tmp_path / "out").exists()
+    delta, ref = open_adapter(adapter).deltas[0], next(iter(open_base(base).checkpoint.tensors.values()))
+    piece = Piece("fused", ((50, 98), (0, 32)), (0, 1), (0, 0))
+    stored_within = DeltaChange(0, delta, Part(Place("up_proj", (48, 32), (piece,)), piece))
+    assert "hold in other parts" in str(_not_of_the_base(stored_within, ref, quantized=False))
 
 
 @pytest.mark.parametrize(
