@@ -44,7 +44,6 @@ class Environment:
 
 ENVIRONMENTS = (
     Environment("lowest", "3.11", lowest=True),
-    Environment("newest, 3.11", "3.11"),
     Environment("newest, 3.12", "3.12"),
     Environment("newest, 3.13", "3.13"),
 )
@@ -90,7 +89,8 @@ def run(environment: Environment, arguments: argparse.Namespace, exchange: Path)
         print(
             f"{environment.name}: Python {environment.python}, {', '.join(wanted) or 'the newest of all'}", flush=True
         )
-        pip = [str(own), "-m", "pip", "install", "--quiet", "--no-cache-dir"]
+        # Most of an environment is the same wheels as the one before: fetched once, and compiled as they are used.
+        pip = [str(own), "-m", "pip", "install", "--quiet", "--no-compile", "--cache-dir", str(exchange.parent / "pip")]
         package = ["--editable", f"{ROOT}[test,adapters]"]
         done = subprocess.run([*pip, *wanted, *package], capture_output=True, text=True, check=False)
         if done.returncode:
@@ -104,7 +104,7 @@ def tried(python: str, name: str, exchange: Path, pytest: Sequence[str]) -> dict
     found["wrote"] = _exchange(python, "write", exchange / re.sub(r"\W+", "-", name))
     found["read"] = _exchange(python, "read", exchange)
     begun = time.monotonic()
-    done = _process(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *pytest)
+    done = _process(python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadscope", "-p", "no:cacheprovider", *pytest)
     (exchange.parent / f"versions-{re.sub(r'[^a-z0-9.]+', '-', name)}.log").write_text(done.stdout + done.stderr)
     summary = re.findall(r"(\d+) (passed|failed|error|skipped)", _last(done.stdout, " in "))
     found["tests"] = {kind: int(number) for number, kind in summary}
