@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, get_token, hf_hub_download, snapshot_download
+from huggingface_hub import constants, get_token, hf_hub_download, set_client_factory, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
-from huggingface_hub.utils import get_session
+from huggingface_hub.utils import _http, get_session
 
 PROBE_SECONDS = 5.0
+ANSWER_SECONDS = 120.0
+"""How long the Hub may be silent during an upload: a commit of many files takes it a while."""
 
 # The base of all errors of the HTTP client that huggingface_hub uses, httpx or httpx2: a broken connection is no
 # OSError there.
@@ -104,6 +106,25 @@ def shareable(error: Exception) -> Exception | None:
             return None
         each = each.__cause__ or each.__context__
     return error
+
+
+@contextmanager
+def answers_awaited() -> Iterator[None]:
+    """Ends a request of the block with an error where the other side is silent for ANSWER_SECONDS: huggingface_hub
+    waits for ever, unless a client factory of the user's says otherwise."""
+    before = _http._GLOBAL_CLIENT_FACTORY
+
+    def client() -> Any:
+        made = before()
+        if made.timeout.read is None:
+            made.timeout = ANSWER_SECONDS
+        return made
+
+    set_client_factory(client)
+    try:
+        yield
+    finally:
+        set_client_factory(before)
 
 
 @contextmanager

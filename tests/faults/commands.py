@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,6 @@ import torch
 from safetensors.torch import save_file
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS / "golden"), str(TESTS / "finetuning"), str(TESTS / "converters")]
-
 RECORD = ".weightport.json"
 QUERY = "language_model.model.decoder.layers.0.self_attn.q_proj"
 REPO = "somebody/tiny"

@@ -10,12 +10,12 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "release")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from faults.commands import COMMANDS  # noqa: E402
-from faults.harness import CHANGES, Bench, bench, series, spread  # noqa: E402
-from faults.shim import COUNT, READS, Fault, compiler  # noqa: E402
+from faults.commands import COMMANDS
+from faults.harness import CHANGES, Bench, bench, series, spread
+from faults.network import HubServer, TornRelease, hub_environment, running
+from faults.shim import COUNT, READS, Fault, compiler
 
 
 def main() -> int:
@@ -28,20 +28,23 @@ def main() -> int:
         print("faults need a C compiler (cc, gcc or clang)", file=sys.stderr)
         return 2
     with ExitStack() as stack:
-        made = stack.enter_context(bench(hub_environment(stack)))
+        hub = stack.enter_context(running())
+        made = stack.enter_context(bench(hub_environment(hub)))
         for name in arguments.command or COMMANDS:
             started = time.monotonic()
             attack(made, name, arguments.points, arguments.state)
+            if name == "release":
+                tear(made, hub)
             _print(made, name, time.monotonic() - started)
     return 1 if any(tally.broken for tally in made.tally.values()) else 0
 
 
-def hub_environment(stack: ExitStack) -> dict[str, str]:
-    """A stand-in for the Hub on this machine: nothing asks the network."""
-    from hub_server import TOKEN, running
-
-    server = stack.enter_context(running())
-    return {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+def tear(made: Bench, hub: HubServer) -> None:
+    """A release whose network tears, at each of its requests."""
+    for existing in (False, True):
+        torn = TornRelease(made, hub, existing)
+        for how, nth in torn.series():
+            torn.tried(how, nth)
 
 
 def attack(made: Bench, name: str, points: int, state: Path | None = None) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from faults.commands import COMMANDS, state_of
 from faults.harness import EVERY, NONE, Bench, BrokenInvariantError, bench, spread
+from faults.network import TEARS, HubServer, TornRelease, hub_environment, running
 from faults.shim import FAIL_FROM, FAIL_ONCE, SHORT, SIGNAL, WRITES, Fault, compiler, library
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C compiler here")
@@ -41,6 +42,37 @@ def test_a_fault_leaves_the_old_or_the_new_output_whole(made: Bench, name: str, 
         made.tried(command, existing, fault, what, states)
     assert made.tally[name].broken == []
     assert {end.rpartition(": ")[2] for end in made.tally[name].ends} >= {"new", "old"}
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[HubServer]:
+    with running() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def connected(hub: HubServer) -> Iterator[Bench]:
+    with bench(hub_environment(hub), every=False) as found:
+        yield found
+
+
+def test_a_network_that_tears_leaves_the_hub_with_a_whole_release(connected: Bench, hub: HubServer) -> None:
+    torn = TornRelease(connected, hub, existing=False)
+    commit = torn.requests
+    for how in TEARS:
+        torn.tried(how, commit)
+        torn.tried(how, 3)
+    tally = connected.tally["release"]
+    assert tally.broken == []
+    assert {end.rpartition(": ")[2] for end in tally.ends} == {"published", "published by the next run"}
+
+
+def test_half_a_release_on_the_hub_is_a_broken_invariant(connected: Bench, hub: HubServer) -> None:
+    torn = TornRelease(connected, hub, existing=False)
+    torn.after = {**torn.after, "lost.bin": b""}
+    before = len(connected.tally["release"].broken)
+    torn.tried(TEARS[0], 1)
+    assert "neither the old release nor the new one" in connected.tally["release"].broken[before]
 
 
 PROBE = """

@@ -10,7 +10,7 @@ import socket
 import struct
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -20,12 +20,15 @@ DROP = "drop"
 """A fault: the connection is reset in the middle of the request."""
 TEAR = "tear"
 """A fault: the request is carried out, and the connection is reset in the middle of the answer."""
+STALL = "stall"
+"""A fault: nothing is answered until the other side gives up."""
 
 
 class HubServer(ThreadingHTTPServer):
     """What was asked for (`requests`: method, path), the repositories, and the objects that arrived by their hash.
 
-    `faults` are taken in turn by requests whose "METHOD path" contains their key: DROP, TEAR, or (status, text).
+    `faults` (DROP, TEAR, STALL, or (status, text)) are taken in turn by requests whose "METHOD path" contains their
+    key. `planted` gives the fault of the n-th request of all, from 1 on, or None.
     """
 
     daemon_threads = True
@@ -35,6 +38,7 @@ class HubServer(ThreadingHTTPServer):
         self.requests: list[tuple[str, str]] = []
         self.authorizations: set[str] = set()
         self.faults: dict[str, list[Any]] = {}
+        self.planted: Callable[[int], Any] = lambda number: None
         self.repositories: dict[str, dict[str, Any]] = {}
         self.files: dict[tuple[str, str], dict[str, bytes]] = defaultdict(dict)
         self.objects: dict[str, bytes] = {}
@@ -76,7 +80,12 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.server
         hub.requests.append((self.command, self.path))
         hub.authorizations.add(self.headers.get("authorization", ""))
-        fault = self._fault()
+        fault = self._fault() or hub.planted(len(hub.requests))
+        if fault == STALL:
+            self._body()
+            self.connection.recv(1)
+            self.close_connection = True
+            return
         if fault == DROP:
             self.rfile.read(min(16, int(self.headers.get("content-length") or 0)))
             self._reset()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from hub_server import DROP, TEAR, TOKEN, HubServer
+from hub_server import DROP, STALL, TEAR, TOKEN, HubServer
 from safetensors.torch import load_file, save_file
 
 from weightport import cli
@@ -213,6 +213,41 @@ def test_after_an_answer_that_is_torn_the_same_command_completes_the_release(
 def test_passing_trouble_is_tried_again_without_a_word(model: Path, hub: HubServer) -> None:
     hub.faults = {"PUT /lfs/": [DROP, (503, "busy")], "preupload": [(500, "busy")]}
     assert release(model, ReleaseOptions(REPO)).url == f"{hub.url}/{REPO}"
+
+
+@pytest.mark.parametrize("silent", ["POST /api/repos/create", f"GET /api/models/{REPO}", "preupload", "/commit/"])
+def test_a_hub_that_falls_silent_is_one_error_and_no_endless_wait(
+    silent: str, model: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in ("weightport.hub", "weightport.release.publishing"):
+        monkeypatch.setattr(f"{place}.ANSWER_SECONDS", 0.2)
+    hub.faults[silent] = [STALL] * 6
+    with pytest.raises(OutputError, match=f"did not take {REPO}: .*timed out"):
+        release(model, ReleaseOptions(REPO, private=True))
+    assert not hub.files[(REPO, "main")]
+    hub.faults.clear()
+    assert release(model, ReleaseOptions(REPO, private=True)).url
+
+
+def test_a_client_factory_of_the_user_s_is_kept_with_its_patience(model: Path, hub: HubServer) -> None:
+    import huggingface_hub
+    from huggingface_hub.utils import _http
+
+    made = []
+
+    def factory() -> object:
+        client = _http.default_client_factory()
+        client.timeout = 7.0
+        made.append(client)
+        return client
+
+    huggingface_hub.set_client_factory(factory)
+    try:
+        release(model, ReleaseOptions(REPO))
+        assert _http._GLOBAL_CLIENT_FACTORY is factory
+    finally:
+        huggingface_hub.set_client_factory(_http.default_client_factory)
+    assert made and all(client.timeout.read == 7.0 for client in made)
 
 
 def test_hub_that_is_not_there_leaves_the_directory_ready(model: Path, hub: HubServer) -> None:

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightport.errors import CheckpointError, OutputError, UsageError
-from weightport.hub import HUB_ERRORS, endpoint, reason, refused, scrubbed_logs, shareable
+from weightport.hub import (
+    ANSWER_SECONDS,
+    HUB_ERRORS,
+    answers_awaited,
+    endpoint,
+    reason,
+    refused,
+    scrubbed_logs,
+    shareable,
+)
 from weightport.release.card import CardOptions, model_card
 from weightport.release.checking import CheckedDirectory, check_directory, require_unchanged
 from weightport.release.contents import PublishedFile, contents, require_own_card, require_own_sums, sealed, write_into
@@ -127,7 +136,7 @@ def _upload(
     additions = [_addition(file) for file in files]
     repo, revision = options.repo, options.revision
     try:
-        with scrubbed_logs():
+        with scrubbed_logs(), answers_awaited():
             api.create_repo(repo, private=options.private, exist_ok=True)
             if options.private:
                 _require_private(api, repo)
@@ -161,7 +170,7 @@ def _addition(file: PublishedFile) -> CommitOperationAdd:
 
 
 def _require_private(api: HfApi, repo: str) -> None:
-    if api.model_info(repo).private is False:
+    if api.model_info(repo, timeout=ANSWER_SECONDS).private is False:
         raise OutputError(
             f"{repo} exists and is public, and --private does not change that. Make it private on the Hub first, or "
             "choose another --repo. Nothing was uploaded."
