@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from weightport.checkpoints import open_checkpoint
@@ -39,23 +39,27 @@ def load_native(
     settle_arithmetic()
     directory = Path(directory)
     loaded_in = _narrower(directory, dtype) if stream and dtype is not None else dtype
-    settings: dict[str, Any] = dict(overrides or {})
-    if attn_implementation is not None:
-        settings["attn_implementation"] = attn_implementation
+    own = {"trust_remote_code": False, "local_files_only": True}
+    attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         with _quiet():
+            config = AutoConfig.from_pretrained(directory, **own)
+            _replace(config, overrides or {})
             model, info = family.auto_class.from_pretrained(
                 directory,
+                config=config,
                 dtype=loaded_in or "auto",
-                trust_remote_code=False,
-                local_files_only=True,
                 output_loading_info=True,
-                **settings,
+                **attention,
+                **own,
             )
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"The model in {directory} cannot be loaded: {error}") from error
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ConfigurationError(f"The model in {directory} cannot be built from its config.json: {error}") from error
+        asked = "" if attn_implementation is None else f" with {attn_implementation} attention"
+        raise ConfigurationError(
+            f"The model in {directory} cannot be built from its config.json{asked}: {error}"
+        ) from error
     wrong = {
         what: sorted(map(str, info.get(what) or ())) for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
     }
@@ -66,6 +70,16 @@ def load_native(
     if loaded_in != dtype and dtype is not None:
         stream_weights(model, dtype, casts_to_float32=family.casts_to_float32)
     return model
+
+
+def _replace(config: PreTrainedConfig, values: Mapping[str, Any]) -> None:
+    """Set values of a configuration, those of a mapping in the configuration of that name. (As arguments of
+    from_pretrained they would make a part's configuration anew, without the attention that was asked for.)"""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            _replace(getattr(config, name), value)
+        else:
+            setattr(config, name, value)
 
 
 @contextmanager
