@@ -182,8 +182,10 @@ CONFIGURATIONS: Mapping[str, Configuration] = {
     # Transformed in float32 by peft whatever the model's dtype, which is roundings of a float32 weight.
     "fourierft": Configuration(lambda name: _method(name, peft.FourierFTConfig, n_frequency=90), dtypes=DTYPES[1:]),
     "waveft": Configuration(lambda name: _method(name, peft.WaveFTConfig, n_frequency=90)),
-    "unilora": Configuration(partial(_method, config=peft.UniLoraConfig, r=4, theta_d_length=64, save_indices=True)),
-    "tinylora": Configuration(partial(_method, config=peft.TinyLoraConfig, r=3, u=5, weight_tying=0.5)),
+    "unilora": Configuration(
+        lambda name: _method(name, peft.UniLoraConfig, r=4, theta_d_length=64, save_indices=True)
+    ),
+    "tinylora": Configuration(lambda name: _method(name, peft.TinyLoraConfig, r=3, u=5, weight_tying=0.5)),
     "miss-bat": Configuration(_bat),
 }
 

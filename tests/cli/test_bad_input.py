@@ -254,7 +254,7 @@ def test_a_signal_while_writing_leaves_nothing(checkpoint, tmp_path, number):
     assert os.listdir(target) != []
     time.sleep(0.3)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 128 + number
     assert "nothing was left behind" in errors
     assert "Traceback" not in errors

@@ -177,6 +177,7 @@ def test_an_unknown_part_is_refused_with_those_that_there_are(opt, tmp_path):
     assert not (tmp_path / "back.pth").exists()
 
 
+@pytest.mark.pillow13
 @pytest.mark.parametrize("name", ["opt-tiny", "opt-interp-tiny", "t5-coco-tiny"])
 def test_prompts_and_pictures_are_the_originals(name, tmp_path):
     given = Lavis(name, tmp_path / "in")

@@ -92,6 +92,7 @@ def test_may_2024_computes_what_april_did(one_view, tmp_path: Path) -> None:
 # A whole view and crops: 2024-05-20 to 2024-08-26.
 
 
+@pytest.mark.pillow13
 @pytest.mark.parametrize("revision", ["2024-05-20", "2024-07-23"])
 def test_pictures_of_may_and_july_are_seen_as_in_august(crops, tmp_path: Path, revision: str) -> None:
     """Only August has a region head; tiles, merging and pixels are the same."""

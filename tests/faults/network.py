@@ -29,7 +29,7 @@ KILLED = Fault(SIGNAL, value=signal.SIGKILL)
 
 def hub_environment(hub: HubServer) -> dict[str, str]:
     """What makes a command take `hub` for the Hub: nothing asks the network."""
-    return {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    return {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from drawn_data import draw_jsonl
 from tiny_runs import job_of, losses, run, still
 
 from weightport.errors import RecipeError, TrainingError
+from weightport.finetuning import activation_checkpointing
 from weightport.finetuning.setup import batch_size, preparing
 from weightport.finetuning.setup.batch_size import Division, bytes_of, fitting_division
 from weightport.finetuning.setup.preparing import prepare
@@ -135,14 +136,14 @@ def test_gradient_checkpointing_counts_in_the_search(tiny: Callable[[str], Path]
     checkpointed: list[bool] = []
 
     def measure(batch: int) -> float:
-        checkpointed.append(prepared.loaded.model.is_activation_checkpointing)
+        checkpointed.append(activation_checkpointing.is_on(prepared.loaded.model))
         return 0.0
 
     job = job_of(tiny("florence2"), "docvqa", pairs, tmp_path / "run", more={**STEPS, "gradient_checkpointing": True})
     prepared = prepare(job)
     fitting_division(prepared.loaded, job.recipe, prepared.arguments, prepared.samples, measure)
     assert checkpointed == [True, True, True]
-    assert not prepared.loaded.model.is_activation_checkpointing
+    assert not activation_checkpointing.is_on(prepared.loaded.model)
 
 
 @pytest.mark.parametrize(

@@ -300,7 +300,7 @@ def test_two_processes_fill_and_read_one_store(tiny: Callable[[str], Path], ques
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--no-python", str(Path(sys.executable).with_name("port-finetune")), str(model), "-q"]
     command += ["--data", str(data), "-o", str(tmp_path / "two"), "--cache-features", *halves]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, check=True, capture_output=True, timeout=600)
     assert losses(tmp_path / "two") == pytest.approx(losses(single.history), rel=0, abs=5e-6)
     (store,) = (path for path in (tmp_path / "two" / "features").iterdir() if path.is_dir())
     assert (np.fromfile(store / "lengths.bin", dtype=np.int32) > 0).all()

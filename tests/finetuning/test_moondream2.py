@@ -73,12 +73,14 @@ def test_texts_become_the_sequences_that_the_original_trains_on(processor: Any, 
     assert torch.equal(made["attention_mask"].bool(), case.tensors["train.attention_mask"])
 
 
+@pytest.mark.pillow13
 def test_pictures_and_texts_give_the_loss_of_the_original(model: Any, processor: Any, case: Any) -> None:
     with torch.no_grad():
         loss = model(**encoded(processor, case)).loss
     assert float(loss) == pytest.approx(float(case.tensors["train.loss"]), abs=5e-6)
 
 
+@pytest.mark.pillow13
 def test_questions_are_what_the_original_generates_from(model: Any, processor: Any, case: Any) -> None:
     stated = case.spec["reference"]
     pictures = [Image.fromarray(case.tensors[f"image.{row}"].numpy()) for row in range(len(stated["prompts"]))]

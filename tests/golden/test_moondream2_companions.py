@@ -112,6 +112,7 @@ def test_placeholder_is_behind_every_token_and_inside_the_embedding(case: Case, 
 # Pictures.
 
 
+@pytest.mark.pillow13
 @judges(MOONDREAM, has_one_view)
 def test_pixels_of_one_view_are_the_originals(case: Case, processor: Any) -> None:
     images = processor.image_processor
@@ -122,6 +123,7 @@ def test_pixels_of_one_view_are_the_originals(case: Case, processor: Any) -> Non
         assert torch.equal(images(picture(case, name), return_tensors="pt")["pixel_values"][0], wanted)
 
 
+@pytest.mark.pillow13
 @judges(MOONDREAM, has_crops)
 def test_pixels_of_crops_are_the_originals(case: Case, processor: Any) -> None:
     found = processor.image_processor(pictures(case), return_tensors="pt")
@@ -150,6 +152,7 @@ def test_every_size_of_picture_has_the_originals_tiles(case: Case) -> None:
         assert 1 + rows * columns == crops
 
 
+@pytest.mark.pillow13
 @judges(MOONDREAM, of_2025)
 def test_pixels_of_tiles_are_the_originals(case: Case, processor: Any) -> None:
     found = processor.image_processor(pictures(case), return_tensors="pt")
@@ -210,6 +213,7 @@ def generated(processor: Any, model: Any, image: Any, text: str, length: int) ->
     return processor.answers(ids, inputs)[0]
 
 
+@pytest.mark.pillow13
 @judges(MOONDREAM, of_2024)
 def test_answers_are_the_originals(case: Case, processor: Any, model: Any) -> None:
     stated = case.spec["reference"]

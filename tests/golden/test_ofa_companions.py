@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import ofa_cases
+import pytest
 import torch
 from golden_case import Case
 from needs import has_checkpoint, judges, of_family, strings
@@ -58,6 +59,7 @@ def test_tokenizer_reads_ids_back_as_the_original_prints_them(case: Case, conver
             assert text == each["decoded"], f"{case.name}: {each['text']!r}"
 
 
+@pytest.mark.pillow13
 @judges(OFA, images)
 def test_image_processor_gives_the_pixels_of_the_original_transform(case: Case) -> None:
     for name, match in images(case).items():

@@ -157,7 +157,7 @@ def test_browser_shows_the_plot_without_a_complaint(report, tmp_path: Path, widt
         [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0",
          f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1200", "--dump-dom",
          (tmp_path / "page.html").as_uri()],
-        capture_output=True, text=True, timeout=60, check=True,
+        capture_output=True, text=True, timeout=300, check=True,
     )  # fmt: skip
     assert "CONSOLE" not in shot.stderr
     assert re.search(r"<svg[^>]*class=\"plot\"", shot.stdout)

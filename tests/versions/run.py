@@ -90,7 +90,16 @@ def run(environment: Environment, arguments: argparse.Namespace, exchange: Path)
             f"{environment.name}: Python {environment.python}, {', '.join(wanted) or 'the newest of all'}", flush=True
         )
         # Most of an environment is the same wheels as the one before: fetched once, and compiled as they are used.
-        pip = [str(own), "-m", "pip", "install", "--quiet", "--no-compile", "--cache-dir", str(exchange.parent / "pip")]
+        pip = [
+            str(own),
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-compile",
+            "--cache-dir",
+            str(exchange.parent / "pip"),
+        ]
         package = ["--editable", f"{ROOT}[test,adapters]"]
         done = subprocess.run([*pip, *wanted, *package], capture_output=True, text=True, check=False)
         if done.returncode:

@@ -200,7 +200,7 @@ class _Chunk:
         except CheckpointError:
             raise
         except Exception as error:
-            if type(error).__module__.partition(".")[0] != "zstandard" and not isinstance(error, ValueError):
+            if type(error).__name__ != "ZstdError" and not isinstance(error, ValueError):
                 raise
             raise CheckpointError(f"{self.path}: cannot be unpacked ({error}). Fetch it again.") from error
         return found

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Subset
 from transformers import GenerationConfig
 
 from weightport.errors import DataError, RecipeError
+from weightport.finetuning import activation_checkpointing
 from weightport.finetuning.data.collation import Indexed, Questioner, Questions
 from weightport.finetuning.data.samples import Objects, Samples, left_to_skip
 from weightport.finetuning.evaluation.predictions import Prediction
@@ -158,16 +159,16 @@ def within_budget(own: GenerationConfig, options: Mapping[str, Any], asked: int,
 def evaluating(model: Any) -> Iterator[None]:
     """The model in evaluation mode, with its cache, and as it was when the block ends."""
     training = model.training
-    checkpointing = getattr(model, "is_activation_checkpointing", False)
+    checkpointing = activation_checkpointing.is_on(model)
     if checkpointing:
-        model.activation_checkpointing_disable()
+        activation_checkpointing.disable(model)
     model.eval()
     try:
         yield
     finally:
         model.train(training)
         if checkpointing:
-            model.activation_checkpointing_enable()
+            activation_checkpointing.enable(model)
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:

@@ -16,6 +16,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from transformers import TrainingArguments
 
 from weightport.errors import DataError, RecipeError, TrainingError
+from weightport.finetuning import activation_checkpointing
 from weightport.finetuning.data.collation import FAILURE, INDICES, BadSamples, Collator, Indexed
 from weightport.finetuning.data.samples import Samples
 from weightport.finetuning.evaluation.answering import chosen
@@ -262,16 +263,16 @@ def _as_it_was(model: Any, arguments: TrainingArguments) -> Iterator[None]:
     """The model as it is trained, its batch statistics and the random state put back at the end."""
     buffers = {name: each.detach().cpu().clone() for name, each in model.named_buffers()}
     training = model.training
-    if arguments.activation_checkpointing:
-        model.activation_checkpointing_enable()
+    if activation_checkpointing.is_asked_for(arguments):
+        activation_checkpointing.enable(model)
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             model.train()
             yield
     finally:
         model.train(training)
-        if arguments.activation_checkpointing:
-            model.activation_checkpointing_disable()
+        if activation_checkpointing.is_asked_for(arguments):
+            activation_checkpointing.disable(model)
         with torch.no_grad():
             for name, each in model.named_buffers():
                 each.copy_(buffers[name])

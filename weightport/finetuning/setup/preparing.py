@@ -12,6 +12,7 @@ import numpy as np
 from transformers import TrainingArguments, set_seed
 
 from weightport.errors import DataError, OutputError, RecipeError, TrainingError
+from weightport.finetuning import activation_checkpointing
 from weightport.finetuning.augmentation import require_changes
 from weightport.finetuning.data import EntrySamples, local_places, open_data, open_divided
 from weightport.finetuning.data.collation import FAILURE, BadSamples, Collator, Indexed
@@ -310,7 +311,8 @@ def _trainable(
     processor = load_processor(directory, family, recipe.batch)
     model = load_model(directory, family, recipe.model, device=arguments.device)
     generation_options(model, recipe.evaluation.generation)
-    if arguments.activation_checkpointing:
+    recomputing = activation_checkpointing.is_asked_for(arguments)
+    if recomputing:
         # Keys are not kept while activations are computed again; transformers would say so at every start.
         model.config.use_cache = model.config.get_text_config(decoder=True).use_cache = False
     if arguments.label_smoothing_factor and family.smooth_labels(model, arguments.label_smoothing_factor):
@@ -322,7 +324,7 @@ def _trainable(
     if recipe.model.method == "qlora":
         from peft import prepare_model_for_kbit_training
 
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=arguments.activation_checkpointing)
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=recomputing)
     if recipe.model.method != "full":
         model = with_lora(model, family.parts, frozen, recipe.lora)
     return Loaded(directory, model, processor, family)

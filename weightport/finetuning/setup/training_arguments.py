@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks, is_deepspeed_zero3_enabled
 
 from weightport.errors import RecipeError
+from weightport.finetuning.activation_checkpointing import with_own_name
 from weightport.finetuning.metrics.table import METRICS
 from weightport.finetuning.training.resuming import CHECKPOINTS
 from weightport.finetuning.training.schedules import own_schedule
@@ -58,10 +59,7 @@ def training_arguments(
     best = METRICS.get(str(values.get("metric_for_best_model")).removeprefix("eval_"))
     if best is not None:
         values.setdefault("greater_is_better", best.higher_is_better)
-    for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
-        if name in values:
-            # The name that guides use; transformers is about to drop it.
-            values.setdefault(name.replace("gradient", "activation"), values.pop(name))
+    values = with_own_name(values)
     if own_schedule(values) is not None:
         # PortTrainer makes it.
         values["lr_scheduler_type"] = "constant"

@@ -44,10 +44,6 @@ CHAT_OF_MARKS = (
 """Turns as the original writes a chat's history: questions and answers, the last question open."""
 
 
-class MoondreamProcessorKwargs(ProcessingKwargs, total=False):
-    r"""Those of tokenizer and image processor."""
-
-
 class MoondreamProcessor(ProcessorMixin):
     r"""One object for all that goes into moondream2 and comes out of it.
 
@@ -74,7 +70,7 @@ class MoondreamProcessor(ProcessorMixin):
         chat_template (`str`, *optional*): Jinja template of `apply_chat_template`.
     """
 
-    valid_processor_kwargs = MoondreamProcessorKwargs
+    valid_processor_kwargs = ProcessingKwargs
 
     def __init__(
         self,
@@ -111,7 +107,7 @@ class MoondreamProcessor(ProcessorMixin):
         self,
         images: Any = None,
         text: str | list[str] | None = None,
-        **kwargs: Unpack[MoondreamProcessorKwargs],
+        **kwargs: Unpack[ProcessingKwargs],
     ) -> BatchFeature:
         """What the model takes.
 
@@ -126,7 +122,7 @@ class MoondreamProcessor(ProcessorMixin):
         pictures do not agree.
         """
         merged = self._merge_kwargs(
-            MoondreamProcessorKwargs,  # type: ignore[arg-type]
+            ProcessingKwargs,  # type: ignore[arg-type]
             tokenizer_init_kwargs=self.tokenizer.init_kwargs,
             **kwargs,
         )

@@ -48,6 +48,9 @@ class OFAProcessorKwargs(ProcessingKwargs, total=False):
     parse_symbols: bool | None
     decoder_prompt: str
 
+    # Chats ask for it before transformers 5.23.
+    _defaults = {}  # type: ignore[misc]
+
 
 class OFAProcessor(ProcessorMixin):
     r"""One object for all that goes into OFA and comes out of it.
@@ -119,8 +122,9 @@ class OFAProcessor(ProcessorMixin):
         parse_symbols = kwargs.pop("parse_symbols", self.parse_symbols)
         if decoder_prompt not in DECODER_PROMPTS:
             raise ValueError(f"decoder_prompt is one of {', '.join(DECODER_PROMPTS)}, found {decoder_prompt!r}.")
+        # Without our own two, which transformers before 5.23 takes for kinds of input.
         merged = self._merge_kwargs(
-            OFAProcessorKwargs,  # type: ignore[arg-type]
+            ProcessingKwargs,  # type: ignore[arg-type]
             tokenizer_init_kwargs=self.tokenizer.init_kwargs,
             **kwargs,
         )

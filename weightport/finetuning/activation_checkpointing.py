@@ -1,0 +1,36 @@
+"""Computing activations again instead of keeping them, by the names that transformers has for it.
+
+transformers 5.23 calls it activation checkpointing; 5.21, 5.22, guides and recipes call it gradient checkpointing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel, TrainingArguments
+
+_NAMES = ("activation_checkpointing", "gradient_checkpointing")
+_NAME = next(name for name in _NAMES if hasattr(PreTrainedModel, f"{name}_enable"))
+
+
+def with_own_name(values: dict[str, Any]) -> dict[str, Any]:
+    """Training arguments whose names for it are this transformers'."""
+    renamed = {f"{name}{end}": f"{_NAME}{end}" for name in _NAMES for end in ("", "_kwargs")}
+    return {renamed.get(name, name): value for name, value in values.items()}
+
+
+def is_asked_for(arguments: TrainingArguments) -> bool:
+    return bool(getattr(arguments, _NAME))
+
+
+def is_on(model: Any) -> bool:
+    """False too for what is no transformers' model."""
+    return bool(getattr(model, f"is_{_NAME}", False))
+
+
+def enable(model: Any) -> None:
+    getattr(model, f"{_NAME}_enable")()
+
+
+def disable(model: Any) -> None:
+    getattr(model, f"{_NAME}_disable")()
