@@ -12,7 +12,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 from drawn_data import draw_jsonl
-from tiny_runs import RECIPES, assigned, run
+from tiny_runs import RECIPES, assigned, run, still
 
 from weightport import cli
 from weightport.cli import finetuning
@@ -77,7 +77,7 @@ def test_evaluation_writes_metrics_settings_and_answers(
 
 def test_adapter_is_evaluated_on_its_base(tiny: Callable[[str], Path], pairs: Path, tmp_path: Path) -> None:
     more = {**STEPS, "model.method": "lora", "training.learning_rate": 2e-2}
-    more |= {"training.max_steps": 30, "evaluation.metrics": ["levenshtein"]}
+    more |= {"training.max_steps": 30, "evaluation.metrics": ["levenshtein"], **still(tiny("florence2"))}
     out = run(tiny("florence2"), "docvqa", pairs, tmp_path / "run", eval_data=pairs, more=more)
     words = ["--data", pairs, "--recipe", tmp_path / "run" / "recipe.yaml", "--json"]
     with_adapter = weightport("evaluate", tiny("florence2"), "--adapter", out.directory, *words)

@@ -134,6 +134,7 @@ def test_answers_are_generated_from_pictures_all_the_same(
     tiny: Callable[[str], Path], questions: Path, tmp_path: Path
 ) -> None:
     settings = {"eval_data": questions, "model__freeze": ["vision"], "evaluation__generation": {"max_new_tokens": 4}}
+    settings["more"] = still(tiny("florence2"))
     without = trained(tiny("florence2"), questions, tmp_path / "without", cache=False, **settings)
     with_ = trained(tiny("florence2"), questions, tmp_path / "with", cache=True, **settings)
     assert with_.metrics == pytest.approx(without.metrics)
