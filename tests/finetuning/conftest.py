@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from drawn_data import draw_coco, draw_jsonl, draw_muge, draw_receipts, write_lines
@@ -17,6 +18,12 @@ from tiny_runs import CAPTIONS, CHINESE_CAPTIONS, boxes_document, convert_case
 def one_thread() -> None:
     """Sums are in one order whatever machine this is, and small ones are fastest so."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_cache_of_tables(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` writes below the home folder otherwise, which need not be there."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "tables")
 
 
 @pytest.fixture(scope="session")

@@ -21,11 +21,6 @@ from weightport.finetuning.data import DataSettings, EntrySamples, open_data, op
 PLAIN = DataSettings()
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 def cells(*numbers: int) -> list[dict[str, Any]]:
     return [{"bytes": encoded(number), "path": None} for number in numbers]
 
@@ -165,7 +160,7 @@ def test_a_bad_row_is_named_or_skipped(tmp_path: Path, change: dict[str, Any], r
     images = pa.array(columns.pop("image"), type=struct)
     pq.write_table(pa.table({**columns, "image": images}), tmp_path / "x.parquet")
     with pytest.raises(DataError, match=rf"x\.parquet, row 2: .*{reason}"):
-        open_data(tmp_path / "x.parquet", PLAIN)
+        open_data(str(tmp_path / "x.parquet"), PLAIN)
     samples = open_data(tmp_path / "x.parquet", DataSettings(skip_bad=1))
     assert suffixes(samples) == ["answer 0", "answer 2"] and pixels(samples, 1) == draw(2).tobytes()
     assert samples[1].place.endswith("row 3") and "row 2" in samples.skipped[0]
@@ -190,7 +185,7 @@ def test_columns_of_another_kind_are_refused(tmp_path: Path, columns: dict[str, 
 def test_what_is_no_parquet_and_an_empty_one_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match=r"x\.parquet cannot be read as parquet"):
-        open_data(tmp_path / "x.parquet", PLAIN)
+        open_data(str(tmp_path / "x.parquet"), PLAIN)
     table = pa.table({"image": pa.array([], pa.binary()), "text": pa.array([], pa.string())})
     pq.write_table(table, tmp_path / "y.parquet")
     with pytest.raises(DataError, match=r"y\.parquet has no samples"):
@@ -270,7 +265,8 @@ def test_without_the_package_the_error_says_what_to_install(tmp_path: Path, monk
         open_data(path, PLAIN)
 
 
-def test_files_that_datasets_put_into_its_cache_are_read(tmp_path: Path) -> None:
+def test_files_that_datasets_put_into_its_cache_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     file = tmp_path / "cache" / "downloads" / "0.png"
     file.parent.mkdir(parents=True)
     file.write_bytes(encoded(3))
@@ -281,6 +277,16 @@ def test_files_that_datasets_put_into_its_cache_are_read(tmp_path: Path) -> None
 def test_a_folder_may_be_called_like_a_pattern(tmp_path: Path) -> None:
     write_parquet(tmp_path / "data[1]" / "x.parquet", document_questions())
     assert len(open_data(tmp_path / "data[1]", PLAIN)) == 3
+
+
+def test_a_home_that_cannot_be_written_is_not_taken_for_a_table_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    write_parquet(tmp_path / "x.parquet", {"image": cells(1), "suffix": ["a"]})
+    with pytest.raises(DataError, match=r"keeps tables in .*/file/cache, which cannot be written.*HF_DATASETS_CACHE"):
+        open_data(str(tmp_path / "x.parquet"), PLAIN)
 
 
 def test_a_scripts_code_is_never_run(tmp_path: Path) -> None:

@@ -168,4 +168,20 @@ def _explained(path: str, error: Exception) -> DataError:
             f"{path} is no file or folder here, and as a data set of the Hub it cannot be reached: {reason(error)}. "
             "Check the path, or the name and the network."
         )
+    if place := _cache_behind(error):
+        return DataError(
+            f"{path}: the package `datasets` keeps tables in {place}, which cannot be written there ({error}). Name "
+            "another folder in the environment variable HF_DATASETS_CACHE."
+        )
     return DataError(f"{path} cannot be read as a table: {error.__cause__ or error}")
+
+
+def _cache_behind(error: Exception) -> str | None:
+    """The folder of `datasets` for its own files, where the error is of it or of a folder that it lies in."""
+    from datasets import config
+
+    named = getattr(error, "filename", None)
+    place = os.path.abspath(config.HF_DATASETS_CACHE)
+    if not isinstance(named, str):
+        return None
+    return place if os.path.commonpath((place, os.path.abspath(named))) in (place, os.path.abspath(named)) else None
