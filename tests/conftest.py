@@ -42,6 +42,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if int(version("pillow").partition(".")[0]) < 13:
+        resized_otherwise = pytest.mark.skip(
+            reason="Pillow before 13 makes pictures smaller otherwise, by up to 8 levels of 255"
+        )
+        for item in items:
+            if "pillow13" in item.keywords:
+                item.add_marker(resized_otherwise)
     seed = config.getoption("--shuffle")
     if seed is not None:
         items[:] = shuffled(items, Random(seed))
@@ -50,11 +57,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not any(mark in item.keywords for mark in unasked)]
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("pillow13") and int(version("pillow").partition(".")[0]) < 13:
-        pytest.skip("Pillow before 13 makes pictures smaller otherwise, by up to 8 levels of 255")
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -110,8 +110,11 @@ def test_native_processor_differs_from_the_originals_ids_only_where_documented(
         text = item["text"]
         rest = task.sub("", text)
         if "error" in item or "<image>" in text:
-            said = "Found total 2 <image> tokens" if "<image>" in text else "should be the only content in the prompt"
-            with pytest.raises(ValueError, match=said):
+            # transformers' own processor counts the tokens of pictures from 5.23 on, and ran out of pictures before.
+            said = (
+                "Found total 2 <image> tokens|^$" if "<image>" in text else "should be the only content in the prompt"
+            )
+            with pytest.raises((ValueError, StopIteration), match=said):
                 prompt_ids(processor, text)
         elif task.search(text) and rest != rest.strip():
             assert prompt_ids(processor, text) == prompt_ids(processor, text.replace(rest, rest.strip()))
