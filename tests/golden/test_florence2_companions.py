@@ -110,7 +110,7 @@ def test_native_processor_differs_from_the_originals_ids_only_where_documented(
         text = item["text"]
         rest = task.sub("", text)
         if "error" in item or "<image>" in text:
-            # transformers' own processor counts the tokens of pictures from 5.23 on, and ran out of pictures before.
+            # Before 5.23 transformers' own processor runs out of pictures instead.
             said = (
                 "Found total 2 <image> tokens|^$" if "<image>" in text else "should be the only content in the prompt"
             )
