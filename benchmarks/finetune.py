@@ -339,12 +339,16 @@ def compare(name: str, images: int, runs: int, setting: Setting, trainers: tuple
         for trainer, results in found.items()
     }
     return Figures.of(
-        f"Training by {workload.recipe}",
+        f"Training by {workload.recipe}, {frozen_in(workload)} frozen",
         rows,
         "ours" if "ours" in trainers else trainers[-1],
         trainers[0],
         unit="100 samples",
     )
+
+
+def frozen_in(workload: Workload) -> str:
+    return " and ".join(workload.freeze) or "nothing"
 
 
 def report(workload: Workload, setting: Setting, samples: int, found: Mapping[str, list[dict[str, float]]]) -> None:
@@ -354,7 +358,7 @@ def report(workload: Workload, setting: Setting, samples: int, found: Mapping[st
         trainer: {key: statistics.median(each[key] for each in results) for key in results[0]}
         for trainer, results in found.items()
     }
-    frozen = " and ".join(workload.freeze) or "nothing"
+    frozen = frozen_in(workload)
     print(
         f"{workload.recipe} · {size.pixels} px · batches of {size.batch} · {CAPTIONS} answers an image · {frozen} "
         f"frozen · a matrix product reaches {peak / 1e12:.3g} TFLOP/s"
