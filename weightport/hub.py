@@ -15,8 +15,8 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from huggingface_hub.utils import _http, get_session
 
 PROBE_SECONDS = 5.0
-ANSWER_SECONDS = 120.0
-"""How long the Hub may be silent during an upload: a commit of many files takes it a while."""
+REQUEST_TIMEOUT = 120.0
+"""Seconds that the Hub may be silent during an upload: a commit of many files takes it a while."""
 
 # The base of all errors of the HTTP client that huggingface_hub uses, httpx or httpx2: a broken connection is no
 # OSError there.
@@ -109,15 +109,16 @@ def shareable(error: Exception) -> Exception | None:
 
 
 @contextmanager
-def answers_awaited() -> Iterator[None]:
-    """Ends a request of the block with an error where the other side is silent for ANSWER_SECONDS: huggingface_hub
-    waits for ever, unless a client factory of the user's says otherwise."""
+def request_timeouts() -> Iterator[None]:
+    """Requests of the block end with an error where the other side is silent for REQUEST_TIMEOUT seconds:
+    huggingface_hub has no time limit, unless a client factory of the user's sets one, which is kept."""
+    # There is a function that sets the factory, and none that tells it.
     before = _http._GLOBAL_CLIENT_FACTORY
 
     def client() -> Any:
         made = before()
         if made.timeout.read is None:
-            made.timeout = ANSWER_SECONDS
+            made.timeout = REQUEST_TIMEOUT
         return made
 
     set_client_factory(client)

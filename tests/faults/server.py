@@ -74,7 +74,7 @@ def _shorten_waiting() -> None:
     from weightport import hub
     from weightport.release import publishing
 
-    hub.ANSWER_SECONDS = publishing.ANSWER_SECONDS = 2.0
+    hub.REQUEST_TIMEOUT = publishing.REQUEST_TIMEOUT = 2.0
     _http.time = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
 
 

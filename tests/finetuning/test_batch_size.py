@@ -132,6 +132,15 @@ def test_peak_of_a_larger_batch_is_seen(tiny: Callable[[str], Path], pairs: Path
     assert all(each.grad is None for each in prepared.loaded.model.parameters())
 
 
+def test_activation_checkpointing_has_one_name_and_its_newer_one_counts() -> None:
+    (own,) = activation_checkpointing.with_own_name({"gradient_checkpointing": True})
+    both = {"activation_checkpointing": False, "gradient_checkpointing": True, "max_steps": 1}
+    for values in (both, dict(reversed(both.items()))):
+        assert activation_checkpointing.with_own_name(values) == {own: False, "max_steps": 1}
+    given = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    assert activation_checkpointing.with_own_name(given) == {f"{own}_kwargs": {"use_reentrant": False}}
+
+
 def test_gradient_checkpointing_counts_in_the_search(tiny: Callable[[str], Path], pairs: Path, tmp_path: Path) -> None:
     checkpointed: list[bool] = []
 

@@ -220,7 +220,7 @@ def test_a_hub_that_falls_silent_is_one_error_and_no_endless_wait(
     silent: str, model: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for place in ("weightport.hub", "weightport.release.publishing"):
-        monkeypatch.setattr(f"{place}.ANSWER_SECONDS", 0.2)
+        monkeypatch.setattr(f"{place}.REQUEST_TIMEOUT", 0.2)
     hub.faults[silent] = [STALL] * 6
     with pytest.raises(OutputError, match=f"did not take {REPO}: .*timed out"):
         release(model, ReleaseOptions(REPO, private=True))

@@ -1,10 +1,11 @@
-"""Computing activations again instead of keeping them, by the names that transformers has for it.
+"""Activation checkpointing (activations are computed again instead of kept), by the name that transformers has for it.
 
 transformers 5.23 calls it activation checkpointing; 5.21, 5.22, guides and recipes call it gradient checkpointing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
@@ -13,10 +14,14 @@ _NAMES = ("activation_checkpointing", "gradient_checkpointing")
 _NAME = next(name for name in _NAMES if hasattr(PreTrainedModel, f"{name}_enable"))
 
 
-def with_own_name(values: dict[str, Any]) -> dict[str, Any]:
-    """Training arguments whose names for it are this transformers'."""
-    renamed = {f"{name}{end}": f"{_NAME}{end}" for name in _NAMES for end in ("", "_kwargs")}
-    return {renamed.get(name, name): value for name, value in values.items()}
+def with_own_name(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Training arguments under this transformers' name for it; of both names, activation checkpointing counts."""
+    own = dict(values)
+    for end in ("", "_kwargs"):
+        given = [own.pop(name + end) for name in _NAMES if name + end in own]
+        if given:
+            own[_NAME + end] = given[0]
+    return own
 
 
 def is_asked_for(arguments: TrainingArguments) -> bool:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from weightport.errors import CheckpointError, OutputError, UsageError
 from weightport.hub import (
-    ANSWER_SECONDS,
     HUB_ERRORS,
-    answers_awaited,
+    REQUEST_TIMEOUT,
     endpoint,
     reason,
     refused,
+    request_timeouts,
     scrubbed_logs,
     shareable,
 )
@@ -136,7 +136,7 @@ def _upload(
     additions = [_addition(file) for file in files]
     repo, revision = options.repo, options.revision
     try:
-        with scrubbed_logs(), answers_awaited():
+        with scrubbed_logs(), request_timeouts():
             api.create_repo(repo, private=options.private, exist_ok=True)
             if options.private:
                 _require_private(api, repo)
@@ -170,7 +170,7 @@ def _addition(file: PublishedFile) -> CommitOperationAdd:
 
 
 def _require_private(api: HfApi, repo: str) -> None:
-    if api.model_info(repo, timeout=ANSWER_SECONDS).private is False:
+    if api.model_info(repo, timeout=REQUEST_TIMEOUT).private is False:
         raise OutputError(
             f"{repo} exists and is public, and --private does not change that. Make it private on the Hub first, or "
             "choose another --repo. Nothing was uploaded."
